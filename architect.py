@@ -1,0 +1,129 @@
+"""The bilevel optimizer of the alphas (arXiv 1806.09055, section 2.3).
+
+First order:   g = ∇_α L_val(w, α).
+Second order ("unrolled"), with the weights after one virtual step of the network's own SGD,
+
+    w' = w − ξ (μ·momentum + ∇_w L_train(w, α) + λ w),                                        (below eq. 6)
+    g  = ∇_α L_val(w', α) − ξ ∇²_{α,w} L_train(w, α) · v,        v = ∇_{w'} L_val(w', α)        (eq. 7)
+    ∇²_{α,w} L_train · v ≈ [∇_α L_train(w + εv, α) − ∇_α L_train(w − εv, α)] / 2ε,  ε = 0.01/‖v‖   (eq. 8)
+
+The weights are moved in place and put back bit for bit: there is no second model. Batch norm's running statistics
+(all buffers) are put back too.
+"""
+
+from contextlib import contextmanager
+
+import torch
+
+
+class Architect:
+    """Adam on the alphas of a supernet.
+
+    Args:
+        model: a `model_search.Network`.
+        args: has `momentum`, `weight_decay` (those of the network's SGD), `arch_learning_rate`,
+            `arch_weight_decay`.
+    """
+
+    def __init__(self, model, args):
+        self.model = model
+        self.network_momentum = args.momentum
+        self.network_weight_decay = args.weight_decay
+        self.optimizer = torch.optim.Adam(
+            model.arch_parameters(),
+            lr=args.arch_learning_rate,
+            betas=(0.5, 0.999),
+            weight_decay=args.arch_weight_decay,
+        )
+
+    def step(self, input_train, target_train, input_valid, target_valid, eta, network_optimizer, unrolled):
+        """Update the alphas once; their `.grad` then holds the bilevel gradient that was applied.
+
+        Args:
+            input_*: (N, 3, H, W); target_*: (N,).
+            eta: ξ, the learning rate of the virtual step.
+            network_optimizer: the SGD of the weights, for its momentum buffers.
+            unrolled: second order if true, else first order.
+        """
+        with _buffers_kept(self.model):
+            if unrolled:
+                grads = self._unrolled_grads(
+                    (input_train, target_train), (input_valid, target_valid), eta, network_optimizer
+                )
+            else:
+                grads = self._alpha_grads(input_valid, target_valid)
+        for alpha, grad in zip(self.model.arch_parameters(), grads, strict=True):
+            alpha.grad = grad
+        self.optimizer.step()
+
+    def _unrolled_grads(self, train, valid, eta, network_optimizer):
+        alphas, weights = self.model.arch_parameters(), list(self.model.parameters())
+        with _weights_kept(weights):
+            self._virtual_step(weights, train, eta, network_optimizer)
+            grads = _grad(self.model._loss(*valid), alphas + weights)  # at w'
+        dalpha, vector = grads[: len(alphas)], grads[len(alphas) :]
+        implicit = self._hessian_vector_product(weights, vector, *train)
+        return [g - eta * h for g, h in zip(dalpha, implicit, strict=True)]
+
+    @torch.no_grad()
+    def _virtual_step(self, weights, train, eta, network_optimizer):
+        """w <- w', in place."""
+        with torch.enable_grad():
+            grads = _grad(self.model._loss(*train), weights)
+        torch._foreach_add_(grads, weights, alpha=self.network_weight_decay)
+        for w, grad in zip(weights, grads, strict=True):
+            momentum = network_optimizer.state.get(w, {}).get("momentum_buffer")
+            if momentum is not None:
+                grad.add_(momentum, alpha=self.network_momentum)
+        torch._foreach_sub_(weights, grads, alpha=float(eta))
+
+    def _hessian_vector_product(self, weights, vector, input, target):
+        """∇²_{α,w} L_train · vector by a central difference around w."""
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
+        epsilon = float(0.01 / norm) if norm > 0 else 0.01  # a zero vector has a zero product
+        grads = []
+        for sign in (1, -1):
+            with _weights_kept(weights):
+                with torch.no_grad():
+                    torch._foreach_add_(weights, vector, alpha=sign * epsilon)
+                grads.append(self._alpha_grads(input, target))  # at w±
+        return [(plus - minus) / (2 * epsilon) for plus, minus in zip(*grads, strict=True)]
+
+    def _alpha_grads(self, input, target):
+        """∇_α of the loss alone: nothing is kept or computed for the gradients of the weights."""
+        weights = [w for w in self.model.parameters() if w.requires_grad]
+        for w in weights:
+            w.requires_grad_(False)
+        try:
+            return _grad(self.model._loss(input, target), self.model.arch_parameters())
+        finally:
+            for w in weights:
+                w.requires_grad_(True)
+
+
+def _grad(loss, inputs):
+    # a shallow supernet may have no normal cell: its alphas then have a zero gradient
+    return list(torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True))
+
+
+@contextmanager
+def _weights_kept(weights):
+    """Put the weights back, bit for bit, on leaving."""
+    saved = [w.detach().clone() for w in weights]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(weights, saved)
+
+
+@contextmanager
+def _buffers_kept(model):
+    """Put all buffers (batch norm's running statistics) back on leaving."""
+    buffers = list(model.buffers())
+    saved = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(buffers, saved)

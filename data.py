@@ -1,0 +1,267 @@
+"""Small-image data sets: one uint8 tensor on the device, augmented in batches.
+
+What the augmentation does is what the original's transforms do, image by image: a random crop of the image padded
+with black, a random flip, normalisation, cutout (arXiv 1708.04552). Every batch is a function of (seed, epoch,
+step) alone, so that an interrupted run can go on at any step.
+"""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision.datasets
+from PIL import Image
+from tqdm import tqdm
+
+from utils import UserError
+
+logger = logging.getLogger("darts.data")
+
+DATASETS = ("cifar10", "cifar100", "folder", "digits")
+_NATIVE_SIZE = {"cifar10": 32, "cifar100": 32, "folder": 32, "digits": 8}  # pixels
+_STATISTICS = {  # mean and standard deviation of the training images, as the original DARTS code has them
+    "cifar10": ((0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)),
+    "cifar100": ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
+}
+
+
+class Images(NamedTuple):
+    """A labelled set of images of one size."""
+
+    pixels: torch.Tensor  # (N, H, W, 3), uint8
+    labels: torch.Tensor  # (N,), int64
+    classes: list  # of names
+
+    def __len__(self):
+        return len(self.labels)
+
+    def select(self, indices):
+        return Images(self.pixels[indices], self.labels[indices], self.classes)
+
+
+class Normalization(NamedTuple):
+    """Mean and standard deviation of each colour, of pixels in [0, 1]."""
+
+    mean: tuple
+    std: tuple
+
+    @classmethod
+    def of(cls, dataset, images):
+        """The published statistics of a data set, else those of the given training images."""
+        if dataset in _STATISTICS:
+            return cls(*_STATISTICS[dataset])
+        chunks = images.pixels.split(1024)
+        count = images.pixels[..., 0].numel()
+        mean = sum(chunk.double().sum((0, 1, 2)) for chunk in chunks) / count
+        variance = sum((chunk.double() - mean).square().sum((0, 1, 2)) for chunk in chunks) / count
+        std = variance.sqrt().clamp_min(1.0)  # a constant colour stays finite
+        return cls(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
+
+
+class Augmentation(NamedTuple):
+    """What is done to a training image; lengths in pixels, 0 for none."""
+
+    pad: int
+    flip: bool
+    cutout_length: int
+
+    @classmethod
+    def of(cls, dataset, image_size, cutout_length):
+        """Crops of the original's proportion (4 pixels of 32); digits are not flipped.
+
+        Raises:
+            UserError: a cutout that covers a whole image.
+        """
+        if cutout_length >= image_size:
+            raise UserError(
+                f"--cutout_length {cutout_length} can cover a whole image of {image_size}x{image_size} pixels; "
+                f"choose less than {image_size}, or a larger --image_size"
+            )
+        return cls(pad=max(1, image_size // 8), flip=dataset != "digits", cutout_length=cutout_length)
+
+
+class Batches:
+    """Mini-batches (input (B, 3, H, W) float32 in channels-last, target (B,)) of a set of images.
+
+    `batch(epoch, step)` is shuffled and augmented; iteration yields the plain images in order. A last training batch
+    of a single image is left out: batch norm has nothing to normalise there.
+
+    Args:
+        key: two integers, the seed of the run and a number that tells its data streams apart.
+    """
+
+    def __init__(self, images, batch_size, normalization, augmentation, key=(0, 0)):
+        self.images, self.batch_size, self.augmentation, self.key = images, batch_size, augmentation, key
+        pad = augmentation.pad if augmentation else 0
+        self._padded = torch.nn.functional.pad(images.pixels, (0, 0, pad, pad, pad, pad))
+        device = images.pixels.device
+        mean, std = (torch.tensor(values, device=device) for values in normalization)
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._order = (None, None)
+
+    def __len__(self):
+        """Training batches an epoch."""
+        return -(-len(self.images) // self.batch_size) - (len(self.images) % self.batch_size == 1)
+
+    def batch(self, epoch, step):
+        """The augmented batch of a step; after the last step of an epoch, a newly shuffled pass begins."""
+        lap, step = divmod(step, len(self))
+        if self._order[0] != (epoch, lap):
+            permutation = torch.randperm(len(self.images), generator=self._generator(0, epoch, lap))
+            self._order = ((epoch, lap), permutation)
+        indices = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
+        return self._augmented(indices, self._generator(1, epoch, lap, step))
+
+    def __iter__(self):
+        for indices in torch.arange(len(self.images)).split(self.batch_size):
+            corner = torch.full((len(indices),), self.augmentation.pad if self.augmentation else 0)
+            yield self._crop(indices, corner, corner, torch.zeros_like(corner, dtype=torch.bool))
+
+    def _generator(self, *place):
+        seed = np.random.SeedSequence([*self.key, *place]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(seed))  # on the CPU: the same batches on every device
+
+    def _augmented(self, indices, generator):
+        B, S, aug = len(indices), self.images.pixels.shape[1], self.augmentation
+        y, x = torch.randint(2 * aug.pad + 1, (2, B), generator=generator)
+        flip = (torch.rand(B, generator=generator) < 0.5) & aug.flip
+        input, target = self._crop(indices, y, x, flip)
+        if aug.cutout_length:
+            centre = torch.randint(S, (2, B, 1), generator=generator).to(input.device)
+            offset = torch.arange(S, device=input.device) - centre  # (2, B, S)
+            inside = (offset >= -(aug.cutout_length // 2)) & (offset < aug.cutout_length // 2)
+            input.masked_fill_((inside[0, :, :, None] & inside[1, :, None, :])[:, None], 0)
+        return input, target
+
+    def _crop(self, indices, y, x, flip):
+        """Normalised S x S crops at (y, x) of the padded images, mirrored where `flip` says so."""
+        device, S, P = self._padded.device, self.images.pixels.shape[1], self._padded.shape[1]
+        indices, y, x, flip = (values.to(device)[:, None] for values in (indices, y, x, flip))
+        span = torch.arange(S, device=device)
+        rows = indices * P + y + span  # (B, S)
+        columns = x + torch.where(flip, S - 1 - span, span)  # (B, S)
+        pixels = self._padded.view(-1, 3)[rows[:, :, None] * P + columns[:, None, :]]  # (B, S, S, 3)
+        input = pixels.float().mul_(self._scale).add_(self._shift)
+        return input.permute(0, 3, 1, 2), self.images.labels[indices[:, 0]]
+
+
+def load(dataset, root, train, image_size=None, subset=None, seed=0, device="cpu"):
+    """The training or the test images of a data set.
+
+    Args:
+        dataset: one of `DATASETS`; `folder` reads `root/train/<class>/*` and `root/test/<class>/*` (or `val`).
+        image_size: pixels; None is the data set's own (digits 8, else 32).
+        subset: at most this many images, drawn with `seed`; None is all.
+
+    Raises:
+        UserError: images that are missing, broken or not downloadable, or a subset larger than the set.
+    """
+    size = image_size or _NATIVE_SIZE[dataset]
+    if dataset == "folder":
+        images = _load_folder(Path(root), train, size, subset, seed)
+    else:
+        pixels, labels, classes = _load_digits(train) if dataset == "digits" else _load_cifar(dataset, root, train)
+        chosen = _choose(len(labels), subset, seed)
+        pixels, labels = pixels[chosen], labels[chosen]
+        if pixels.shape[1] != size:
+            pixels = np.stack([np.asarray(Image.fromarray(p).resize((size, size), Image.BILINEAR)) for p in pixels])
+        images = Images(torch.from_numpy(pixels), torch.from_numpy(labels), classes)
+    return Images(images.pixels.to(device), images.labels.to(device), images.classes)
+
+
+def split(images, train_portion, seed):
+    """A random split of the training images of a search: (for the weights, for the alphas).
+
+    Raises:
+        UserError: a part without images.
+    """
+    order = torch.from_numpy(np.random.default_rng([seed, 2]).permutation(len(images)))
+    cut = int(len(images) * train_portion)
+    if cut in (0, len(images)):
+        raise UserError(f"--train_portion {train_portion} of {len(images)} images leaves one part empty")
+    return images.select(order[:cut]), images.select(order[cut:])
+
+
+def _choose(count, subset, seed):
+    if subset is None or subset >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng([seed, 1]).permutation(count)[:subset])
+
+
+def _load_digits(train):
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    indices = np.arange(len(digits.target))
+    parts = train_test_split(indices, test_size=360, stratify=digits.target, random_state=0)
+    chosen = parts[0 if train else 1]
+    pixels = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
+    return np.repeat(pixels[..., None], 3, axis=-1), digits.target[chosen].astype(np.int64), list("0123456789")
+
+
+def _load_cifar(dataset, root, train):
+    cls = torchvision.datasets.CIFAR10 if dataset == "cifar10" else torchvision.datasets.CIFAR100
+    root = Path(root)
+    is_new = not root.exists()
+    try:
+        images = cls(root, train=train, download=False)
+    except RuntimeError:  # not there
+        logger.info("%s is not in %s: downloading it", cls.__name__, root)
+        try:
+            images = cls(root, train=train, download=True)
+        except (OSError, RuntimeError) as error:
+            if is_new and root.is_dir() and not any(root.iterdir()):
+                root.rmdir()
+            raise UserError(
+                f"{cls.__name__} is not in {root} and cannot be downloaded ({error}); put it there, or use "
+                "--dataset digits (no download) or --dataset folder --data FOLDER (your own images)"
+            ) from None
+    return images.data, np.array(images.targets, dtype=np.int64), images.classes
+
+
+def _load_folder(root, train, size, subset, seed):
+    classes, samples = _scan_folder(root, train)
+    chosen = [samples[k] for k in _choose(len(samples), subset, seed)]
+    pixels = np.empty((len(chosen), size, size, 3), dtype=np.uint8)
+    for k, (path, _) in enumerate(tqdm(chosen, desc=f"reading {'train' if train else 'test'} images", disable=None)):
+        pixels[k] = _read_image(path, size)
+    labels = torch.tensor([label for _, label in chosen])
+    return Images(torch.from_numpy(pixels), labels, classes)
+
+
+def _scan_folder(root, train):
+    """Class names, and (path, label) of every image below `root/train`, or below `root/test` or `root/val`."""
+    if not root.is_dir():
+        raise UserError(f"--data {root}: no such folder; --dataset folder needs {root}/train and {root}/test")
+    names = ("train",) if train else ("test", "val")
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is None:
+        raise UserError(f"--data {root}: the folder {' or '.join(names)} is missing in it")
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if not classes:
+        raise UserError(f"{folder} holds no class folders: images belong in {folder}/<class>/")
+    try:
+        samples = torchvision.datasets.ImageFolder(folder).samples
+    except FileNotFoundError:
+        images = torchvision.datasets.ImageFolder(folder, allow_empty=True)
+        full = {label for _, label in images.samples}
+        empty = [name for label, name in enumerate(images.classes) if label not in full]
+        raise UserError(f"the class folder {folder / empty[0]} holds no image file") from None
+    if not train:
+        expected, _ = _scan_folder(root, train=True)
+        if classes != expected:
+            differing = sorted(set(classes) ^ set(expected))
+            raise UserError(f"{folder} and {root}/train must hold the same classes; they differ in {differing[0]!r}")
+    return classes, samples
+
+
+def _read_image(path, size):
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.BILINEAR))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"broken image file {path}: {error}") from None

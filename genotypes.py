@@ -1,0 +1,339 @@
+"""The vocabulary of the search: genotypes, primitives, search spaces, and how they are read and written.
+
+Glossary (the terms of DARTS, arXiv 1806.09055, used all through this code):
+
+    primitive   the name of a candidate operation, such as `sep_invo_3x3`; `operations.OPS` builds it
+    cell        a small directed graph of nodes; `normal` cells keep the resolution, `reduce` cells halve it
+    node        a feature map of a cell: 0 and 1 are the outputs of the two cells before, 2, 3, … its own (`steps`)
+    edge        an operation from an earlier node to a later one; a node is the sum of its edges
+    alphas      the architecture parameters: one number an edge and a primitive; a softmax over the primitives
+    genotype    a discrete cell: two (primitive, input node) pairs for every own node, in order, and the nodes
+                whose concatenation is the output of the cell
+"""
+
+import ast
+import difflib
+import json
+import re
+from collections import namedtuple
+from pathlib import Path
+
+Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
+
+_SHARED = ["none", "max_pool_3x3", "avg_pool_3x3", "skip_connect"]
+_INVOLUTIONS = ["sep_invo_3x3", "sep_invo_5x5", "sep_invo_7x7", "dil_invo_3x3", "dil_invo_5x5"]
+_CONVOLUTIONS = ["sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5"]
+
+SEARCH_SPACES = {
+    "involution": _SHARED + _INVOLUTIONS,
+    "darts": _SHARED + _CONVOLUTIONS,
+    "mixed": _SHARED + _INVOLUTIONS + _CONVOLUTIONS,
+}
+PRIMITIVES = SEARCH_SPACES["involution"]
+
+_ALIASES = {"zero": "none", "no_op": "none", "skip_conn": "skip_connect", "identity": "skip_connect"}
+_ALIASES.update(
+    (alias + primitive[8:], primitive)
+    for primitive in _INVOLUTIONS
+    for alias in (("dil_invo2d", "dil_involution") if primitive[:3] == "dil" else ("invo2d", "invo", "involution"))
+)
+
+_LONGEST_TEXT = 20_000  # characters; a genotype of 100 steps has about 10,000
+
+# ------------------------------------------------------------------------------------------- named genotypes
+
+# arXiv 1707.07012
+NASNet = Genotype(
+    normal=[
+        ("sep_conv_5x5", 1), ("sep_conv_3x3", 0),
+        ("sep_conv_5x5", 0), ("sep_conv_3x3", 0),
+        ("avg_pool_3x3", 1), ("skip_connect", 0),
+        ("avg_pool_3x3", 0), ("avg_pool_3x3", 0),
+        ("sep_conv_3x3", 1), ("skip_connect", 1),
+    ],
+    normal_concat=[2, 3, 4, 5, 6],
+    reduce=[
+        ("sep_conv_5x5", 1), ("sep_conv_7x7", 0),
+        ("max_pool_3x3", 1), ("sep_conv_7x7", 0),
+        ("avg_pool_3x3", 1), ("sep_conv_5x5", 0),
+        ("skip_connect", 3), ("avg_pool_3x3", 2),
+        ("sep_conv_3x3", 2), ("max_pool_3x3", 1),
+    ],
+    reduce_concat=[4, 5, 6],
+)  # fmt: skip
+
+# arXiv 1802.01548
+AmoebaNet = Genotype(
+    normal=[
+        ("avg_pool_3x3", 0), ("max_pool_3x3", 1),
+        ("sep_conv_3x3", 0), ("sep_conv_5x5", 2),
+        ("sep_conv_3x3", 0), ("avg_pool_3x3", 3),
+        ("sep_conv_3x3", 1), ("skip_connect", 1),
+        ("skip_connect", 0), ("avg_pool_3x3", 1),
+    ],
+    normal_concat=[4, 5, 6],
+    reduce=[
+        ("avg_pool_3x3", 0), ("sep_conv_3x3", 1),
+        ("max_pool_3x3", 0), ("sep_conv_7x7", 2),
+        ("sep_conv_7x7", 0), ("avg_pool_3x3", 1),
+        ("max_pool_3x3", 0), ("max_pool_3x3", 1),
+        ("conv_7x1_1x7", 0), ("sep_conv_3x3", 5),
+    ],
+    reduce_concat=[3, 4, 6],
+)  # fmt: skip
+
+# the first-order and the second-order result of DARTS (arXiv 1806.09055)
+DARTS_V1 = Genotype(
+    normal=[
+        ("sep_conv_3x3", 1), ("sep_conv_3x3", 0),
+        ("skip_connect", 0), ("sep_conv_3x3", 1),
+        ("skip_connect", 0), ("sep_conv_3x3", 1),
+        ("sep_conv_3x3", 0), ("skip_connect", 2),
+    ],
+    normal_concat=[2, 3, 4, 5],
+    reduce=[
+        ("max_pool_3x3", 0), ("max_pool_3x3", 1),
+        ("skip_connect", 2), ("max_pool_3x3", 0),
+        ("max_pool_3x3", 0), ("skip_connect", 2),
+        ("skip_connect", 2), ("avg_pool_3x3", 0),
+    ],
+    reduce_concat=[2, 3, 4, 5],
+)  # fmt: skip
+DARTS_V2 = Genotype(
+    normal=[
+        ("sep_conv_3x3", 0), ("sep_conv_3x3", 1),
+        ("sep_conv_3x3", 0), ("sep_conv_3x3", 1),
+        ("sep_conv_3x3", 1), ("skip_connect", 0),
+        ("skip_connect", 0), ("dil_conv_3x3", 2),
+    ],
+    normal_concat=[2, 3, 4, 5],
+    reduce=[
+        ("max_pool_3x3", 0), ("max_pool_3x3", 1),
+        ("skip_connect", 2), ("max_pool_3x3", 1),
+        ("max_pool_3x3", 0), ("skip_connect", 2),
+        ("skip_connect", 2), ("max_pool_3x3", 1),
+    ],
+    reduce_concat=[2, 3, 4, 5],
+)  # fmt: skip
+
+# found with supernets of 8, 10 and 20 cells, in spaces with involution; L8 came out convolutional
+DARTS_L8 = Genotype(
+    normal=[
+        ("dil_conv_3x3", 0), ("skip_connect", 1),
+        ("skip_connect", 0), ("skip_connect", 2),
+        ("sep_conv_3x3", 2), ("dil_conv_5x5", 0),
+        ("skip_connect", 0), ("skip_connect", 2),
+    ],
+    normal_concat=range(2, 6),
+    reduce=[
+        ("sep_conv_3x3", 0), ("sep_conv_5x5", 1),
+        ("avg_pool_3x3", 1), ("skip_connect", 2),
+        ("skip_connect", 2), ("skip_connect", 3),
+        ("dil_conv_3x3", 3), ("skip_connect", 1),
+    ],
+    reduce_concat=range(2, 6),
+)  # fmt: skip
+DARTS_L10 = Genotype(
+    normal=[
+        ("sep_invo_3x3", 1), ("sep_invo_3x3", 0),
+        ("sep_invo_3x3", 2), ("dil_invo_3x3", 1),
+        ("skip_connect", 0), ("skip_connect", 2),
+        ("skip_connect", 2), ("skip_connect", 3),
+    ],
+    normal_concat=range(2, 6),
+    reduce=[
+        ("avg_pool_3x3", 0), ("sep_invo_5x5", 1),
+        ("sep_invo_5x5", 2), ("skip_connect", 0),
+        ("avg_pool_3x3", 0), ("dil_invo_5x5", 3),
+        ("skip_connect", 4), ("sep_invo_5x5", 0),
+    ],
+    reduce_concat=range(2, 6),
+)  # fmt: skip
+DARTS_L20 = Genotype(
+    normal=[
+        ("sep_invo_3x3", 0), ("sep_invo_3x3", 1),
+        ("skip_connect", 0), ("skip_connect", 1),
+        ("skip_connect", 0), ("skip_connect", 2),
+        ("skip_connect", 0), ("sep_invo_3x3", 1),
+    ],
+    normal_concat=range(2, 6),
+    reduce=[
+        ("avg_pool_3x3", 0), ("sep_invo_3x3", 1),
+        ("skip_connect", 2), ("avg_pool_3x3", 0),
+        ("skip_connect", 2), ("avg_pool_3x3", 0),
+        ("avg_pool_3x3", 0), ("skip_connect", 2),
+    ],
+    reduce_concat=range(2, 6),
+)  # fmt: skip
+DARTS = DARTS_L10
+
+NAMED = {name: value for name, value in list(globals().items()) if isinstance(value, Genotype)}
+
+# ------------------------------------------------------------------------------------------ reading, writing
+
+
+def canonical(primitive):
+    """The name that `operations.OPS` knows a primitive by: aliases such as `invo2d_3x3` are resolved."""
+    return _ALIASES.get(primitive, primitive)
+
+
+def parse(text):
+    """Read a genotype from what a user gives: text is never evaluated, only read as literals.
+
+    Args:
+        text: a name in `NAMED`; a `Genotype(...)` expression, with ranges or lists, straight or curly quotes, line
+            breaks, any accepted spelling of the primitives; or the path of a run folder or of a genotype file
+            (JSON as a run writes it, or an expression).
+
+    Raises:
+        ValueError: says what is wrong and where, and offers near names.
+    """
+    text = str(text).strip()
+    if text in NAMED:
+        return NAMED[text]
+    if text and _exists(text):
+        return _read_file(Path(text))
+    if "(" in text:
+        return _parse_expression(text)
+    raise ValueError(
+        f"unknown genotype {text[:80]!r}{_did_you_mean(text, NAMED)}; it must be one of {', '.join(NAMED)}, "
+        "a Genotype(...) expression, or the path of a run folder or genotype file"
+    )
+
+
+def format(genotype):
+    """One line `Genotype(...)` that `parse` reads back to an equal genotype."""
+    fields = (f"{name}={value!r}" for name, value in zip(Genotype._fields, genotype, strict=True))
+    return f"Genotype({', '.join(fields)})"
+
+
+def to_json(genotype):
+    """The genotype as JSON text: what a run folder keeps in `genotype.json`."""
+    return json.dumps({name: list(value) for name, value in genotype._asdict().items()}, indent=2) + "\n"
+
+
+def _exists(text):
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # a name too long, or with a null byte
+        return False
+
+
+def _read_file(path):
+    if path.is_dir():
+        path = path / "genotype.json"
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no genotype.json: is it the folder of a run?")
+    with path.open(errors="replace") as file:
+        text = file.read(_LONGEST_TEXT + 1).strip()
+    try:
+        return _parse_json(text) if text.startswith("{") else _parse_expression(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _parse_json(text):
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not a JSON genotype: {error}") from None
+    if not isinstance(fields, dict) or set(fields) != set(Genotype._fields):
+        raise ValueError(f"a genotype has the fields {', '.join(Genotype._fields)}, got {_shorten(text)}")
+    for name in ("normal_concat", "reduce_concat"):
+        nodes = fields[name]
+        if isinstance(nodes, list) and nodes and type(nodes[0]) is int:
+            consecutive = range(nodes[0], nodes[0] + len(nodes))
+            fields[name] = consecutive if nodes == list(consecutive) else nodes  # as `Network.genotype()` makes it
+    return _validate(fields)
+
+
+def _parse_expression(text):
+    if len(text) > _LONGEST_TEXT:
+        raise ValueError(f"a genotype text has at most {_LONGEST_TEXT} characters, got {len(text)} or more")
+    text = re.sub("[‘’‚‛′`]", "'", re.sub("[“”„‟″]", '"', text))
+    text = text.replace("\u00a0", " ").strip()
+    if text[0] in "'\"" and text[-1] == text[0]:
+        text = text[1:-1].strip()
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except SyntaxError as error:
+        near = (error.text or "").rstrip()[max(0, (error.offset or 1) - 20) :][:40]
+        raise ValueError(f"malformed genotype: {error.msg} (line {error.lineno}, near {near!r})") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"malformed genotype: {error or 'nested too deep'}") from None
+    if not (isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id == "Genotype"):
+        raise ValueError(f"a genotype expression must be Genotype(...), got {_shorten(text)!r}")
+    names = [*Genotype._fields[: len(tree.args)], *(keyword.arg for keyword in tree.keywords)]
+    nodes = [*tree.args, *(keyword.value for keyword in tree.keywords)]
+    if sorted(map(str, names)) != sorted(Genotype._fields) or len(nodes) != len(names):
+        got = _shorten(", ".join(map(str, names)))
+        raise ValueError(f"Genotype takes {', '.join(Genotype._fields)}, each once; got {got}")
+    return _validate({name: _literal(node, name) for name, node in zip(names, nodes, strict=True)})
+
+
+def _literal(node, where):
+    """The value of a syntax tree made of lists, tuples, strings, integers and range(...) alone."""
+    if isinstance(node, ast.Constant) and type(node.value) is str:
+        return node.value
+    if isinstance(node, ast.Constant) and type(node.value) is int and node.value < _LONGEST_TEXT:
+        return node.value
+    if isinstance(node, (ast.List, ast.Tuple)):
+        values = [_literal(element, where) for element in node.elts]
+        return values if isinstance(node, ast.List) else tuple(values)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
+        bounds = [_literal(argument, where) for argument in node.args]
+        if 1 <= len(bounds) <= 3 and not node.keywords and all(type(b) is int for b in bounds) and bounds[2:] != [0]:
+            return range(*bounds)
+    source = _shorten(ast.unparse(node))
+    raise ValueError(f"{where} may hold lists, tuples, strings, integers and range(...), got {source!r}")
+
+
+def _validate(fields):
+    """The fields as a Genotype with canonical primitives, every index of which exists."""
+    steps = {}
+    for cell in ("normal", "reduce"):
+        fields[cell] = _validate_edges(cell, fields[cell])
+        steps[cell] = len(fields[cell]) // 2
+        name = f"{cell}_concat"
+        nodes = fields[name]
+        if not isinstance(nodes, (list, tuple, range)) or len(nodes) == 0 or len(nodes) > steps[cell] + 2:
+            raise ValueError(f"{name} must list between 1 and {steps[cell] + 2} nodes, got {_shorten(repr(nodes))}")
+        for node in nodes:
+            first = 2 if cell == "reduce" else 0  # the inputs of a reduction cell are not halved
+            if type(node) is not int or not first <= node < steps[cell] + 2:
+                raise ValueError(f"{name}: node {node!r} does not exist; it may list {first} to {steps[cell] + 1}")
+        fields[name] = list(nodes) if isinstance(nodes, tuple) else nodes
+    return Genotype(**fields)
+
+
+def _validate_edges(cell, edges):
+    if not isinstance(edges, (list, tuple)) or len(edges) == 0 or len(edges) % 2:
+        raise ValueError(f"{cell} must list two (primitive, node) pairs for every node, got {_shorten(repr(edges))}")
+    result = []
+    for k, edge in enumerate(edges):
+        if not isinstance(edge, (list, tuple)) or len(edge) != 2:
+            raise ValueError(f"{cell}[{k}] must be a (primitive, node) pair, got {_shorten(repr(edge))}")
+        primitive, node = canonical(edge[0]) if isinstance(edge[0], str) else edge[0], edge[1]
+        if primitive not in known_primitives():
+            near = _did_you_mean(primitive, [*known_primitives(), *_ALIASES])
+            raise ValueError(f"{cell}[{k}]: unknown primitive {_shorten(repr(primitive))}{near}")
+        if type(node) is not int or not 0 <= node < 2 + k // 2:
+            raise ValueError(
+                f"{cell}[{k}]: input node {node!r} does not exist yet; node {2 + k // 2} may read 0 to {1 + k // 2}"
+            )
+        result.append((primitive, node))
+    return result
+
+
+def known_primitives():
+    """Every canonical primitive that a genotype may name."""
+    return list(dict.fromkeys([*SEARCH_SPACES["mixed"], "sep_conv_7x7", "conv_7x1_1x7"]))
+
+
+def _did_you_mean(name, names):
+    near = difflib.get_close_matches(str(name), list(names), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _shorten(text):
+    return text if len(text) <= 60 else text[:57] + "..."

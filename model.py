@@ -1,0 +1,113 @@
+"""The derived network: cells of a genotype, trained from scratch."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from operations import OPS, FactorizedReduce, Identity, ReLUConvBN, drop_path
+
+
+class Cell(nn.Module):
+    """A discrete cell: every own node is the sum of two operations on earlier nodes."""
+
+    def __init__(self, genotype, C_prev_prev, C_prev, C, reduction, reduction_prev):
+        super().__init__()
+        if reduction_prev:
+            self.preprocess0 = FactorizedReduce(C_prev_prev, C)
+        else:
+            self.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0)
+        self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0)
+
+        edges = genotype.reduce if reduction else genotype.normal
+        self._concat = genotype.reduce_concat if reduction else genotype.normal_concat
+        self.multiplier = len(self._concat)
+        self._indices = [node for _, node in edges]
+        self._ops = nn.ModuleList(
+            OPS[primitive](C, 2 if reduction and node < 2 else 1, True) for primitive, node in edges
+        )
+
+    def forward(self, s0, s1, drop_prob):
+        """Two feature maps -> (N, multiplier * C, H', W'); `drop_prob`: drop-path probability in training."""
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        for k in range(0, len(self._ops), 2):
+            states.append(self._edge(k, states, drop_prob) + self._edge(k + 1, states, drop_prob))
+        return torch.cat([states[i] for i in self._concat], dim=1)
+
+    def _edge(self, k, states, drop_prob):
+        op, h = self._ops[k], states[self._indices[k]]
+        h = op(h)
+        if self.training and drop_prob > 0 and not isinstance(op, Identity):
+            h = drop_path(h, drop_prob)
+        return h
+
+
+class AuxiliaryHeadCIFAR(nn.Module):
+    """A second classifier on the feature map after two thirds of the cells, at least 8x8."""
+
+    smallest = 8  # pixels: a 5x5 pooling at stride 3 must leave 2x2
+
+    def __init__(self, C, num_classes):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.ReLU(),
+            nn.AvgPool2d(5, stride=3, padding=0, count_include_pad=False),
+            nn.Conv2d(C, 128, 1, bias=False),
+            nn.BatchNorm2d(128),
+            nn.ReLU(),
+            nn.Conv2d(128, 768, 2, bias=False),
+            nn.BatchNorm2d(768),
+            nn.ReLU(),
+        )
+        self.classifier = nn.Linear(768, num_classes)
+
+    def forward(self, x):
+        x = F.adaptive_avg_pool2d(self.features(x), 1)  # the identity for an 8x8 input
+        return self.classifier(x.flatten(1))
+
+
+class NetworkCIFAR(nn.Module):
+    """The evaluation network of DARTS; state-dict keys as in the original code.
+
+    `drop_path_prob` (an attribute, 0 at first) is what `train.py` raises over the epochs.
+
+    Args:
+        C: channels of the first cells; doubled at one third and at two thirds of the depth.
+        layers: number of cells.
+        auxiliary: add the auxiliary head (used in training only).
+        genotype: a `genotypes.Genotype`.
+    """
+
+    def __init__(self, C, num_classes, layers, auxiliary, genotype):
+        super().__init__()
+        self._layers = layers
+        self._auxiliary = auxiliary
+        self.drop_path_prob = 0.0
+
+        C_curr = 3 * C
+        self.stem = nn.Sequential(nn.Conv2d(3, C_curr, 3, padding=1, bias=False), nn.BatchNorm2d(C_curr))
+        self.cells = nn.ModuleList()
+        C_prev_prev, C_prev, C_curr = C_curr, C_curr, C
+        reduction_prev = False
+        for i in range(layers):
+            reduction = i in (layers // 3, 2 * layers // 3)
+            C_curr *= 2 if reduction else 1
+            cell = Cell(genotype, C_prev_prev, C_prev, C_curr, reduction, reduction_prev)
+            self.cells.append(cell)
+            reduction_prev = reduction
+            C_prev_prev, C_prev = C_prev, cell.multiplier * C_curr
+            if i == 2 * layers // 3:
+                C_to_auxiliary = C_prev
+        if auxiliary:
+            self.auxiliary_head = AuxiliaryHeadCIFAR(C_to_auxiliary, num_classes)
+        self.global_pooling = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(C_prev, num_classes)
+
+    def forward(self, input):
+        """(N, 3, H, W) -> logits (N, num_classes) and the auxiliary logits (None outside training)."""
+        logits_aux = None
+        s0 = s1 = self.stem(input)
+        for i, cell in enumerate(self.cells):
+            s0, s1 = s1, cell(s0, s1, self.drop_path_prob)
+            if i == 2 * self._layers // 3 and self._auxiliary and self.training:
+                logits_aux = self.auxiliary_head(s1)
+        return self.classifier(self.global_pooling(s1).flatten(1)), logits_aux

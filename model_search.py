@@ -1,0 +1,173 @@
+"""The supernet: every edge of every cell is a mixture of all primitives, weighted by a softmax of the alphas."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from genotypes import PRIMITIVES, Genotype
+from operations import OPS, FactorizedReduce, ReLUConvBN
+
+
+class MixedOp(nn.Module):
+    """One edge: sum_o weights[o] * o(x) over the primitives (arXiv 1806.09055, eq. 2).
+
+    `none` keeps its share of the softmax and its place in the state dict, but it is never computed.
+    """
+
+    def __init__(self, C, stride, primitives=PRIMITIVES):
+        super().__init__()
+        self._ops = nn.ModuleList()
+        for primitive in primitives:
+            op = OPS[primitive](C, stride, False)
+            if "pool" in primitive:
+                op = nn.Sequential(op, nn.BatchNorm2d(C, affine=False))
+            self._ops.append(op)
+        self._computed = [k for k, primitive in enumerate(primitives) if primitive != "none"]
+
+    def forward(self, x, weights):
+        """(N, C, H, W) and (primitives,) -> (N, C, ceil(H/stride), ceil(W/stride))."""
+        return sum(weights[k] * self._ops[k](x) for k in self._computed)
+
+
+class Cell(nn.Module):
+    """Two input nodes, `steps` own nodes, each the sum of a mixed edge from every node before it."""
+
+    def __init__(self, steps, multiplier, C_prev_prev, C_prev, C, reduction, reduction_prev, primitives=PRIMITIVES):
+        super().__init__()
+        self.reduction = reduction
+        if reduction_prev:
+            self.preprocess0 = FactorizedReduce(C_prev_prev, C, affine=False)
+        else:
+            self.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0, affine=False)
+        self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0, affine=False)
+        self._steps = steps
+        self._multiplier = multiplier
+        self._ops = nn.ModuleList(
+            MixedOp(C, 2 if reduction and j < 2 else 1, primitives) for i in range(steps) for j in range(2 + i)
+        )
+
+    def forward(self, s0, s1, weights):
+        """Two feature maps and the softmax weights (edges, primitives) -> (N, multiplier * C, H', W')."""
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        edge = 0
+        for _ in range(self._steps):
+            node = sum(self._ops[edge + j](state, weights[edge + j]) for j, state in enumerate(states))
+            edge += len(states)
+            states.append(node)
+        return torch.cat(states[-self._multiplier :], dim=1)
+
+
+class Network(nn.Module):
+    """The supernet of the original DARTS code, over any list of primitives.
+
+    `parameters()` yields the weights alone; the alphas come from `arch_parameters()`, so that
+    `SGD(net.parameters())` does what it should. `state_dict()` holds both.
+
+    Args:
+        C: channels of the first cells; doubled at one third and at two thirds of the depth.
+        layers: number of cells.
+        criterion: (logits, target) -> scalar loss.
+        steps: own nodes of a cell; `multiplier`: how many of the last ones are concatenated as its output.
+        primitives: names in `operations.OPS`.
+
+    Raises:
+        ValueError: an unknown primitive, none but `none`, or a count below one.
+    """
+
+    def __init__(
+        self, C, num_classes, layers, criterion, steps=4, multiplier=4, stem_multiplier=3, primitives=PRIMITIVES
+    ):
+        super().__init__()
+        _check_counts(C=C, num_classes=num_classes, layers=layers, steps=steps, multiplier=multiplier)
+        if multiplier > steps:
+            raise ValueError(f"multiplier must be at most steps = {steps}, got {multiplier}")
+        unknown = [primitive for primitive in primitives if primitive not in OPS]
+        if unknown or not set(primitives) - {"none"}:
+            raise ValueError(f"primitives must be names in operations.OPS besides none, got {unknown or primitives}")
+        self._C, self._num_classes, self._layers, self._criterion = C, num_classes, layers, criterion
+        self._steps, self._multiplier, self._stem_multiplier = steps, multiplier, stem_multiplier
+        self._primitives = list(primitives)
+
+        C_curr = stem_multiplier * C
+        self.stem = nn.Sequential(nn.Conv2d(3, C_curr, 3, padding=1, bias=False), nn.BatchNorm2d(C_curr))
+        self.cells = nn.ModuleList()
+        C_prev_prev, C_prev, C_curr = C_curr, C_curr, C
+        reduction_prev = False
+        for i in range(layers):
+            reduction = i in (layers // 3, 2 * layers // 3)
+            C_curr *= 2 if reduction else 1
+            cell = Cell(steps, multiplier, C_prev_prev, C_prev, C_curr, reduction, reduction_prev, self._primitives)
+            self.cells.append(cell)
+            reduction_prev = reduction
+            C_prev_prev, C_prev = C_prev, multiplier * C_curr
+        self.global_pooling = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(C_prev, num_classes)
+
+        edges = sum(2 + i for i in range(steps))
+        self.alphas_normal = nn.Parameter(1e-3 * torch.randn(edges, len(primitives)))
+        self.alphas_reduce = nn.Parameter(1e-3 * torch.randn(edges, len(primitives)))
+
+    def forward(self, input):
+        """(N, 3, H, W) -> logits (N, num_classes)."""
+        normal, reduce = F.softmax(self.alphas_normal, dim=-1), F.softmax(self.alphas_reduce, dim=-1)
+        s0 = s1 = self.stem(input)
+        for cell in self.cells:
+            s0, s1 = s1, cell(s0, s1, reduce if cell.reduction else normal)
+        return self.classifier(self.global_pooling(s1).flatten(1))
+
+    def _loss(self, input, target):
+        return self._criterion(self(input), target)
+
+    def arch_parameters(self):
+        """The alphas: [normal, reduce], each (edges, primitives)."""
+        return [self.alphas_normal, self.alphas_reduce]
+
+    def named_parameters(self, *args, **kwargs):
+        """The weights alone, by name; `parameters()` follows."""
+        alphas = {id(alpha) for alpha in self.arch_parameters()}
+        return (item for item in super().named_parameters(*args, **kwargs) if id(item[1]) not in alphas)
+
+    def new(self):
+        """A fresh network of the same arguments and alphas, on the same device."""
+        net = Network(
+            self._C,
+            self._num_classes,
+            self._layers,
+            self._criterion,
+            self._steps,
+            self._multiplier,
+            self._stem_multiplier,
+            self._primitives,
+        ).to(self.alphas_normal)
+        with torch.no_grad():
+            for new, old in zip(net.arch_parameters(), self.arch_parameters(), strict=True):
+                new.copy_(old)
+        return net
+
+    def genotype(self):
+        """The discrete architecture that the alphas stand for (arXiv 1806.09055, section 2.4).
+
+        Every node keeps the two incoming edges whose best primitive weighs most, and on each the best primitive;
+        `none` takes part in neither choice.
+        """
+        concat = range(2 + self._steps - self._multiplier, 2 + self._steps)
+        normal, reduce = (self._derive(F.softmax(alpha.detach(), dim=-1)) for alpha in self.arch_parameters())
+        return Genotype(normal=normal, normal_concat=concat, reduce=reduce, reduce_concat=concat)
+
+    def _derive(self, weights):
+        candidates = [k for k, primitive in enumerate(self._primitives) if primitive != "none"]
+        weights = weights.tolist()
+        best = [max(candidates, key=row.__getitem__) for row in weights]  # of equal ones, the first
+        gene, offset = [], 0
+        for inputs in range(2, 2 + self._steps):
+            edges = range(offset, offset + inputs)
+            for edge in sorted(edges, key=lambda edge: -weights[edge][best[edge]])[:2]:
+                gene.append((self._primitives[best[edge]], edge - offset))
+            offset += inputs
+        return gene
+
+
+def _check_counts(**counts):
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")

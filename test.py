@@ -1,0 +1,85 @@
+"""Evaluate a trained network on the test images.
+
+python test.py --model_path runs/train-EXP-20250101-120000              # a run of train.py
+python test.py --model_path weights.pt --arch DARTS_V2 --auxiliary      # a published state dict
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch.nn as nn
+
+import data
+import genotypes
+import utils
+from model import NetworkCIFAR
+from train import infer
+
+logger = logging.getLogger("darts.test")
+
+
+def build_parser():
+    parser = utils.ArgumentParser(
+        description="Evaluate a trained network. A run of train.py brings its own settings; those given here win."
+    )
+    parser.add_argument("--model_path", required=True, help="a run folder, its checkpoint.pt, or a state dict")
+    parser.add_argument("--batch_size", type=utils.number(int, low=1), default=96, help="images at once")
+    utils.add_data_arguments(parser)
+    parser.add_argument("--seed", type=utils.number(int, low=0), default=0, help="draws the --subset")
+    group = parser.add_argument_group("network (for a state dict)")
+    group.add_argument(
+        "--arch",
+        type=utils.user_value(lambda text: genotypes.format(genotypes.parse(text))),
+        default="DARTS",
+        help=f"a name ({', '.join(genotypes.NAMED)}), a Genotype(...) expression, a run folder or a genotype file",
+    )
+    group.add_argument("--init_channels", type=utils.number(int, low=1), default=36, help="channels of the first cells")
+    group.add_argument("--layers", type=utils.number(int, low=1), default=20, help="number of cells")
+    group.add_argument("--auxiliary", action="store_true", help="the network has an auxiliary head")
+    utils.add_device_arguments(parser)
+    return parser
+
+
+def load_run(parser, argv=None):
+    """The settings, the weights and, of a run of train.py, the whole checkpoint (else an empty dict)."""
+    args = parser.parse_args(argv)
+    path = Path(args.model_path)
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+        if not path.exists():
+            raise utils.UserError(f"--model_path {args.model_path}: no checkpoint.pt in that folder")
+    state = utils.load_checkpoint(path)
+    if not isinstance(state, dict):
+        raise utils.UserError(f"{path} holds a {type(state).__name__}, not a checkpoint or a state dict")
+    if "arch_optimizer" in state:
+        raise utils.UserError(f"{path} is a search: train what it found (python train.py --arch {path.parent}) first")
+    if not {"model", "args", "normalization"} <= set(state):
+        return args, state, {}
+    settings = vars(args) | {k: v for k, v in state["args"].items() if hasattr(args, k)}
+    return argparse.Namespace(**(settings | parser.given(argv))), state["model"], state
+
+
+def main():
+    args, weights, state = load_run(build_parser())
+    device = utils.pick_device(args)
+    images = data.load(args.dataset, args.data, False, args.image_size, args.subset, args.seed, device)
+    if state:
+        normalization = data.Normalization(*state["normalization"])
+    else:
+        train_images = data.load(args.dataset, args.data, True, args.image_size, args.subset, args.seed, device)
+        normalization = data.Normalization.of(args.dataset, train_images)
+    genotype = genotypes.parse(args.arch)
+    model = NetworkCIFAR(args.init_channels, len(images.classes), args.layers, args.auxiliary, genotype)
+    utils.load_weights(model, weights, args.model_path)
+    batches = data.Batches(images, args.batch_size, normalization, augmentation=None)
+    meter = infer(batches, model.to(device), nn.CrossEntropyLoss())
+    logger.info("genotype = %s", genotypes.format(genotype))
+    logger.info("%.2f M weights", utils.count_parameters_in_MB(model))
+    logger.info(
+        "test loss %.4f, top-1 %.2f%%, top-5 %.2f%% on %d images", meter.loss, meter.top1, meter.top5, len(images)
+    )
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

@@ -1,0 +1,156 @@
+"""Search for an architecture: train a supernet's weights and its alphas in turn (arXiv 1806.09055, Algorithm 1).
+
+python train_search.py --unrolled                                       # CIFAR-10, second order
+python train_search.py --unrolled --dataset digits --epochs 3           # a first try, no download
+python train_search.py --resume runs/search-EXP-20250101-120000         # go on where a run was stopped
+"""
+
+import logging
+
+import torch
+import torch.nn as nn
+
+import data
+import genotypes
+import utils
+import visualize
+from architect import Architect
+from model_search import Network
+
+logger = logging.getLogger("darts.search")
+
+
+def train(run, train_batches, search_batches, model, architect, optimizer, args):
+    """The steps that are left of an epoch: alphas on the search images, then weights on the training images."""
+    model.train()
+    lr = optimizer.param_groups[0]["lr"]
+    for input, target in run.steps(train_batches):
+        input_search, target_search = search_batches.batch(run.epoch, run.step)
+        architect.step(input, target, input_search, target_search, lr, optimizer, args.unrolled)
+
+        optimizer.zero_grad()
+        logits = model(input)
+        loss = model._criterion(logits, target)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        optimizer.step()
+        run.record(loss.detach(), logits.detach(), target)
+
+
+@torch.no_grad()
+def infer(run, batches, model):
+    """Loss and accuracy of the supernet on plain images, as a meter."""
+    model.eval()
+    meter = utils.AverageMeter()
+    for input, target in batches:
+        logits = model(input)
+        meter.update(model._criterion(logits, target).item(), logits, target)
+        run.stop_if_asked()
+    return meter
+
+
+def load_data(args, device):
+    """Batches for the weights and for the alphas: two halves of the training images; test images are not read."""
+    images = data.load(args.dataset, args.data, True, args.image_size, args.subset, args.seed, device)
+    normalization = data.Normalization.of(args.dataset, images)
+    cutout_length = args.cutout_length if args.cutout else 0
+    augmentation = data.Augmentation.of(args.dataset, images.pixels.shape[1], cutout_length)
+    parts = data.split(images, args.train_portion, args.seed)
+    for part, of in zip(parts, ("train_portion", "rest of the training images"), strict=True):
+        if args.batch_size > len(part):
+            raise utils.UserError(f"--batch_size {args.batch_size} is larger than the {of}: {len(part)} images")
+    train_batches, search_batches = (
+        data.Batches(part, args.batch_size, normalization, augmentation, key=(args.seed, stream))
+        for stream, part in enumerate(parts)
+    )
+    return train_batches, search_batches, images.classes
+
+
+def report(run, genotype):
+    """Write what has been found so far: genotype.json and the two cells."""
+    utils.write_text(run.folder / "genotype.json", genotypes.to_json(genotype))
+    logger.info("genotype = %s", genotypes.format(genotype))
+    if not visualize.draw(genotype, run.folder / "figures") and len(run.history) == 1:
+        logger.warning("%s/figures holds the cells as .gv only: %s", run.folder, visualize.INSTALL_DOT)
+
+
+def count_skips(genotype):
+    """Skip connections in the normal cell, and a warning if they have taken it over (arXiv 1909.09656)."""
+    skips = sum(primitive == "skip_connect" for primitive, _ in genotype.normal)
+    if 2 * skips > len(genotype.normal):
+        logger.warning(
+            "%d of the %d operations of the normal cell are skip_connect: the search may be collapsing; "
+            "fewer epochs or a larger --arch_weight_decay may help",
+            skips,
+            len(genotype.normal),
+        )
+    return skips
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(description="Search for an architecture with DARTS.")
+    utils.add_data_arguments(parser)
+    group = parser.add_argument_group("augmentation and split")
+    group.add_argument("--cutout", action="store_true", help="cut a square out of every training image")
+    group.add_argument("--cutout_length", type=utils.number(int, low=1), default=16, help="its side, in pixels")
+    group.add_argument(
+        "--train_portion",
+        type=utils.number(float, above=0, below=1),
+        default=0.5,
+        help="share of the training images that trains the weights; the rest trains the alphas",
+    )
+    group = parser.add_argument_group("supernet")
+    group.add_argument("--init_channels", type=utils.number(int, low=1), default=16, help="channels of the first cells")
+    group.add_argument("--layers", type=utils.number(int, low=1), default=8, help="number of cells")
+    group.add_argument("--search_space", choices=genotypes.SEARCH_SPACES, default="involution", help="primitives")
+    group = parser.add_argument_group("weights")
+    group.add_argument("--epochs", type=utils.number(int, low=1), default=50, help="passes over the training images")
+    group.add_argument("--batch_size", type=utils.number(int, low=2), default=64, help="images a step")
+    group.add_argument("--learning_rate", type=utils.number(float, above=0), default=0.025, help="initial, of SGD")
+    group.add_argument("--learning_rate_min", type=utils.number(float, low=0), default=0.001, help="final (cosine)")
+    group.add_argument("--momentum", type=utils.number(float, low=0, below=1), default=0.9, help="of SGD")
+    group.add_argument("--weight_decay", type=utils.number(float, low=0), default=3e-4, help="of SGD")
+    group.add_argument("--grad_clip", type=utils.number(float, above=0), default=5.0, help="largest gradient norm")
+    group = parser.add_argument_group("alphas")
+    group.add_argument("--unrolled", action="store_true", help="second order: look one step of the weights ahead")
+    group.add_argument("--arch_learning_rate", type=utils.number(float, above=0), default=3e-4, help="of Adam")
+    group.add_argument("--arch_weight_decay", type=utils.number(float, low=0), default=1e-3, help="of Adam")
+    utils.add_device_arguments(parser)
+    utils.add_run_arguments(parser, seed=2)
+    return utils.parse_args(parser, argv)
+
+
+def main():
+    args = parse_args()
+    device = utils.pick_device(args)
+    torch.manual_seed(args.seed)
+    train_batches, search_batches, classes = load_data(args, device)
+    primitives = genotypes.SEARCH_SPACES[args.search_space]
+    model = Network(args.init_channels, len(classes), args.layers, nn.CrossEntropyLoss(), primitives=primitives)
+    model.to(device)
+    optimizer = torch.optim.SGD(
+        model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=args.learning_rate_min)
+    architect = Architect(model, args)
+    parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, arch_optimizer=architect.optimizer)
+
+    with utils.Run("search", args, device, parts) as run:
+        logger.info("supernet of %.2f M weights, %s space", utils.count_parameters_in_MB(model), args.search_space)
+        while run.epoch < args.epochs:
+            lr = optimizer.param_groups[0]["lr"]
+            train(run, train_batches, search_batches, model, architect, optimizer, args)
+            valid = infer(run, search_batches, model)
+            logger.info("epoch %d/%d lr %.3e | train %s | valid %s", run.epoch + 1, args.epochs, lr, run.meter, valid)
+            genotype = model.genotype()
+            row = dict(epoch=run.epoch + 1, lr=lr, train_loss=run.meter.loss, train_acc=run.meter.top1)
+            row.update(valid_loss=valid.loss, valid_acc=valid.top1, skip_connects=count_skips(genotype))
+            scheduler.step()
+            run.end_epoch(row | {"genotype": genotypes.format(genotype)})
+            report(run, genotype)
+        report(run, model.genotype())
+        logger.info("searched; now: python train.py --arch %s", run.folder)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
