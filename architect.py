@@ -15,6 +15,8 @@ from contextlib import contextmanager
 
 import torch
 
+_R = 0.01  # ε = _R / ‖v‖, as in the paper
+
 
 class Architect:
     """Adam on the alphas of a supernet.
@@ -80,7 +82,7 @@ class Architect:
     def _hessian_vector_product(self, weights, vector, input, target):
         """∇²_{α,w} L_train · vector by a central difference around w."""
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
-        epsilon = float(0.01 / norm) if norm > 0 else 0.01  # a zero vector has a zero product
+        epsilon = float(_R / norm) if norm > 0 else _R  # a zero vector has a zero product
         grads = []
         for sign in (1, -1):
             with _weights_kept(weights):

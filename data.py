@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision.datasets
 from PIL import Image
 from tqdm import tqdm
 
@@ -191,6 +190,7 @@ def _choose(count, subset, seed):
 
 
 def _load_digits(train):
+    # the libraries that read a data set are imported where they are needed: they take seconds
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -203,7 +203,9 @@ def _load_digits(train):
 
 
 def _load_cifar(dataset, root, train):
-    cls = torchvision.datasets.CIFAR10 if dataset == "cifar10" else torchvision.datasets.CIFAR100
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    cls = CIFAR10 if dataset == "cifar10" else CIFAR100
     root = Path(root)
     is_new = not root.exists()
     try:
@@ -234,6 +236,8 @@ def _load_folder(root, train, size, subset, seed):
 
 def _scan_folder(root, train):
     """Class names, and (path, label) of every image below `root/train`, or below `root/test` or `root/val`."""
+    from torchvision.datasets import ImageFolder
+
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder; --dataset folder needs {root}/train and {root}/test")
     names = ("train",) if train else ("test", "val")
@@ -244,9 +248,9 @@ def _scan_folder(root, train):
     if not classes:
         raise UserError(f"{folder} holds no class folders: images belong in {folder}/<class>/")
     try:
-        samples = torchvision.datasets.ImageFolder(folder).samples
+        samples = ImageFolder(folder).samples
     except FileNotFoundError:
-        images = torchvision.datasets.ImageFolder(folder, allow_empty=True)
+        images = ImageFolder(folder, allow_empty=True)
         full = {label for _, label in images.samples}
         empty = [name for label, name in enumerate(images.classes) if label not in full]
         raise UserError(f"the class folder {folder / empty[0]} holds no image file") from None

@@ -196,8 +196,8 @@ def parse(text):
     if "(" in text:
         return _parse_expression(text)
     raise ValueError(
-        f"unknown genotype {text[:80]!r}{_did_you_mean(text, NAMED)}; it must be one of {', '.join(NAMED)}, "
-        "a Genotype(...) expression, or the path of a run folder or genotype file"
+        f"unknown genotype {text[:80]!r}{_did_you_mean(text, NAMED)} (a genotype is one of {', '.join(NAMED)}, "
+        "a Genotype(...) expression, or the path of a run folder or genotype file)"
     )
 
 
@@ -252,7 +252,7 @@ def _parse_expression(text):
         raise ValueError(f"a genotype text has at most {_LONGEST_TEXT} characters, got {len(text)} or more")
     text = re.sub("[‘’‚‛′`]", "'", re.sub("[“”„‟″]", '"', text))
     text = text.replace("\u00a0", " ").strip()
-    if text[0] in "'\"" and text[-1] == text[0]:
+    if len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]:
         text = text[1:-1].strip()
     try:
         tree = ast.parse(text, mode="eval").body

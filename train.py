@@ -13,6 +13,7 @@ import torch.nn as nn
 
 import data
 import genotypes
+import run_folder
 import utils
 import visualize
 from model import AuxiliaryHeadCIFAR, NetworkCIFAR
@@ -106,8 +107,8 @@ def parse_args(argv=None):
     group.add_argument("--weight_decay", type=utils.number(float, low=0), default=3e-4, help="of SGD")
     group.add_argument("--grad_clip", type=utils.number(float, above=0), default=5.0, help="largest gradient norm")
     utils.add_device_arguments(parser)
-    utils.add_run_arguments(parser, seed=0)
-    return utils.parse_args(parser, argv)
+    run_folder.add_arguments(parser, seed=0)
+    return run_folder.parse_args(parser, argv)
 
 
 def main():
@@ -124,7 +125,7 @@ def main():
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
 
-    with utils.Run("train", args, device, parts, normalization=tuple(normalization)) as run:
+    with run_folder.Run("train", args, device, parts, normalization=tuple(normalization)) as run:
         utils.write_text(run.folder / "genotype.json", genotypes.to_json(genotype))
         visualize.draw(genotype, run.folder / "figures")
         logger.info("network of %.2f M weights", utils.count_parameters_in_MB(model))

@@ -12,6 +12,7 @@ import torch.nn as nn
 
 import data
 import genotypes
+import run_folder
 import utils
 import visualize
 from architect import Architect
@@ -116,8 +117,8 @@ def parse_args(argv=None):
     group.add_argument("--arch_learning_rate", type=utils.number(float, above=0), default=3e-4, help="of Adam")
     group.add_argument("--arch_weight_decay", type=utils.number(float, low=0), default=1e-3, help="of Adam")
     utils.add_device_arguments(parser)
-    utils.add_run_arguments(parser, seed=2)
-    return utils.parse_args(parser, argv)
+    run_folder.add_arguments(parser, seed=2)
+    return run_folder.parse_args(parser, argv)
 
 
 def main():
@@ -135,7 +136,7 @@ def main():
     architect = Architect(model, args)
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, arch_optimizer=architect.optimizer)
 
-    with utils.Run("search", args, device, parts) as run:
+    with run_folder.Run("search", args, device, parts) as run:
         logger.info("supernet of %.2f M weights, %s space", utils.count_parameters_in_MB(model), args.search_space)
         while run.epoch < args.epochs:
             lr = optimizer.param_groups[0]["lr"]

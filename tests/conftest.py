@@ -1,0 +1,54 @@
+"""Scripts as subprocesses, and small sets of images."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Call a script in an empty folder: `script("train.py", "--layers", 3)` -> CompletedProcess."""
+    return lambda *command: start_script(tmp_path, *command, run=subprocess.run)
+
+
+def start_script(folder, name, *arguments, run=subprocess.Popen):
+    command = [sys.executable, str(ROOT / name), *(str(argument) for argument in arguments)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return run(command, cwd=folder, **pipes)
+
+
+def assert_one_clear_line(result, *says):
+    """Exit code 2 and a single line on stderr that says everything in `says`."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    for text in says:
+        assert text in lines[0]
+
+
+def only_run(folder, kind):
+    """The one run folder of a kind below a working folder."""
+    (run,) = Path(folder).glob(f"runs/{kind}-*")
+    return run
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """24 training and 12 test images of three colours, 12x10 pixels, as `--dataset folder` wants them."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 8), ("test", 4)):
+        for label, name in enumerate(("red", "green", "blue")):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for k in range(count):
+                pixels = rng.integers(0, 60, (12, 10, 3))
+                pixels[..., label] += 190
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{k:03d}.png")
+    return root

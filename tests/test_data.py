@@ -1,0 +1,196 @@
+"""Data sets and their augmentation."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from utils import UserError
+
+
+def numbered_images(count=20, size=8):
+    """Image k has the value k + 1 everywhere, but for a marked pixel at row 2, column 5."""
+    pixels = torch.arange(1, count + 1, dtype=torch.uint8)[:, None, None, None].repeat(1, size, size, 3)
+    pixels[:, 2, 5] = 255
+    return data.Images(pixels, torch.arange(count), [str(k) for k in range(count)])
+
+
+PLAIN = data.Normalization(mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3)  # leaves pixel values as they are
+BARE = data.Augmentation(pad=0, flip=False, cutout_length=0)
+
+
+def test_digits():
+    train, test = (data.load("digits", "unused", part) for part in (True, False))
+    assert (len(train), len(test)) == (1437, 360)
+    assert train.pixels.shape == (1437, 8, 8, 3) and train.pixels.dtype == torch.uint8
+    assert train.pixels.max() == 255 and len(train.classes) == 10
+    seen = {image.numpy().tobytes() for image in train.pixels}
+    assert sum(image.numpy().tobytes() in seen for image in test.pixels) < 5  # a few digits are pixel-equal
+
+
+def test_image_size_and_subset():
+    images = data.load("digits", "unused", True, image_size=20, subset=50, seed=3)
+    assert images.pixels.shape == (50, 20, 20, 3)
+    again = data.load("digits", "unused", True, image_size=20, subset=50, seed=3)
+    other = data.load("digits", "unused", True, image_size=20, subset=50, seed=4)
+    assert torch.equal(images.pixels, again.pixels) and not torch.equal(images.pixels, other.pixels)
+
+
+def test_folder(image_folder):
+    train = data.load("folder", image_folder, True)
+    assert train.pixels.shape == (24, 32, 32, 3)
+    assert train.classes == ["blue", "green", "red"]
+    brightest = train.pixels.float().mean((1, 2)).argmax(1)  # of red, green, blue
+    assert torch.equal(brightest, 2 - train.labels)
+    assert len(data.load("folder", image_folder, False, image_size=12)) == 12
+
+
+def test_val_is_a_name_for_the_test_folder(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "test").rename(tmp_path / "val")
+    assert len(data.load("folder", tmp_path, False)) == 12
+
+
+def test_an_epoch_is_every_image_once():
+    batches = data.Batches(numbered_images(), 6, PLAIN, BARE, key=(1, 0))
+    assert len(batches) == 4
+    labels = torch.cat([batches.batch(0, step)[1] for step in range(4)])
+    assert sorted(labels.tolist()) == list(range(20))
+    other = torch.cat([batches.batch(1, step)[1] for step in range(4)])
+    assert sorted(other.tolist()) == list(range(20)) and not torch.equal(labels, other)
+
+
+def test_a_last_batch_of_one_image_is_left_out():
+    batches = data.Batches(numbered_images(19), 6, PLAIN, BARE)
+    assert len(batches) == 3
+    assert sum(len(target) for _, target in batches) == 19  # but not in evaluation
+
+
+def test_a_batch_depends_on_seed_epoch_and_step_alone():
+    images, augmentation = numbered_images(), data.Augmentation(pad=2, flip=True, cutout_length=3)
+    first, second = (data.Batches(images, 6, PLAIN, augmentation, key=(1, 0)) for _ in range(2))
+    ahead = first.batch(3, 2)
+    for step in range(4):
+        second.batch(2, step)
+    assert all(torch.equal(a, b) for a, b in zip(ahead, second.batch(3, 2), strict=True))
+    other = data.Batches(images, 6, PLAIN, augmentation, key=(2, 0)).batch(3, 2)
+    assert not torch.equal(ahead[0], other[0])
+
+
+def test_a_second_lap_is_shuffled_anew():
+    batches = data.Batches(numbered_images(), 5, PLAIN, BARE)
+    laps = [torch.cat([batches.batch(0, step)[1] for step in range(k, k + 4)]) for k in (0, 4)]
+    assert sorted(laps[1].tolist()) == list(range(20)) and not torch.equal(*laps)
+
+
+def test_evaluation_images_are_plain_and_in_order():
+    images = numbered_images()
+    for augmentation in (None, data.Augmentation(pad=3, flip=True, cutout_length=4)):
+        batches = list(data.Batches(images, 8, PLAIN, augmentation))
+        assert [len(target) for _, target in batches] == [8, 8, 4]
+        assert torch.equal(torch.cat([target for _, target in batches]), images.labels)
+        input = torch.cat([input for input, _ in batches])
+        assert torch.allclose(input, images.pixels.permute(0, 3, 1, 2).float())
+
+
+def test_normalization_of_own_images():
+    torch.manual_seed(0)
+    images = data.Images(torch.randint(256, (50, 4, 4, 3), dtype=torch.uint8), torch.zeros(50).long(), ["a"])
+    ((input, _),) = data.Batches(images, 50, data.Normalization.of("folder", images), None)
+    assert torch.allclose(input.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(input.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-4)
+
+
+def test_the_crop_is_uniform_and_padded_with_black():
+    images = numbered_images(200)
+    batches = data.Batches(images, 200, PLAIN, data.Augmentation(pad=1, flip=False, cutout_length=0))
+    shifts = []
+    for epoch in range(20):
+        input, target = batches.batch(epoch, 0)
+        assert torch.equal(input[:, 0, 4, 3].long(), target + 1)
+        y = (input[:, 0] == 255).flatten(1).float().argmax(1) // 8
+        x = (input[:, 0] == 255).flatten(1).float().argmax(1) % 8
+        shifts += list(zip((2 - y).tolist(), (5 - x).tolist(), strict=True))
+        moved_down = y == 3
+        assert (input[moved_down][:, :, 0] == 0).all()
+    counts = np.array([shifts.count((dy, dx)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)])
+    assert counts.sum() == len(shifts)  # nothing else occurs
+    assert abs(counts / len(shifts) - 1 / 9).max() < 0.02
+
+
+def test_half_of_the_images_are_mirrored_unless_they_are_digits():
+    images = numbered_images(1000 // 5)
+    for dataset, share in (("folder", 0.5), ("digits", 0.0)):
+        flip = data.Augmentation.of(dataset, 32, 0).flip
+        batches = data.Batches(images, 200, PLAIN, data.Augmentation(pad=0, flip=flip, cutout_length=0))
+        inputs = torch.cat([batches.batch(epoch, 0)[0] for epoch in range(5)])
+        mirrored, straight = inputs[:, 0, 2, 2] == 255, inputs[:, 0, 2, 5] == 255
+        assert (mirrored ^ straight).all()
+        assert mirrored.float().mean().item() == pytest.approx(share, abs=0.06)
+
+
+def test_cutout_cuts_a_square_that_the_edge_may_clip():
+    batches = data.Batches(numbered_images(200), 200, PLAIN, data.Augmentation(pad=0, flip=False, cutout_length=4))
+    input, _ = batches.batch(0, 0)
+    holes = (input == 0).all(1)
+    assert torch.equal(holes, (input == 0).any(1))
+    heights, widths = holes.any(2).sum(1), holes.any(1).sum(1)
+    assert torch.equal(holes.sum((1, 2)), heights * widths)
+    assert {2, 3, 4} == set(heights.tolist()) == set(widths.tolist())
+    assert not torch.equal(holes[0], holes[1])
+
+
+def test_padding_is_in_the_originals_proportion():
+    assert data.Augmentation.of("cifar10", 32, 16) == (4, True, 16)
+    assert data.Augmentation.of("digits", 8, 0) == (1, False, 0)
+
+
+def test_input_is_channels_last():
+    input, _ = data.Batches(numbered_images(), 5, PLAIN, BARE).batch(0, 0)
+    assert input.shape == (5, 3, 8, 8) and input.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_split_is_a_partition():
+    train, rest = data.split(numbered_images(), 0.3, seed=1)
+    assert len(train) == 6
+    assert sorted([*train.labels.tolist(), *rest.labels.tolist()]) == list(range(20))
+    assert torch.equal(data.split(numbered_images(), 0.3, seed=1)[0].labels, train.labels)
+    with pytest.raises(UserError, match="leaves one part empty"):
+        data.split(numbered_images(), 0.01, seed=1)
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda root: shutil.rmtree(root), "no such folder"),
+        (lambda root: shutil.rmtree(root / "train"), "the folder train is missing"),
+        (lambda root: [p.unlink() for p in (root / "train" / "green").iterdir()], "train/green holds no image file"),
+        (lambda root: [shutil.rmtree(p) for p in (root / "train").iterdir()], "holds no class folders"),
+        (lambda root: (root / "train" / "red" / "003.png").write_bytes(b"\x89PNG no"), "train/red/003.png"),
+        (lambda root: (root / "train" / "red" / "003.png").write_bytes(b""), "train/red/003.png"),
+    ],
+)
+def test_damaged_folders_are_named(image_folder, tmp_path, damage, says):
+    root = tmp_path / "images"
+    shutil.copytree(image_folder, root)
+    damage(root)
+    with pytest.raises(UserError) as caught:
+        data.load("folder", root, True)
+    assert says in str(caught.value)
+
+
+def test_a_truncated_image_is_named(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "train" / "blue" / "000.png"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="blue/000.png"):
+        data.load("folder", tmp_path, True)
+
+
+def test_test_classes_must_be_the_training_classes(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "test" / "red").rename(tmp_path / "test" / "rot")
+    with pytest.raises(UserError, match="differ in 'red'"):
+        data.load("folder", tmp_path, False)

@@ -1,0 +1,230 @@
+"""Reading and writing genotypes: round trips, every spelling, and text that must be refused without being run."""
+
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import genotypes
+from genotypes import Genotype
+
+L10_IN_CURLY_QUOTES = """
+        Genotype(normal=[(‘invo2d_3x3’, 1), (‘invo2d_3x3’, 0), (‘invo2d_3x3’, 2),
+        (‘dil_invo2d_3x3’, 1), (‘skip_conn’, 0), (‘skip_conn’, 2), (‘skip_conn’, 2),
+        (‘skip_conn’, 3)], normal_concat=range(2, 6),
+        reduce=[(‘avg_pool_3x3’, 0), (‘invo2d_5x5’, 1), (‘invo2d_5x5’, 2),
+        (‘skip_conn’, 0), (‘avg_pool_3x3’, 0), (‘dil_invo2d_5x5’, 3),
+        (‘skip_conn’, 4), (‘invo2d_5x5’, 0)], reduce_concat=range(2, 6))
+"""
+GOOD = (
+    "Genotype(normal=[('none', 0), ('none', 1)], normal_concat=[2], "
+    "reduce=[('none', 0), ('none', 1)], reduce_concat=[2])"
+)
+
+
+@st.composite
+def random_genotypes(draw):
+    fields = {}
+    for cell in ("normal", "reduce"):
+        steps = draw(st.integers(1, 6))
+        edges = [
+            (draw(st.sampled_from(genotypes.known_primitives())), draw(st.integers(0, 1 + k // 2)))
+            for k in range(2 * steps)
+        ]
+        first = draw(st.integers(2, 1 + steps))
+        nodes = draw(st.sampled_from([range(first, 2 + steps), list(range(first, 2 + steps)), [first]]))
+        fields |= {cell: edges, f"{cell}_concat": nodes}
+    return Genotype(**fields)
+
+
+@given(random_genotypes())
+def test_text_round_trip(genotype):
+    text = genotypes.format(genotype)
+    assert "\n" not in text
+    assert genotypes.parse(text) == genotype
+
+
+@given(random_genotypes())
+def test_file_round_trip(tmp_path_factory, genotype):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "genotype.json").write_text(genotypes.to_json(genotype))
+    for path in (folder, folder / "genotype.json"):
+        read = genotypes.parse(path)
+        assert (read.normal, read.reduce) == (genotype.normal, genotype.reduce)
+        assert list(read.normal_concat) == list(genotype.normal_concat)
+        assert list(read.reduce_concat) == list(genotype.reduce_concat)
+
+
+def test_a_file_may_hold_an_expression(tmp_path):
+    path = tmp_path / "found (1).txt"
+    path.write_text(L10_IN_CURLY_QUOTES)
+    assert genotypes.parse(path) == genotypes.DARTS_L10
+
+
+@pytest.mark.parametrize("name", genotypes.NAMED)
+def test_named_genotypes_are_valid(name):
+    named = genotypes.parse(name)
+    assert genotypes.parse(genotypes.format(named)) == named
+
+
+def test_the_named_genotypes_are_the_published_ones():
+    assert set(genotypes.NAMED) == {
+        *("NASNet", "AmoebaNet", "DARTS_V1", "DARTS_V2"),
+        *("DARTS", "DARTS_L8", "DARTS_L10", "DARTS_L20"),
+    }
+    assert genotypes.DARTS == genotypes.DARTS_L10
+    assert genotypes.DARTS_L20.reduce[-2:] == [("avg_pool_3x3", 0), ("skip_connect", 2)]
+
+
+def test_search_spaces():
+    spaces = genotypes.SEARCH_SPACES
+    assert genotypes.PRIMITIVES == spaces["involution"] and len(spaces["involution"]) == 9
+    assert spaces["darts"] == (
+        "none max_pool_3x3 avg_pool_3x3 skip_connect sep_conv_3x3 sep_conv_5x5 dil_conv_3x3 dil_conv_5x5".split()
+    )
+    assert set(spaces["mixed"]) == {*spaces["involution"], *spaces["darts"]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        L10_IN_CURLY_QUOTES,
+        L10_IN_CURLY_QUOTES.replace("‘", "“").replace("’", "”"),
+        '"' + L10_IN_CURLY_QUOTES.strip() + '"',
+        "'" + L10_IN_CURLY_QUOTES.strip() + "'",
+        L10_IN_CURLY_QUOTES.replace(", ", ",                   "),
+        L10_IN_CURLY_QUOTES.replace("invo2d", "invo"),
+        L10_IN_CURLY_QUOTES.replace("‘invo2d", "‘sep_invo").replace("dil_invo2d", "dil_involution"),
+        L10_IN_CURLY_QUOTES.replace("skip_conn", "identity").replace("‘invo2d", "‘involution"),
+        L10_IN_CURLY_QUOTES.replace("normal=", "")
+        .replace("normal_concat=", "")
+        .replace("reduce=", "")
+        .replace("reduce_concat=", ""),
+    ],
+)
+def test_every_accepted_way_of_writing(text):
+    assert genotypes.parse(text) == genotypes.DARTS_L10
+
+
+@pytest.mark.parametrize(
+    "alias, primitive",
+    [
+        *[(a, "none") for a in ("none", "zero", "no_op")],
+        *[(a, "skip_connect") for a in ("skip_connect", "skip_conn", "identity")],
+        *[
+            (f"{a}_{k}x{k}", f"sep_invo_{k}x{k}")
+            for k in (3, 5, 7)
+            for a in ("sep_invo", "invo2d", "invo", "involution")
+        ],
+        *[(f"{a}_{k}x{k}", f"dil_invo_{k}x{k}") for k in (3, 5) for a in ("dil_invo", "dil_invo2d", "dil_involution")],
+    ],
+)
+def test_spellings(alias, primitive):
+    assert genotypes.parse(GOOD.replace("none", alias)).normal == [(primitive, 0), (primitive, 1)]
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "unknown genotype ''"),
+        ("DRATS", "did you mean DARTS"),
+        ("DARTS_L9", "did you mean DARTS_L"),
+        ("no/such/folder", "unknown genotype"),
+        ("Genotype(normal=[('none', 0), ('none', 1)]", "malformed genotype: '(' was never closed"),
+        (GOOD[:-3], "malformed genotype"),
+        (GOOD.replace("'none', 0", "'none' 0"), "malformed genotype"),
+        (GOOD.replace("'none', 0", "'nine', 0"), "normal[0]: unknown primitive 'nine'; did you mean none"),
+        (GOOD.replace("'none', 0", "'sep_invo_3x4', 0"), "did you mean sep_invo_3x3"),
+        (GOOD.replace("'none', 0", "None, 0"), "normal may hold lists"),
+        (GOOD.replace("'none', 0", "5, 0"), "normal[0]: unknown primitive 5"),
+        (GOOD.replace("'none', 1", "'none', 2"), "input node 2 does not exist yet; node 2 may read 0 to 1"),
+        (GOOD.replace("'none', 1", "'none', -1"), "got '-1'"),
+        (GOOD.replace("'none', 1", "'none', True"), "got 'True'"),
+        (GOOD.replace("'none', 1", "'none', '1'"), "input node '1' does not exist yet"),
+        (GOOD.replace("'none', 1", "'none'"), "must be a (primitive, node) pair"),
+        (GOOD.replace(", ('none', 1)", "", 1), "two (primitive, node) pairs for every node"),
+        (GOOD.replace("[2]", "[3]", 1), "node 3 does not exist; it may list 0 to 2"),
+        (
+            GOOD.replace("reduce_concat=[2]", "reduce_concat=[1]"),
+            "reduce_concat: node 1 does not exist; it may list 2 to 2",
+        ),
+        (GOOD.replace("[2]", "[]", 1), "normal_concat must list between 1 and"),
+        (GOOD.replace("[2]", "range(2, 999999999)", 1), "may hold"),
+        (GOOD.replace("[2]", "range(2, 19999)", 1), "must list between 1 and"),
+        (GOOD.replace("[2]", "range(2, 3, 0)", 1), "may hold"),
+        (GOOD.replace("[2]", "2", 1), "must list between"),
+        (GOOD.replace("normal=", "nromal="), "each once; got nromal"),
+        (GOOD.replace("reduce=", "normal="), "each once"),
+        (GOOD.replace("Genotype", "Genotyp"), "must be Genotype(...)"),
+        (GOOD.replace("Genotype(", "Genotype(**{}, "), "each once"),
+        (GOOD.replace("Genotype(", "Genotype(*[1], "), "each once"),
+        (GOOD + "; 1", "malformed"),
+        ("Genotype(" * 2000, "malformed"),
+        ("Genotype(" + "[" * 9000 + "]" * 9000 + ")", "malformed"),
+        ("Genotype(" + "9" * 5000 + ")", "malformed"),
+        ("Genotype(" + "-" * 15000 + "1)", ""),
+        ("Genotype(" + " " * 30000 + ")", "at most 20000 characters"),
+        ("Genotype(\0)", "malformed"),
+        ("x" * 5000, "unknown genotype"),
+    ],
+)
+def test_bad_text_says_what_is_wrong(text, says):
+    with pytest.raises(ValueError) as caught:
+        genotypes.parse(text)
+    message = str(caught.value)
+    assert says in message
+    assert len(message) < 600
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "__import__('os').mkdir('{}')",
+        GOOD.replace("[2]", "__import__('os').mkdir('{}')", 1),
+        GOOD.replace("'none', 0", "__import__('os').mkdir('{}'), 0", 1),
+        GOOD.replace("[2]", "[x for x in [__import__('os').mkdir('{}')]]", 1),
+        GOOD.replace("[2]", "range(__import__('os').mkdir('{}'))", 1),
+        GOOD.replace("'none', 0", "f\"{{__import__('os').mkdir('{}')}}\", 0", 1),
+        "Genotype.__init__.__globals__(__import__('os').mkdir('{}'))",
+        "(lambda: __import__('os').mkdir('{}'))()",
+    ],
+)
+def test_nothing_is_ever_executed(attack, tmp_path):
+    target = tmp_path / "executed"
+    text = attack.replace("{{", "{").replace("}}", "}").replace("{}", str(target))
+    with pytest.raises(ValueError):
+        genotypes.parse(text)
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(ValueError):
+        genotypes.parse(tmp_path / "file")
+    assert not os.path.exists(target)
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("{", "not a JSON genotype"),
+        ("[1]", "must be Genotype(...)"),
+        ('{"normal": []}', "a genotype has the fields"),
+        (json.dumps({name: 1 for name in Genotype._fields}), "normal must list two"),
+        (
+            json.dumps({**dict.fromkeys(Genotype._fields, [["none", 0], ["none", 1]]), "normal_concat": [[2]]}),
+            "node [2]",
+        ),
+        ("", "malformed"),
+        ("\x00\x01\xff", "malformed"),
+    ],
+)
+def test_bad_files_are_named(content, says, tmp_path):
+    path = tmp_path / "genotype.json"
+    path.write_text(content)
+    with pytest.raises(ValueError) as caught:
+        genotypes.parse(path)
+    assert says in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match="has no genotype.json"):
+        genotypes.parse(tmp_path)

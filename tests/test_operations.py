@@ -1,0 +1,58 @@
+"""Every primitive: sizes at both strides, zeros where zeros are due, drop-path."""
+
+import pytest
+import torch
+
+from genotypes import known_primitives
+from operations import OPS, FactorizedReduce, drop_path
+
+
+def test_every_primitive_of_the_vocabulary_exists():
+    assert set(OPS) == set(known_primitives())
+
+
+@pytest.mark.parametrize("primitive", OPS)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("H, W", [(8, 8), (7, 5), (1, 1)], ids=["even", "odd", "single pixel"])
+def test_output_size_and_gradient(primitive, stride, H, W):
+    torch.manual_seed(0)
+    op = OPS[primitive](6, stride, True)
+    x = torch.randn(3, 6, H, W, requires_grad=True)
+    out = op(x)
+    assert out.shape == (3, 6, -(-H // stride), -(-W // stride))
+    if primitive == "none":
+        assert not out.any()
+        return
+    out.square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(p.grad is not None for p in op.parameters())
+
+
+@pytest.mark.parametrize("C", [16, 36, 72, 144])
+def test_involutions_take_the_channels_of_the_published_networks(C):
+    assert OPS["sep_invo_5x5"](C, 2, True)(torch.randn(2, C, 5, 5)).shape == (2, C, 3, 3)
+
+
+def test_affine_reaches_every_batch_norm():
+    for primitive, make in OPS.items():
+        for affine in (False, True):
+            norms = [m for m in make(8, 2, affine).modules() if isinstance(m, torch.nn.BatchNorm2d)]
+            assert all(m.affine == affine for m in norms), primitive
+
+
+def test_factorized_reduce_sees_every_pixel():
+    op = FactorizedReduce(2, 4)
+    x = torch.rand(2, 2, 5, 6).add_(1).requires_grad_()  # positive: nothing is lost in the ReLU
+    (op(x) * torch.randn(2, 4, 3, 3)).sum().backward()
+    even, odd = x.grad[:, :, ::2, ::2], x.grad[:, :, 1::2, 1::2]
+    assert even.all() and odd.all()
+
+
+def test_drop_path_keeps_the_mean_and_drops_whole_images():
+    torch.manual_seed(0)
+    x = torch.ones(4000, 2, 3, 3)
+    out = drop_path(x, 0.3)
+    assert torch.allclose(out.unique(), torch.tensor([0.0, 1 / 0.7]))
+    assert (out == out[:, :1, :1, :1]).all()
+    assert out.mean().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(x, torch.ones_like(x))
