@@ -3,20 +3,31 @@
     out[n, c, y, x] = sum_{i, j} weight[n, g(c), i*K + j, y, x]
                       * input[n, c, y*s + (i - K//2)*d, x*s + (j - K//2)*d]        g(c) = floor(c*G/C)
 
-with zeros outside the image, s the stride and d the dilation (eq. 4 of the paper). The operator is bilinear, and
-the three passes below (forward, grad_input, grad_weight) are each other's derivatives, so that it can be
-differentiated any number of times. None of them builds the N x C x K*K x H x W tensor of unfolded patches: they
-add K*K shifted products in place.
+with zeros outside the image, s the stride and d the dilation (eq. 4 of the paper). The fused operator makes each
+pixel's weight from its `hidden` features where it is used, in forward and again in backward, and never writes it to
+memory.
+
+Backends, each with the same five functions; `backend` chooses, and INVOLUTION_BACKEND forces one:
+    cpu: involution_cpu.py, C++ built at first use; float32, bfloat16 and float64 on a CPU with a compiler.
+    triton: involution_triton.py; CUDA, or any device under TRITON_INTERPRET=1.
+    torch: involution_torch.py; every device and dtype.
+    reference: the equation below, differentiated by autograd. Slow; to compare with.
 """
 
 import math
+import os
 
 import torch
-import torch.nn as nn
+from torch import nn
 import torch.nn.functional as F
 
+from involution_ops import backend
+from involution_torch import shifted, span, taps
 
-# ------------------------------------------------------------------------------------------------- reference
+__all__ = ["Involution2d", "backend", "involution2d", "involution2d_fused", "involution2d_reference"]
+
+
+# ------------------------------------------------------------------------------------------------ functions
 
 
 def involution2d_reference(input, weight, stride=1, dilation=1):
@@ -25,148 +36,85 @@ def involution2d_reference(input, weight, stride=1, dilation=1):
     padded = F.pad(input, [dilation * (K // 2)] * 4)
     channels_per_group = input.shape[1] // weight.shape[1]
     output = 0
-    for i, j in _taps(K):
+    for i, j in taps(K):
         kernel = weight[:, :, i * K + j].repeat_interleave(channels_per_group, dim=1)
-        output = output + kernel * _shifted(padded, i, j, Ho, Wo, stride, dilation)
+        output = output + kernel * shifted(padded, i, j, Ho, Wo, stride, dilation)
     return output
-
-
-# ------------------------------------------------------------------------------- plain PyTorch, memory-light
-
-
-def _forward(input, weight, stride, dilation):
-    K = math.isqrt(weight.shape[2])
-    N, C, G, (Ho, Wo) = *input.shape[:2], weight.shape[1], weight.shape[3:]
-    padded = F.pad(input, [dilation * (K // 2)] * 4)
-    output = input.new_zeros(N, G, C // G, Ho, Wo)
-    for i, j in _taps(K):
-        pixels = _shifted(padded, i, j, Ho, Wo, stride, dilation).unflatten(1, (G, C // G))
-        output.addcmul_(pixels, weight[:, :, i * K + j].unsqueeze(2))
-    return output.flatten(1, 2)
-
-
-def _grad_input(grad_output, weight, H, W, stride, dilation):
-    K = math.isqrt(weight.shape[2])
-    N, C, G, (Ho, Wo) = *grad_output.shape[:2], weight.shape[1], weight.shape[3:]
-    pad = dilation * (K // 2)
-    padded = grad_output.new_zeros(N, C, H + 2 * pad, W + 2 * pad)
-    grad_output = grad_output.unflatten(1, (G, C // G))
-    for i, j in _taps(K):
-        pixels = _shifted(padded, i, j, Ho, Wo, stride, dilation).unflatten(1, (G, C // G))
-        pixels.addcmul_(grad_output, weight[:, :, i * K + j].unsqueeze(2))
-    return padded[:, :, pad : pad + H, pad : pad + W].contiguous()
-
-
-def _grad_weight(grad_output, input, K, G, stride, dilation):
-    N, C, Ho, Wo = grad_output.shape
-    padded = F.pad(input, [dilation * (K // 2)] * 4)
-    grad_weight = input.new_empty(N, G, K * K, Ho, Wo)
-    for i, j in _taps(K):
-        pixels = _shifted(padded, i, j, Ho, Wo, stride, dilation)
-        grad_weight[:, :, i * K + j] = (grad_output * pixels).unflatten(1, (G, C // G)).sum(2)
-    return grad_weight
-
-
-def _taps(K):
-    return ((i, j) for i in range(K) for j in range(K))
-
-
-def _shifted(padded, i, j, Ho, Wo, stride, dilation):
-    """The pixel that tap (i, j) reads for every output position: a view (N, C, Ho, Wo) of the padded image."""
-    y, x = i * dilation, j * dilation
-    return padded[:, :, y : y + (Ho - 1) * stride + 1 : stride, x : x + (Wo - 1) * stride + 1 : stride]
-
-
-# -------------------------------------------------------------------------------------------------- autograd
-
-
-class _Forward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, input, weight, stride, dilation):
-        ctx.save_for_backward(input, weight)
-        ctx.stride, ctx.dilation = stride, dilation
-        return _forward(input, weight, stride, dilation)
-
-    @staticmethod
-    def backward(ctx, grad):
-        input, weight = ctx.saved_tensors
-        s, d = ctx.stride, ctx.dilation
-        K, G, (H, W) = math.isqrt(weight.shape[2]), weight.shape[1], input.shape[2:]
-        grad_input = _GradInput.apply(grad, weight, H, W, s, d) if ctx.needs_input_grad[0] else None
-        grad_weight = _GradWeight.apply(grad, input, K, G, s, d) if ctx.needs_input_grad[1] else None
-        return grad_input, grad_weight, None, None
-
-
-class _GradInput(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, grad, weight, H, W, stride, dilation):
-        ctx.save_for_backward(grad, weight)
-        ctx.stride, ctx.dilation = stride, dilation
-        return _grad_input(grad, weight, H, W, stride, dilation)
-
-    @staticmethod
-    def backward(ctx, u):
-        grad, weight = ctx.saved_tensors
-        s, d = ctx.stride, ctx.dilation
-        K, G = math.isqrt(weight.shape[2]), weight.shape[1]
-        to_grad = _Forward.apply(u, weight, s, d) if ctx.needs_input_grad[0] else None
-        to_weight = _GradWeight.apply(grad, u, K, G, s, d) if ctx.needs_input_grad[1] else None
-        return to_grad, to_weight, None, None, None, None
-
-
-class _GradWeight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, grad, input, K, G, stride, dilation):
-        ctx.save_for_backward(grad, input)
-        ctx.stride, ctx.dilation = stride, dilation
-        return _grad_weight(grad, input, K, G, stride, dilation)
-
-    @staticmethod
-    def backward(ctx, u):
-        grad, input = ctx.saved_tensors
-        s, d = ctx.stride, ctx.dilation
-        to_grad = _Forward.apply(input, u, s, d) if ctx.needs_input_grad[0] else None
-        to_input = _GradInput.apply(grad, u, *input.shape[2:], s, d) if ctx.needs_input_grad[1] else None
-        return to_grad, to_input, None, None, None, None
-
-
-# --------------------------------------------------------------------------------------------------- public
 
 
 def involution2d(input, weight, stride=1, dilation=1):
     """Apply per-pixel kernels `weight` to `input`.
 
     Args:
-        input: (N, C, H, W).
+        input: (N, C, H, W), in any layout; channels-last is the fastest.
         weight: (N, G, K*K, Ho, Wo), K odd, G a divisor of C, Ho = ceil(H/stride), Wo = ceil(W/stride); the
-            input's dtype and device.
+            input's dtype and device (under autocast, both are cast).
         stride, dilation: positive integers.
 
     Returns:
-        (N, C, Ho, Wo), differentiable any number of times.
+        (N, C, Ho, Wo) in the input's layout, differentiable any number of times.
 
     Raises:
-        ValueError: an argument of another shape, dtype or device.
+        ValueError: an argument of another shape, dtype or device; INVOLUTION_BACKEND asks for the impossible.
     """
+    input, weight = _autocast(input, weight)
     _check(input, weight, stride, dilation)
-    return _Forward.apply(input, weight, stride, dilation)
+    if _reference_forced():
+        return involution2d_reference(input, weight, stride, dilation)
+    return torch.ops.darts_involution.forward(input, weight, stride, dilation)
+
+
+def involution2d_fused(input, hidden, span_weight, span_bias, kernel_size, stride=1, dilation=1):
+    """Apply to `input` the kernels that a 1x1 convolution makes from `hidden`, without writing them to memory.
+
+    Equal to `involution2d` with weight[n, g, t] = span_bias[g*K*K + t] + sum_r span_weight[g*K*K + t, r] hidden[n, r].
+
+    Args:
+        input: (N, C, H, W), in any layout; channels-last is the fastest.
+        hidden: (N, C_hidden, Ho, Wo), Ho = ceil(H/stride), Wo = ceil(W/stride).
+        span_weight: (K*K*G, C_hidden) or (K*K*G, C_hidden, 1, 1), G a divisor of C.
+        span_bias: (K*K*G,).
+        kernel_size: K, odd.
+        stride, dilation: positive integers.
+
+    Returns:
+        (N, C, Ho, Wo) in the input's layout. A second derivative is right, but makes the weight tensor.
+
+    Raises:
+        ValueError: as `involution2d`.
+    """
+    input, hidden, span_weight, span_bias = _autocast(input, hidden, span_weight, span_bias)
+    _check_fused(input, hidden, span_weight, span_bias, kernel_size, stride, dilation)
+    if _reference_forced():
+        weight = span(hidden, span_weight, span_bias, kernel_size)
+        return involution2d_reference(input, weight, stride, dilation)
+    return torch.ops.darts_involution.fused_forward(
+        input, hidden, span_weight, span_bias, kernel_size, stride, dilation
+    )
+
+
+def _reference_forced():
+    return os.environ.get("INVOLUTION_BACKEND") == "reference"
+
+
+def _autocast(*tensors):
+    """Under autocast an involution runs in the low precision, as convolutions do."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device_type)) for tensor in tensors)
+
+
+# ----------------------------------------------------------------------------------------- checks of arguments
 
 
 def _check(input, weight, stride, dilation):
     """Return K and the output size (Ho, Wo); raise ValueError on arguments that do not belong together."""
-    for name, value in (("stride", stride), ("dilation", dilation)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    if input.dim() != 4:
-        raise ValueError(f"input must be (N, C, H, W), got shape {tuple(input.shape)}")
+    _check_counts(stride=stride, dilation=dilation)
+    _check_image(input)
     if weight.dim() != 5:
         raise ValueError(f"weight must be (N, G, K*K, Ho, Wo), got shape {tuple(weight.shape)}")
-    if not input.is_floating_point():
-        raise ValueError(f"input must be of a floating-point dtype, got {input.dtype}")
-    if weight.dtype != input.dtype:
-        raise ValueError(f"weight must have the input's dtype {input.dtype}, got {weight.dtype}")
-    if weight.device != input.device:
-        raise ValueError(f"weight must be on the input's device {input.device}, got {weight.device}")
+    _check_same(input, weight=weight)
     N, C, H, W = input.shape
     G, K = weight.shape[1], math.isqrt(weight.shape[2])
     Ho, Wo = -(-H // stride), -(-W // stride)
@@ -176,8 +124,63 @@ def _check(input, weight, stride, dilation):
         raise ValueError(f"weight's groups must divide the input's {C} channels, got {G} groups")
     if weight.shape[0] != N or weight.shape[3:] != (Ho, Wo):
         expected = (N, G, K * K, Ho, Wo)
-        raise ValueError(f"weight must have shape {expected} for this input and stride, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must have shape {expected} for this input and stride, got {tuple(weight.shape)}"
+        )
     return K, (Ho, Wo)
+
+
+def _check_fused(input, hidden, span_weight, span_bias, kernel_size, stride, dilation):
+    """Raise ValueError on arguments that do not belong together."""
+    _check_counts(kernel_size=kernel_size, stride=stride, dilation=dilation)
+    _check_image(input)
+    K, (N, C, H, W) = kernel_size, input.shape
+    if K % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, got {K}")
+    if hidden.dim() != 4 or hidden.shape[1] < 1:
+        raise ValueError(f"hidden must be (N, C_hidden, Ho, Wo), got shape {tuple(hidden.shape)}")
+    expected = (N, hidden.shape[1], -(-H // stride), -(-W // stride))
+    if hidden.shape != expected:
+        raise ValueError(
+            f"hidden must have shape {expected} for this input and stride, got {tuple(hidden.shape)}"
+        )
+    outputs = span_weight.shape[0] if span_weight.dim() in (2, 4) else 0
+    if outputs < 1 or span_weight.shape[1:] not in (expected[1:2], (*expected[1:2], 1, 1)):
+        shape = tuple(span_weight.shape)
+        raise ValueError(
+            f"span_weight must be (K*K*G, {expected[1]}) or that of a 1x1 convolution, got shape {shape}"
+        )
+    if outputs % (K * K) or C % (outputs // (K * K)):
+        raise ValueError(
+            f"span_weight must have K*K*G rows with K = {K} and G a divisor of {C}, got {outputs} rows"
+        )
+    if span_bias.shape != (outputs,):
+        raise ValueError(f"span_bias must have shape {(outputs,)}, got {tuple(span_bias.shape)}")
+    _check_same(input, hidden=hidden, span_weight=span_weight, span_bias=span_bias)
+
+
+def _check_counts(**counts):
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _check_image(input):
+    if input.dim() != 4:
+        raise ValueError(f"input must be (N, C, H, W), got shape {tuple(input.shape)}")
+    if not input.is_floating_point():
+        raise ValueError(f"input must be of a floating-point dtype, got {input.dtype}")
+
+
+def _check_same(input, **others):
+    for name, tensor in others.items():
+        if tensor.dtype != input.dtype:
+            raise ValueError(f"{name} must have the input's dtype {input.dtype}, got {tensor.dtype}")
+        if tensor.device != input.device:
+            raise ValueError(f"{name} must be on the input's device {input.device}, got {tensor.device}")
+
+
+# --------------------------------------------------------------------------------------------------- module
 
 
 class _ConvBN(nn.Module):
@@ -203,6 +206,14 @@ class _Conv(nn.Module):
         return self.conv(x)
 
 
+def _fusable(span):
+    """Whether the module is a plain convolution that nobody watches, whose work the fused operator can do."""
+    watched = (
+        span._forward_hooks or span._forward_pre_hooks or span._backward_hooks or span._backward_pre_hooks
+    )
+    return type(span) is nn.Conv2d and span.bias is not None and not watched
+
+
 class Involution2d(nn.Module):
     """Involution whose kernels are generated from its own input (Algorithm 1 of the paper).
 
@@ -218,7 +229,7 @@ class Involution2d(nn.Module):
         self, channels, kernel_size, stride=1, dilation=1, group_channels=16, reduction_ratio=4, affine=True
     ):
         super().__init__()
-        counts = dict(
+        _check_counts(
             channels=channels,
             kernel_size=kernel_size,
             stride=stride,
@@ -226,9 +237,6 @@ class Involution2d(nn.Module):
             group_channels=group_channels,
             reduction_ratio=reduction_ratio,
         )
-        for name, value in counts.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         self.channels, self.kernel_size, self.stride, self.dilation = channels, kernel_size, stride, dilation
@@ -241,8 +249,12 @@ class Involution2d(nn.Module):
         self.conv2 = _Conv(hidden, kernel_size**2 * self.groups)
 
     def forward(self, x):
-        weight = self.conv2(self.conv1(self.avgpool(x)))
-        weight = weight.unflatten(1, (self.groups, self.kernel_size**2))
+        hidden, span = self.conv1(self.avgpool(x)), self.conv2.conv
+        if _fusable(span):
+            return involution2d_fused(
+                x, hidden, span.weight, span.bias, self.kernel_size, self.stride, self.dilation
+            )
+        weight = self.conv2(hidden).unflatten(1, (self.groups, self.kernel_size**2))
         return involution2d(x, weight, self.stride, self.dilation)
 
     def extra_repr(self):

@@ -1,0 +1,888 @@
+// Involution on the CPU: forward, grad_input and grad_weight with given kernels, and the fused passes that make
+// the kernels of a few pixels at a time from `hidden`, use them and forget them (see involution.py for the equation).
+//
+// The output is cut into tiles of at most 32 pixels, whose K*K kernels fit the first-level cache as one (K*K, 32)
+// matrix. Forward and grad_input run over channels: a pixel's channels lie in registers and each kernel value is
+// broadcast. grad_weight and the products with `span` run over pixels. Images are padded in scratch memory, so that
+// no inner loop asks where the border is; the scratch copy also takes in any layout and dtype. Every image, or block
+// of rows when there are few images, is one piece of work for PyTorch's threads; what is summed and in which order
+// never depends on the number of threads. bfloat16 is computed in float32.
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+constexpr int kTile = 32;           // output pixels whose kernels are held at once
+constexpr int kPitch = kTile + 16;  // room for the last vector of a tile's last row
+constexpr int kRowUnit = 8;         // a tile's rows are padded to a multiple of this
+constexpr int kChunks = 32;         // partial sums of the span gradient: fixed, whatever the number of threads
+
+template <class A>
+constexpr int kLanes = kVectorBytes / sizeof(A);
+
+template <class A>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vec = typename VectorOf<A>::type;
+
+template <class A>
+inline Vec<A> load(const A* p) {
+  Vec<A> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class A>
+inline void store(A* p, Vec<A> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+struct BFloat16 {
+  uint16_t bits;
+  operator float() const {
+    uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof(value));
+    return value;
+  }
+  BFloat16() = default;
+  explicit BFloat16(float value) {
+    uint32_t wide;
+    std::memcpy(&wide, &value, sizeof(wide));
+    // round to nearest even; a NaN must not round up into an infinity
+    bits = value != value ? 0x7fc0 : uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+  }
+};
+
+template <class T>
+struct AccumulatorOf {
+  using type = T;
+};
+template <>
+struct AccumulatorOf<BFloat16> {
+  using type = float;
+};
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// ---------------------------------------------------------------------------------------------- problem and views
+
+struct Problem {
+  int64_t N, C, H, W, G, K, stride, dilation, hidden;
+  int64_t Ho() const { return (H + stride - 1) / stride; }
+  int64_t Wo() const { return (W + stride - 1) / stride; }
+  int64_t Cg() const { return C / G; }
+  int64_t KK() const { return K * K; }
+  int64_t pad() const { return dilation * (K / 2); }
+  int64_t tile_width() const { return std::min<int64_t>(kTile, round_up(Wo(), kRowUnit)); }
+  int64_t tile_rows() const { return kTile / tile_width(); }
+  // columns of a padded row, so that also the unused pixels at the end of a tile's row read inside it
+  int64_t padded_cols() const {
+    return std::max((round_up(Wo(), tile_width()) - 1) * stride + (K - 1) * dilation + 1, pad() + W);
+  }
+  int64_t padded_rows(int64_t rows) const { return (rows - 1) * stride + (K - 1) * dilation + 1; }
+
+  // Rows of one piece of work. Few images are cut, so that several threads have something to do; large ones, so that
+  // the scratch image stays in the second-level cache.
+  int64_t block_rows() const {
+    int64_t pieces = N > 0 ? (16 + N - 1) / N : 1;
+    int64_t rows = std::min((Ho() + pieces - 1) / pieces, 4096 / std::max<int64_t>(Wo(), 1));
+    return std::max<int64_t>(1, std::min(std::max<int64_t>(rows, 8), Ho()));
+  }
+  int64_t blocks() const { return (Ho() + block_rows() - 1) / block_rows(); }
+};
+
+template <class T>
+struct Image {  // (N, C, H, W) with strides in elements
+  T* data;
+  int64_t n, c, h, w;
+  Image(const void* pointer, const int64_t* s) : data((T*)pointer), n(s[0]), c(s[1]), h(s[2]), w(s[3]) {}
+  T* at(int64_t in, int64_t ic, int64_t ih, int64_t iw) const { return data + in * n + ic * c + ih * h + iw * w; }
+};
+
+template <class T>
+struct Kernels {  // (N, G, K*K, Ho, Wo) with strides in elements
+  T* data;
+  int64_t n, g, k, h, w;
+  Kernels(const void* pointer, const int64_t* s)
+      : data((T*)pointer), n(s[0]), g(s[1]), k(s[2]), h(s[3]), w(s[4]) {}
+  T* at(int64_t in, int64_t ig, int64_t ih, int64_t iw) const { return data + in * n + ig * g + ih * h + iw * w; }
+};
+
+struct Tile {  // pixel (r, x) of the tile is the output's (y + r, x0 + x) and lies at r * width + x
+  int64_t y, rows, x0, nx, width;
+};
+
+template <class F>
+void for_tiles(const Problem& p, int64_t y_begin, int64_t y_end, const F& f) {
+  const int64_t width = p.tile_width(), rows = p.tile_rows();
+  for (int64_t y = y_begin; y < y_end; y += rows)
+    for (int64_t x0 = 0; x0 < p.Wo(); x0 += width)
+      f(Tile{y, std::min(rows, y_end - y), x0, std::min(width, p.Wo() - x0), width});
+}
+
+class Scratch {  // one growing buffer a thread, handed out in aligned pieces
+ public:
+  explicit Scratch(size_t bytes) {
+    bytes += 64;
+    if (buffer().size() < bytes) buffer().resize(bytes);
+    next_ = (char*)((uintptr_t(buffer().data()) + 63) / 64 * 64);
+  }
+  template <class A>
+  A* take(int64_t count) {
+    A* piece = (A*)next_;
+    next_ += round_up(count * sizeof(A), 64);
+    return piece;
+  }
+
+ private:
+  static std::vector<char>& buffer() {
+    thread_local std::vector<char> bytes;
+    return bytes;
+  }
+  char* next_;
+};
+
+// ---------------------------------------------------------------------------------------------------- copies
+
+// dst[r * dr + c * dc] = src[r * sr + c * sc], converting
+template <class D, class S>
+void copy_matrix(D* dst, int64_t dr, int64_t dc, const S* src, int64_t sr, int64_t sc, int64_t rows, int64_t cols) {
+  if (dc != 1 && dr == 1) {
+    std::swap(dr, dc), std::swap(sr, sc), std::swap(rows, cols);
+  }
+  if (dc == 1 && sc == 1) {
+    if (dr == cols && sr == cols) cols *= rows, rows = 1;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < cols; ++c) dst[r * dr + c] = D(src[r * sr + c]);
+    return;
+  }
+  constexpr int64_t kBlock = 8;  // a transposition reads and writes a cache line of either side at a time
+  for (int64_t r0 = 0; r0 < rows; r0 += kBlock) {
+    const int64_t r1 = std::min(rows, r0 + kBlock);
+    for (int64_t c = 0; c < cols; ++c)
+      for (int64_t r = r0; r < r1; ++r) dst[r * dr + c * dc] = D(src[r * sr + c * sc]);
+  }
+}
+
+// The rows that output rows [y0, y0 + rows) read, with their border, as (row, col, channel) with `width` channels
+template <class A, class T>
+void load_pixels(A* dst, const Problem& p, const Image<T>& image, int64_t n, int64_t c0, int64_t channels,
+                 int64_t width, int64_t y0, int64_t rows) {
+  const int64_t cols = p.padded_cols(), pad = p.pad(), copied = std::min(p.W, cols - pad);
+  if (channels < width) std::fill_n(dst, p.padded_rows(rows) * cols * width, A(0));
+  for (int64_t r = 0; r < p.padded_rows(rows); ++r) {
+    A* row = dst + r * cols * width;
+    const int64_t h = y0 * p.stride - pad + r;
+    if (h < 0 || h >= p.H) {
+      std::fill_n(row, cols * width, A(0));
+      continue;
+    }
+    std::fill_n(row, pad * width, A(0));
+    copy_matrix(row + pad * width, width, 1, image.at(n, c0, h, 0), image.w, image.c, copied, channels);
+    std::fill_n(row + (pad + copied) * width, (cols - pad - copied) * width, A(0));
+  }
+}
+
+// The same rows as (row, channel, phase, col / stride): the pixels that one tap reads for consecutive outputs are
+// neighbours also when the stride is not 1
+struct Planes {
+  int64_t pitch, channel, row;
+  Planes(const Problem& p)
+      : pitch(round_up(p.padded_cols() / p.stride + 2, 4) + 16), channel(p.stride * pitch), row(p.Cg() * channel) {}
+};
+
+template <class A, class T>
+void load_planes(A* dst, const Planes& planes, const Problem& p, const Image<T>& image, int64_t n, int64_t c0,
+                 int64_t y0, int64_t rows) {
+  std::fill_n(dst, p.padded_rows(rows) * planes.row, A(0));
+  for (int64_t r = 0; r < p.padded_rows(rows); ++r) {
+    const int64_t h = y0 * p.stride - p.pad() + r;
+    if (h < 0 || h >= p.H) continue;
+    for (int64_t phase = 0; phase < p.stride; ++phase) {
+      // column m * stride + phase of the padded row is column m * stride + phase - pad of the image
+      const int64_t first = std::max<int64_t>(0, (p.pad() - phase + p.stride - 1) / p.stride);
+      const int64_t w = first * p.stride + phase - p.pad();
+      if (w >= p.W) continue;
+      const int64_t count = std::min((p.W - w + p.stride - 1) / p.stride, planes.pitch - first);
+      copy_matrix(dst + r * planes.row + phase * planes.pitch + first, planes.channel, 1, image.at(n, c0, h, w),
+                  image.c, image.w * p.stride, p.Cg(), count);
+    }
+  }
+}
+
+// A tile of an image as (channel, pixel), zero at unused pixels
+template <class A, class T>
+void load_tile(A* dst, const Tile& t, const Image<T>& image, int64_t n, int64_t c0, int64_t channels) {
+  if (t.nx < t.width || t.rows * t.width < kTile) std::fill_n(dst, channels * kPitch, A(0));
+  for (int64_t r = 0; r < t.rows; ++r)
+    copy_matrix(dst + r * t.width, kPitch, 1, image.at(n, c0, t.y + r, t.x0), image.c, image.w, channels, t.nx);
+}
+
+// ------------------------------------------------------------------------------------------------ inner loops
+
+// C[m][q] = (add ? C[m][q] : 0) + sum_k A[m * am + k * ak] * B[k][q] over the pixels of a tile
+template <class A, int M>
+inline void multiply_rows(const A* a, int64_t am, int64_t ak, const A* b, A* c, int64_t depth, bool add) {
+  constexpr int L = kLanes<A>;
+  for (int q = 0; q < kTile; q += 2 * L) {
+    Vec<A> sum[M][2];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      sum[m][0] = add ? load(c + m * kPitch + q) : Vec<A>{};
+      sum[m][1] = add ? load(c + m * kPitch + q + L) : Vec<A>{};
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      const Vec<A> b0 = load(b + k * kPitch + q), b1 = load(b + k * kPitch + q + L);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        sum[m][0] += b0 * a[m * am + k * ak];
+        sum[m][1] += b1 * a[m * am + k * ak];
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      store(c + m * kPitch + q, sum[m][0]);
+      store(c + m * kPitch + q + L, sum[m][1]);
+    }
+  }
+}
+
+template <class A>
+void multiply(const A* a, int64_t am, int64_t ak, const A* b, A* c, int64_t M, int64_t depth, bool add) {
+  int64_t m = 0;
+  for (; m + 4 <= M; m += 4) multiply_rows<A, 4>(a + m * am, am, ak, b, c + m * kPitch, depth, add);
+  for (; m < M; ++m) multiply_rows<A, 1>(a + m * am, am, ak, b, c + m * kPitch, depth, add);
+}
+
+// sums[k][ch][lane] += the tile's gw[k] * hidden[ch], one sum a lane
+template <class A, int M, int D>
+inline void accumulate_block(const A* gw, const A* hidden, A* sums, int64_t depth) {
+  constexpr int L = kLanes<A>;
+  Vec<A> sum[M][D];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int d = 0; d < D; ++d) sum[m][d] = load(sums + (m * depth + d) * L);
+  for (int q = 0; q < kTile; q += L) {
+    Vec<A> h[D];
+#pragma GCC unroll 8
+    for (int d = 0; d < D; ++d) h[d] = load(hidden + d * kPitch + q);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const Vec<A> g = load(gw + m * kPitch + q);
+#pragma GCC unroll 8
+      for (int d = 0; d < D; ++d) sum[m][d] += g * h[d];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int d = 0; d < D; ++d) store(sums + (m * depth + d) * L, sum[m][d]);
+}
+
+template <class A>
+void accumulate_outer(const A* gw, const A* hidden, A* sums, int64_t M, int64_t depth) {
+  constexpr int L = kLanes<A>;
+  int64_t d = 0;
+  for (; d + 2 <= depth; d += 2) {
+    int64_t m = 0;
+    for (; m + 4 <= M; m += 4)
+      accumulate_block<A, 4, 2>(gw + m * kPitch, hidden + d * kPitch, sums + (m * depth + d) * L, depth);
+    for (; m < M; ++m)
+      accumulate_block<A, 1, 2>(gw + m * kPitch, hidden + d * kPitch, sums + (m * depth + d) * L, depth);
+  }
+  for (; d < depth; ++d)
+    for (int64_t m = 0; m < M; ++m)
+      accumulate_block<A, 1, 1>(gw + m * kPitch, hidden + d * kPitch, sums + (m * depth + d) * L, depth);
+}
+
+// What a pixel loop needs to know of the scratch image, in elements
+struct Steps {
+  int64_t row, col, pixel, K;  // between taps i and i + 1, taps j and j + 1, and neighbouring output pixels
+};
+
+// Output pixels of one strip. With eight vectors of sums both multiply-add units stay busy.
+template <int V, int X>
+constexpr int kStrip = V == 1 ? (X == 1 ? 8 : 4) : 4;
+
+// Visit the strips of a row: pixels x, x + X, ..., x + (P - 1) * X
+template <int P, int X, class F>
+inline void for_strips(int64_t width, const F& f) {
+  for (int64_t x = 0; x < width; x += P * X)
+    for (int64_t phase = 0; phase < X; ++phase) f(x + phase);
+}
+
+// One row of a tile: out[x] = sum_{i,j} w[i*K + j][x] * image[x*stride + (i, j)*dilation], V vectors of channels.
+// X = dilation / stride: pixels X apart read columns one tap apart, so that a column is loaded once for a strip.
+template <class A, int K, int V, int X>
+void forward_row(const A* image, const A* w, A* out, int64_t width, const Steps& steps) {
+  constexpr int L = kLanes<A>, P = kStrip<V, X>;
+  for_strips<P, X>(width, [&](int64_t x) {
+    Vec<A> sum[P][V] = {};
+    for (int i = 0; i < K; ++i) {
+      const A* line = image + i * steps.row + x * steps.pixel;
+      const A* taps = w + i * K * kPitch + x;
+#pragma GCC unroll 16
+      for (int m = 0; m < P + K - 1; ++m) {
+        Vec<A> column[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) column[v] = load(line + m * steps.col + v * L);
+#pragma GCC unroll 8
+        for (int s = 0; s < P; ++s) {
+          if (m - s < 0 || m - s >= K) continue;
+          const A tap = taps[(m - s) * kPitch + s * X];
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) sum[s][v] += column[v] * tap;
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < P; ++s)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(out + ((x + s * X) * V + v) * L, sum[s][v]);
+  });
+}
+
+// The same for any K, stride and dilation
+template <class A, int V>
+void forward_row_any(const A* image, const A* w, A* out, int64_t width, const Steps& steps) {
+  constexpr int L = kLanes<A>, P = 4;
+  for_strips<P, 1>(width, [&](int64_t x) {
+    Vec<A> sum[P][V] = {};
+    for (int64_t i = 0; i < steps.K; ++i)
+      for (int64_t j = 0; j < steps.K; ++j) {
+        const A* pixel = image + i * steps.row + j * steps.col + x * steps.pixel;
+        const A* taps = w + (i * steps.K + j) * kPitch + x;
+#pragma GCC unroll 8
+        for (int s = 0; s < P; ++s)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) sum[s][v] += load(pixel + s * steps.pixel + v * L) * taps[s];
+      }
+#pragma GCC unroll 8
+    for (int s = 0; s < P; ++s)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(out + ((x + s) * V + v) * L, sum[s][v]);
+  });
+}
+
+// Transpose of forward_row for the tap rows [i_begin, i_end): image[...] += w[i*K + j][x] * grad[x]
+template <class A, int K, int V, int X>
+void scatter_row(A* image, const A* w, const A* grad, int64_t width, const Steps& steps, int64_t i_begin,
+                 int64_t i_end) {
+  constexpr int L = kLanes<A>, P = kStrip<V, X>;
+  for_strips<P, X>(width, [&](int64_t x) {
+    Vec<A> g[P][V];
+#pragma GCC unroll 8
+    for (int s = 0; s < P; ++s)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) g[s][v] = load(grad + ((x + s * X) * V + v) * L);
+    for (int64_t i = i_begin; i < i_end; ++i) {
+      A* line = image + i * steps.row + x * steps.pixel;
+      const A* taps = w + i * K * kPitch + x;
+#pragma GCC unroll 16
+      for (int m = 0; m < P + K - 1; ++m) {
+        Vec<A> column[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) column[v] = load(line + m * steps.col + v * L);
+#pragma GCC unroll 8
+        for (int s = 0; s < P; ++s) {
+          if (m - s < 0 || m - s >= K) continue;
+          const A tap = taps[(m - s) * kPitch + s * X];
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) column[v] += g[s][v] * tap;
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) store(line + m * steps.col + v * L, column[v]);
+      }
+    }
+  });
+}
+
+template <class A, int V>
+void scatter_row_any(A* image, const A* w, const A* grad, int64_t width, const Steps& steps, int64_t i_begin,
+                     int64_t i_end) {
+  constexpr int L = kLanes<A>;
+  for (int64_t x = 0; x < width; ++x) {
+    Vec<A> g[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) g[v] = load(grad + (x * V + v) * L);
+    for (int64_t i = i_begin; i < i_end; ++i)
+      for (int64_t j = 0; j < steps.K; ++j) {
+        A* pixel = image + i * steps.row + j * steps.col + x * steps.pixel;
+        const A tap = w[(i * steps.K + j) * kPitch + x];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) store(pixel + v * L, load(pixel + v * L) + g[v] * tap);
+      }
+  }
+}
+
+// One row of a tile: gw[i*K + j][x] = sum_c grad[c][x] * planes[i][c][offset[j] + x], I tap rows at a time
+template <class A, int K, int I>
+void weight_row(const A* planes, const Planes& layout, int64_t tap_row, const int64_t* offset, const A* grad, A* gw,
+                int64_t width, int64_t channels) {
+  constexpr int L = kLanes<A>;
+  for (int64_t x = 0; x < width; x += L)
+    for (int i = 0; i < K; i += I) {
+      Vec<A> sum[I][K] = {};
+      const A* line = planes + i * tap_row + x;
+      for (int64_t c = 0; c < channels; ++c, line += layout.channel) {
+        const Vec<A> g = load(grad + c * kPitch + x);
+#pragma GCC unroll 8
+        for (int r = 0; r < I; ++r)
+#pragma GCC unroll 8
+          for (int j = 0; j < K; ++j) sum[r][j] += g * load(line + r * tap_row + offset[j]);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < I; ++r)
+#pragma GCC unroll 8
+        for (int j = 0; j < K; ++j) store(gw + ((i + r) * K + j) * kPitch + x, sum[r][j]);
+    }
+}
+
+template <class A>
+void weight_row_any(const A* planes, const Planes& layout, int64_t tap_row, const int64_t* offset, int64_t K,
+                    const A* grad, A* gw, int64_t width, int64_t channels) {
+  constexpr int L = kLanes<A>;
+  for (int64_t x = 0; x < width; x += L)
+    for (int64_t i = 0; i < K; ++i)
+      for (int64_t j = 0; j < K; ++j) {
+        Vec<A> sum = {};
+        const A* line = planes + i * tap_row + offset[j] + x;
+        for (int64_t c = 0; c < channels; ++c) sum += load(grad + c * kPitch + x) * load(line + c * layout.channel);
+        store(gw + (i * K + j) * kPitch + x, sum);
+      }
+}
+
+// ------------------------------------------------------------------------------------ choice of the inner loop
+
+template <class A>
+using Forward = void (*)(const A*, const A*, A*, int64_t, const Steps&);
+template <class A>
+using Scatter = void (*)(A*, const A*, const A*, int64_t, const Steps&, int64_t, int64_t);
+
+template <class A>
+struct PixelLoops {
+  Forward<A> forward;
+  Scatter<A> scatter;
+};
+
+template <class A, int V>
+PixelLoops<A> choose_loops(const Problem& p) {
+  if constexpr (std::is_same_v<A, float>) {  // float64 is there to be compared with
+    const int64_t X = p.dilation % p.stride ? 0 : p.dilation / p.stride;
+    if (p.K == 3 && X == 1) return {forward_row<A, 3, V, 1>, scatter_row<A, 3, V, 1>};
+    if (p.K == 5 && X == 1) return {forward_row<A, 5, V, 1>, scatter_row<A, 5, V, 1>};
+    if (p.K == 7 && X == 1) return {forward_row<A, 7, V, 1>, scatter_row<A, 7, V, 1>};
+    if (p.K == 3 && X == 2) return {forward_row<A, 3, V, 2>, scatter_row<A, 3, V, 2>};
+    if (p.K == 5 && X == 2) return {forward_row<A, 5, V, 2>, scatter_row<A, 5, V, 2>};
+  }
+  return {forward_row_any<A, V>, scatter_row_any<A, V>};
+}
+
+// A group's channels in blocks of one to three vectors
+template <class A>
+struct Block {
+  int64_t channel, channels, width;
+  PixelLoops<A> loops;
+};
+
+template <class A>
+std::vector<Block<A>> channel_blocks(const Problem& p) {
+  std::vector<Block<A>> blocks;
+  int64_t vectors = (p.Cg() + kLanes<A> - 1) / kLanes<A>;
+  for (int64_t c = 0; vectors > 0;) {
+    const int64_t V = vectors <= 3 ? vectors : 2, width = V * kLanes<A>;
+    const PixelLoops<A> loops = V == 1   ? choose_loops<A, 1>(p)
+                                : V == 2 ? choose_loops<A, 2>(p)
+                                         : choose_loops<A, 3>(p);
+    blocks.push_back({c, std::min(width, p.Cg() - c), width, loops});
+    c += width;
+    vectors -= V;
+  }
+  return blocks;
+}
+
+template <class A>
+void weight_tile(const A* planes, const Planes& layout, const Problem& p, const Tile& t, int64_t y0, const A* grad,
+                 A* gw, const int64_t* offset) {
+  const int64_t tap_row = p.dilation * layout.row;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const A* line = planes + (t.y + r - y0) * p.stride * layout.row + t.x0;
+    const A* g = grad + r * t.width;
+    A* out = gw + r * t.width;
+    if (p.K == 3)
+      weight_row<A, 3, 3>(line, layout, tap_row, offset, g, out, t.nx, p.Cg());
+    else if (p.K == 5)
+      weight_row<A, 5, 1>(line, layout, tap_row, offset, g, out, t.nx, p.Cg());
+    else if (p.K == 7)
+      weight_row<A, 7, 1>(line, layout, tap_row, offset, g, out, t.nx, p.Cg());
+    else
+      weight_row_any<A>(line, layout, tap_row, offset, p.K, g, out, t.nx, p.Cg());
+  }
+}
+
+// ------------------------------------------------------------------- where kernels come from, where they go to
+
+template <class A, class T>
+struct GivenKernels {
+  const Problem& p;
+  Kernels<T> weight;
+  int64_t scratch() const { return 0; }
+  void prepare(A*, const Tile&, int64_t) const {}
+  void make(A* w, const A*, const Tile& t, int64_t n, int64_t g) const {
+    if (t.nx < t.width || t.rows * t.width < kTile) std::fill_n(w, p.KK() * kPitch, A(0));
+    for (int64_t r = 0; r < t.rows; ++r)
+      copy_matrix(w + r * t.width, kPitch, 1, weight.at(n, g, t.y + r, t.x0), weight.k, weight.w, p.KK(), t.nx);
+  }
+};
+
+// kernels = span * (hidden, 1): the bias is the last column of span, (G*K*K, hidden + 1)
+template <class A, class T>
+struct SpannedKernels {
+  const Problem& p;
+  Image<T> hidden;
+  const A* span;
+  int64_t depth() const { return p.hidden + 1; }
+  int64_t scratch() const { return depth() * kPitch; }
+  void prepare(A* features, const Tile& t, int64_t n) const {
+    load_tile(features, t, hidden, n, 0, p.hidden);
+    A* ones = features + p.hidden * kPitch;
+    std::fill_n(ones, kPitch, A(0));
+    for (int64_t r = 0; r < t.rows; ++r) std::fill_n(ones + r * t.width, t.nx, A(1));
+  }
+  void make(A* w, const A* features, const Tile&, int64_t, int64_t g) const {
+    multiply(span + g * p.KK() * depth(), depth(), 1, features, w, p.KK(), depth(), false);
+  }
+};
+
+template <class T>
+std::vector<typename AccumulatorOf<T>::type> join_span(const Problem& p, const T* weight, const T* bias) {
+  using A = typename AccumulatorOf<T>::type;
+  std::vector<A> span(p.G * p.KK() * (p.hidden + 1));
+  copy_matrix(span.data(), p.hidden + 1, 1, weight, p.hidden, 1, p.G * p.KK(), p.hidden);
+  copy_matrix(span.data() + p.hidden, p.hidden + 1, 1, bias, 1, 1, p.G * p.KK(), 1);
+  return span;
+}
+
+// ---------------------------------------------------------------------------------------------------- passes
+
+template <class T, class Source, class A = typename AccumulatorOf<T>::type>
+void forward(const Problem& p, const Image<T>& input, const Source& source, const Image<T>& output) {
+  const auto blocks = channel_blocks<A>(p);
+  const int64_t width = blocks.back().channel + blocks.back().width;
+  const int64_t cols = p.padded_cols(), image = p.padded_rows(p.block_rows()) * cols;
+  at::parallel_for(0, p.N * p.blocks(), 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(sizeof(A) * (image * width + p.KK() * kPitch + kPitch * width + source.scratch()) + 256);
+    A* padded = scratch.take<A>(image * width);
+    A* w = scratch.take<A>(p.KK() * kPitch);
+    A* out = scratch.take<A>(kPitch * width);
+    A* features = scratch.take<A>(source.scratch());
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t n = unit / p.blocks(), y0 = unit % p.blocks() * p.block_rows();
+      const int64_t y1 = std::min(p.Ho(), y0 + p.block_rows());
+      for (int64_t g = 0; g < p.G; ++g) {
+        for (const auto& b : blocks)
+          load_pixels(padded + b.channel * image, p, input, n, g * p.Cg() + b.channel, b.channels, b.width, y0,
+                      y1 - y0);
+        for_tiles(p, y0, y1, [&](const Tile& t) {
+          source.prepare(features, t, n);
+          source.make(w, features, t, n, g);
+          for (const auto& b : blocks) {
+            const Steps steps{p.dilation * cols * b.width, p.dilation * b.width, p.stride * b.width, p.K};
+            for (int64_t r = 0; r < t.rows; ++r) {
+              const A* line = padded + b.channel * image +
+                              ((t.y + r - y0) * p.stride * cols + t.x0 * p.stride) * b.width;
+              b.loops.forward(line, w + r * t.width, out, t.width, steps);
+              copy_matrix(output.at(n, g * p.Cg() + b.channel, t.y + r, t.x0), output.w, output.c, out, b.width, 1,
+                          t.nx, b.channels);
+            }
+          }
+        });
+      }
+    }
+  });
+}
+
+template <class T, class Source, class A = typename AccumulatorOf<T>::type>
+class InputGradient {  // of one block of rows and one group at a time
+ public:
+  InputGradient(const Problem& p, const Image<T>& grad_output, const Source& source, const Image<T>& grad_input)
+      : p(p), grad_output(grad_output), grad_input(grad_input), source(source), blocks(channel_blocks<A>(p)),
+        cols(p.padded_cols()), image(p.block_rows() * p.stride * cols),
+        width(blocks.back().channel + blocks.back().width) {}
+
+  int64_t scratch() const { return image * width + p.KK() * kPitch + kPitch * width + source.scratch() + 64; }
+
+  void begin(Scratch& scratch) {
+    padded = scratch.take<A>(image * width);
+    w = scratch.take<A>(p.KK() * kPitch);
+    grad = scratch.take<A>(kPitch * width);
+    features = scratch.take<A>(source.scratch());
+  }
+
+  // The gradient of input rows [y0*stride, y1*stride) from all output rows that read them
+  void run(int64_t n, int64_t g, int64_t y0, int64_t y1) {
+    const int64_t h0 = y0 * p.stride, h1 = std::min(p.H, y1 * p.stride);
+    const int64_t first = std::max<int64_t>(0, (h0 - p.pad() + p.stride - 1) / p.stride);
+    const int64_t last = std::min(p.Ho() - 1, (h1 - 1 + p.pad()) / p.stride);
+    std::fill_n(padded, image * width, A(0));
+    for_tiles(p, first, last + 1, [&](const Tile& t) { add_tile(t, n, g, h0, h1); });
+    for (const auto& b : blocks)
+      for (int64_t h = h0; h < h1; ++h)
+        copy_matrix(grad_input.at(n, g * p.Cg() + b.channel, h, 0), grad_input.w, grad_input.c,
+                    padded + b.channel * image + ((h - h0) * cols + p.pad()) * b.width, b.width, 1, p.W, b.channels);
+  }
+
+ private:
+  void add_tile(const Tile& t, int64_t n, int64_t g, int64_t h0, int64_t h1) {
+    source.prepare(features, t, n);
+    source.make(w, features, t, n, g);
+    for (const auto& b : blocks) {
+      const Steps steps{p.dilation * cols * b.width, p.dilation * b.width, p.stride * b.width, p.K};
+      for (int64_t r = 0; r < t.rows; ++r) {
+        const int64_t top = (t.y + r) * p.stride - p.pad();  // the input row of tap row 0
+        const int64_t i_begin = std::max<int64_t>(0, (h0 - top + p.dilation - 1) / p.dilation);
+        const int64_t i_end = std::min(p.K, (h1 - 1 - top) / p.dilation + 1);
+        if (h1 - 1 < top || i_begin >= i_end) continue;
+        if (t.nx < t.width || b.channels < b.width) std::fill_n(grad, t.width * b.width, A(0));
+        copy_matrix(grad, b.width, 1, grad_output.at(n, g * p.Cg() + b.channel, t.y + r, t.x0), grad_output.w,
+                    grad_output.c, t.nx, b.channels);
+        A* line = padded + b.channel * image + ((top - h0) * cols + t.x0 * p.stride) * b.width;
+        b.loops.scatter(line, w + r * t.width, grad, t.width, steps, i_begin, i_end);
+      }
+    }
+  }
+
+  const Problem& p;
+  const Image<T>&grad_output, &grad_input;
+  const Source& source;
+  const std::vector<Block<A>> blocks;
+  const int64_t cols, image, width;
+  A *padded, *w, *grad, *features;
+};
+
+template <class T, class A = typename AccumulatorOf<T>::type>
+class WeightGradient {  // of one block of rows and one group at a time; hands each tile's (K*K, pixel) to a sink
+ public:
+  WeightGradient(const Problem& p, const Image<T>& grad_output, const Image<T>& input)
+      : p(p), grad_output(grad_output), input(input), layout(p), offset(p.K),
+        image(p.padded_rows(p.block_rows()) * layout.row + kTile) {
+    for (int64_t j = 0; j < p.K; ++j)
+      offset[j] = j * p.dilation % p.stride * layout.pitch + j * p.dilation / p.stride;
+  }
+
+  int64_t scratch() const { return image + p.KK() * kPitch + p.Cg() * kPitch + 64; }
+
+  void begin(Scratch& scratch) {
+    planes = scratch.take<A>(image);
+    gw = scratch.take<A>(p.KK() * kPitch);
+    grad = scratch.take<A>(p.Cg() * kPitch);
+  }
+
+  template <class Sink>
+  void run(int64_t n, int64_t g, int64_t y0, int64_t y1, const Sink& sink) {
+    load_planes(planes, layout, p, input, n, g * p.Cg(), y0, y1 - y0);
+    for_tiles(p, y0, y1, [&](const Tile& t) {
+      load_tile(grad, t, grad_output, n, g * p.Cg(), p.Cg());
+      if (t.nx < t.width || t.rows * t.width < kTile) std::fill_n(gw, p.KK() * kPitch, A(0));
+      weight_tile(planes, layout, p, t, y0, grad, gw, offset.data());
+      sink(t, gw);
+    });
+  }
+
+ private:
+  const Problem& p;
+  const Image<T>&grad_output, &input;
+  const Planes layout;
+  std::vector<int64_t> offset;
+  const int64_t image;
+  A *planes, *gw, *grad;
+};
+
+template <class T, class A = typename AccumulatorOf<T>::type>
+void grad_input(const Problem& p, const Image<T>& grad_output, const Kernels<T>& weight, const Image<T>& output) {
+  const GivenKernels<A, T> source{p, weight};
+  at::parallel_for(0, p.N * p.blocks(), 1, [&](int64_t begin, int64_t end) {
+    InputGradient<T, GivenKernels<A, T>> pass(p, grad_output, source, output);
+    Scratch scratch(sizeof(A) * pass.scratch());
+    pass.begin(scratch);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t y0 = unit % p.blocks() * p.block_rows(), y1 = std::min(p.Ho(), y0 + p.block_rows());
+      for (int64_t g = 0; g < p.G; ++g) pass.run(unit / p.blocks(), g, y0, y1);
+    }
+  });
+}
+
+template <class T, class A = typename AccumulatorOf<T>::type>
+void grad_weight(const Problem& p, const Image<T>& grad_output, const Image<T>& input, const Kernels<T>& output) {
+  at::parallel_for(0, p.N * p.blocks(), 1, [&](int64_t begin, int64_t end) {
+    WeightGradient<T> pass(p, grad_output, input);
+    Scratch scratch(sizeof(A) * pass.scratch());
+    pass.begin(scratch);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t n = unit / p.blocks(), y0 = unit % p.blocks() * p.block_rows();
+      for (int64_t g = 0; g < p.G; ++g)
+        pass.run(n, g, y0, std::min(p.Ho(), y0 + p.block_rows()), [&](const Tile& t, const A* gw) {
+          for (int64_t r = 0; r < t.rows; ++r)
+            copy_matrix(output.at(n, g, t.y + r, t.x0), output.k, output.w, gw + r * t.width, kPitch, 1, p.KK(),
+                        t.nx);
+        });
+    }
+  });
+}
+
+template <class T, class A = typename AccumulatorOf<T>::type>
+void fused_backward(const Problem& p, const Image<T>& grad_output, const Image<T>& input, const Image<T>& hidden,
+                    const std::vector<A>& span, const Image<T>& grad_input, const Image<T>& grad_hidden,
+                    T* grad_span_weight, T* grad_span_bias) {
+  constexpr int L = kLanes<A>;
+  const SpannedKernels<A, T> source{p, hidden, span.data()};
+  const int64_t units = p.N * p.blocks(), chunks = std::min<int64_t>(units, kChunks);
+  const int64_t depth = source.depth(), size = p.G * p.KK() * depth;
+  const int64_t tiles = (p.block_rows() + p.tile_rows() - 1) / p.tile_rows() * (round_up(p.Wo(), kTile) / kTile);
+  std::vector<A> partial(chunks * size);
+  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    InputGradient<T, SpannedKernels<A, T>> to_input(p, grad_output, source, grad_input);
+    WeightGradient<T> to_weight(p, grad_output, input);
+    Scratch scratch(sizeof(A) * (to_input.scratch() + to_weight.scratch() + size * L + tiles * p.hidden * kPitch +
+                                 source.scratch()) + 256);
+    to_input.begin(scratch);
+    to_weight.begin(scratch);
+    A* sums = scratch.take<A>(size * L);
+    A* to_hidden = scratch.take<A>(tiles * p.hidden * kPitch);
+    A* features = scratch.take<A>(source.scratch());
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      std::fill_n(sums, size * L, A(0));
+      for (int64_t unit = units * chunk / chunks; unit < units * (chunk + 1) / chunks; ++unit) {
+        const int64_t n = unit / p.blocks(), y0 = unit % p.blocks() * p.block_rows();
+        const int64_t y1 = std::min(p.Ho(), y0 + p.block_rows());
+        for (int64_t g = 0; g < p.G; ++g) {
+          const A* group_span = span.data() + g * p.KK() * depth;
+          A* next = to_hidden;
+          to_input.run(n, g, y0, y1);
+          to_weight.run(n, g, y0, y1, [&](const Tile& t, const A* gw) {
+            source.prepare(features, t, n);
+            accumulate_outer(gw, features, sums + g * p.KK() * depth * L, p.KK(), depth);
+            multiply(group_span, 1, depth, gw, next, p.hidden, p.KK(), g > 0);
+            if (g == p.G - 1)
+              for (int64_t r = 0; r < t.rows; ++r)
+                copy_matrix(grad_hidden.at(n, 0, t.y + r, t.x0), grad_hidden.c, grad_hidden.w, next + r * t.width,
+                            kPitch, 1, p.hidden, t.nx);
+            next += p.hidden * kPitch;
+          });
+        }
+      }
+      for (int64_t e = 0; e < size; ++e) {
+        A sum = 0;
+        for (int lane = 0; lane < L; ++lane) sum += sums[e * L + lane];
+        partial[chunk * size + e] = sum;
+      }
+    }
+  });
+  for (int64_t k = 0; k < p.G * p.KK(); ++k)
+    for (int64_t d = 0; d < depth; ++d) {
+      A sum = 0;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[chunk * size + k * depth + d];
+      if (d < p.hidden)
+        grad_span_weight[k * p.hidden + d] = T(sum);
+      else
+        grad_span_bias[k] = T(sum);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- plain C interface
+
+template <class F>
+int with_dtype(int64_t dtype, const F& f) {
+  try {
+    if (dtype == 0)
+      f(float());
+    else if (dtype == 1)
+      f(BFloat16());
+    else
+      f(double());
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+}  // namespace
+
+// Each function takes the nine numbers of Problem and a dtype (0 float32, 1 bfloat16, 2 float64), then a pointer and
+// strides in elements for each tensor; span weight and bias and their gradients are contiguous. Returns 0, or 1 when
+// out of memory.
+extern "C" {
+
+int involution_forward(const Problem* p, int64_t dtype, const void* input, const int64_t* input_strides,
+                       const void* weight, const int64_t* weight_strides, void* output,
+                       const int64_t* output_strides) {
+  return with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const GivenKernels<typename AccumulatorOf<T>::type, T> source{*p, {weight, weight_strides}};
+    forward<T>(*p, Image<T>(input, input_strides), source, Image<T>(output, output_strides));
+  });
+}
+
+int involution_grad_input(const Problem* p, int64_t dtype, const void* grad_output, const int64_t* grad_strides,
+                          const void* weight, const int64_t* weight_strides, void* output,
+                          const int64_t* output_strides) {
+  return with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    grad_input<T>(*p, {grad_output, grad_strides}, {weight, weight_strides}, {output, output_strides});
+  });
+}
+
+int involution_grad_weight(const Problem* p, int64_t dtype, const void* grad_output, const int64_t* grad_strides,
+                           const void* input, const int64_t* input_strides, void* output,
+                           const int64_t* output_strides) {
+  return with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    grad_weight<T>(*p, {grad_output, grad_strides}, {input, input_strides}, {output, output_strides});
+  });
+}
+
+int involution_fused_forward(const Problem* p, int64_t dtype, const void* input, const int64_t* input_strides,
+                             const void* hidden, const int64_t* hidden_strides, const void* span_weight,
+                             const void* span_bias, void* output, const int64_t* output_strides) {
+  return with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto span = join_span<T>(*p, (const T*)span_weight, (const T*)span_bias);
+    const SpannedKernels<typename AccumulatorOf<T>::type, T> source{*p, {hidden, hidden_strides}, span.data()};
+    forward<T>(*p, Image<T>(input, input_strides), source, Image<T>(output, output_strides));
+  });
+}
+
+int involution_fused_backward(const Problem* p, int64_t dtype, const void* grad_output, const int64_t* grad_strides,
+                              const void* input, const int64_t* input_strides, const void* hidden,
+                              const int64_t* hidden_strides, const void* span_weight, const void* span_bias,
+                              void* grad_input, const int64_t* grad_input_strides, void* grad_hidden,
+                              const int64_t* grad_hidden_strides, void* grad_span_weight, void* grad_span_bias) {
+  return with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto span = join_span<T>(*p, (const T*)span_weight, (const T*)span_bias);
+    fused_backward<T>(*p, {grad_output, grad_strides}, {input, input_strides}, {hidden, hidden_strides}, span,
+                      {grad_input, grad_input_strides}, {grad_hidden, grad_hidden_strides}, (T*)grad_span_weight,
+                      (T*)grad_span_bias);
+  });
+}
+}

@@ -1,0 +1,296 @@
+"""The operators `torch.ops.darts_involution.*`: choice of backend, registration with PyTorch, and derivatives.
+
+    forward, grad_input, grad_weight: the passes of `involution.involution2d`, each other's derivatives.
+    fused_forward, fused_backward: those of `involution.involution2d_fused`.
+
+Each has a schema, a fake implementation (torch.compile, torch.export), derivatives, a rule for torch.func.vmap and a
+FLOP formula. Arguments are not checked here; involution.py does.
+"""
+
+import functools
+import importlib
+import logging
+import math
+import os
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+import involution_torch
+
+BACKENDS = ("reference", "torch", "cpu", "triton")
+
+logger = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------------------------------- choice of backend
+
+
+def backend(device="cpu"):
+    """Return the name of the backend in use on `device`: 'reference', 'torch', 'cpu' or 'triton'.
+
+    INVOLUTION_BACKEND forces one. Builds the CPU backend if it was not built yet; where that or Triton is not to be
+    had, says so in one warning and returns 'torch'.
+
+    Raises:
+        ValueError: INVOLUTION_BACKEND names no backend, or one that cannot run here.
+    """
+    return _choose(torch.device(device).type, os.environ.get("INVOLUTION_BACKEND", ""))
+
+
+@functools.cache
+def _choose(device_type, forced):
+    if forced and forced not in BACKENDS:
+        raise ValueError(f"INVOLUTION_BACKEND must be one of {', '.join(BACKENDS)}, got {forced!r}")
+    name = forced or {"cpu": "cpu", "cuda": "triton"}.get(device_type, "torch")
+    reason = _unavailable(name, device_type)
+    if reason and forced:
+        raise ValueError(f"INVOLUTION_BACKEND={forced} cannot run on {device_type}: {reason}")
+    if reason:
+        logger.warning("involution: no %s backend (%s); plain PyTorch is used, which is slower", name, reason)
+        return "torch"
+    return name
+
+
+def _unavailable(name, device_type):
+    """Why the backend cannot run on this kind of device here; None where it can."""
+    if name == "cpu" and device_type != "cpu":
+        return "it needs tensors on the CPU"
+    if name == "triton" and device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it needs a CUDA device, or TRITON_INTERPRET=1"
+    try:
+        if name == "cpu":
+            _module(name).library()
+        elif name == "triton":
+            _module(name)
+    except (ImportError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def _module(name):
+    return importlib.import_module(f"involution_{name}")
+
+
+def _passes(tensor):
+    """The module whose five functions serve this tensor."""
+    name = backend(tensor.device)
+    if name == "reference":  # is differentiated by autograd, above the operators: here only on a direct call
+        return involution_torch
+    module = _module(name)
+    return module if tensor.dtype in getattr(module, "DTYPES", (tensor.dtype,)) else involution_torch
+
+
+# ------------------------------------------------------------------------------------------------ definitions
+
+
+_library = torch.library.Library("darts_involution", "DEF")
+_ops = torch.ops.darts_involution
+
+
+def _define(schema, implementation, empty, flops):
+    """Define an operator by its implementation for every device, the fake one, and its number of FLOPs."""
+    name = schema.partition("(")[0]
+    qualified = f"darts_involution::{name}"
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    operator = getattr(_ops, name)
+    torch.library.register_fake(qualified, empty, lib=_library)
+    torch.library.register_vmap(qualified, functools.partial(_one_by_one, operator), lib=_library)
+    register_flop_formula(operator, get_raw=True)(lambda *args, out_val=None: flops(*args))
+
+
+def _one_by_one(operator, info, in_dims, *args):
+    """torch.func.vmap by a loop: an operator has a batch of its own, and span gradients are sums over it."""
+    results = []
+    for b in range(info.batch_size):
+        results.append(operator(*(a if d is None else a.select(d, b) for a, d in zip(args, in_dims))))
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(column) for column in zip(*results)), (0,) * len(results[0])
+
+
+def _memory_format(image):
+    last = not image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _empty(image, *shape):
+    """An uninitialised result (N, C, H, W): of the dtype and device of `image`, channels-last where that is."""
+    return torch.empty(shape, dtype=image.dtype, device=image.device, memory_format=_memory_format(image))
+
+
+def _laid_out(result, image):
+    """The result of a backend in the layout that `_empty` promised."""
+    return result.contiguous(memory_format=_memory_format(image))
+
+
+# ------------------------------------------------------------------------------------------------------ passes
+
+
+def _forward(input, weight, stride, dilation):
+    return _laid_out(_passes(input).forward(input, weight, stride, dilation), input)
+
+
+def _empty_forward(input, weight, stride, dilation):
+    return _empty(input, *input.shape[:2], *weight.shape[3:])
+
+
+def _grad_input(grad_output, weight, H, W, stride, dilation):
+    return _laid_out(
+        _passes(grad_output).grad_input(grad_output, weight, H, W, stride, dilation), grad_output
+    )
+
+
+def _empty_grad_input(grad_output, weight, H, W, stride, dilation):
+    return _empty(grad_output, *grad_output.shape[:2], H, W)
+
+
+def _grad_weight(grad_output, input, K, G, stride, dilation):
+    result = _passes(input).grad_weight(grad_output, input, K, G, stride, dilation)
+    return _laid_out(result.flatten(1, 2), input).unflatten(1, (G, K * K))
+
+
+def _empty_grad_weight(grad_output, input, K, G, stride, dilation):
+    N, _, Ho, Wo = grad_output.shape
+    return _empty(input, N, G * K * K, Ho, Wo).unflatten(1, (G, K * K))
+
+
+def _fused_forward(input, hidden, span_weight, span_bias, K, stride, dilation):
+    passes = _passes(input)
+    return _laid_out(passes.fused_forward(input, hidden, span_weight, span_bias, K, stride, dilation), input)
+
+
+def _empty_fused_forward(input, hidden, span_weight, span_bias, K, stride, dilation):
+    return _empty(input, *input.shape[:2], *hidden.shape[2:])
+
+
+def _fused_backward(grad_output, input, hidden, span_weight, span_bias, K, stride, dilation):
+    passes = _passes(input)
+    to_input, to_hidden, to_weight, to_bias = passes.fused_backward(
+        grad_output, input, hidden, span_weight, span_bias, K, stride, dilation
+    )
+    return _laid_out(to_input, input), _laid_out(to_hidden, hidden), to_weight, to_bias
+
+
+def _empty_fused_backward(grad_output, input, hidden, span_weight, span_bias, K, stride, dilation):
+    spans = (span.new_empty(span.shape) for span in (span_weight, span_bias))
+    return _empty(input, *input.shape), _empty(hidden, *hidden.shape), *spans
+
+
+# Multiply-adds, counted as two, of one pass with given weights: K*K for every channel of every output pixel.
+
+
+def _flops(output, KK):
+    return 2 * output.numel() * KK
+
+
+def _span_flops(hidden, span_weight):
+    return 2 * hidden.numel() * span_weight.shape[0]
+
+
+def _fused_forward_flops(input, hidden, span_weight, span_bias, K, stride, dilation):
+    output = hidden.numel() // hidden.shape[1] * input.shape[1]
+    return 2 * output * K * K + _span_flops(hidden, span_weight)
+
+
+def _fused_backward_flops(grad_output, input, hidden, span_weight, span_bias, K, stride, dilation):
+    # two passes; the weights again, and their gradient into hidden and span_weight
+    return 2 * _flops(grad_output, K * K) + 3 * _span_flops(hidden, span_weight)
+
+
+_define(
+    "forward(Tensor input, Tensor weight, int stride, int dilation) -> Tensor",
+    _forward,
+    _empty_forward,
+    lambda input, weight, *_: 2 * weight.numel() // weight.shape[1] * input.shape[1],
+)
+_define(
+    "grad_input(Tensor grad_output, Tensor weight, SymInt H, SymInt W, int stride, int dilation) -> Tensor",
+    _grad_input,
+    _empty_grad_input,
+    lambda grad_output, weight, *_: _flops(grad_output, weight.shape[2]),
+)
+_define(
+    "grad_weight(Tensor grad_output, Tensor input, int K, int G, int stride, int dilation) -> Tensor",
+    _grad_weight,
+    _empty_grad_weight,
+    lambda grad_output, input, K, *_: _flops(grad_output, K * K),
+)
+_define(
+    "fused_forward(Tensor input, Tensor hidden, Tensor span_weight, Tensor span_bias, int kernel_size, int stride, "
+    "int dilation) -> Tensor",
+    _fused_forward,
+    _empty_fused_forward,
+    _fused_forward_flops,
+)
+_define(
+    "fused_backward(Tensor grad_output, Tensor input, Tensor hidden, Tensor span_weight, Tensor span_bias, "
+    "int kernel_size, int stride, int dilation) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fused_backward,
+    _empty_fused_backward,
+    _fused_backward_flops,
+)
+
+
+# ------------------------------------------------------------------------------------------------- derivatives
+
+
+def _save_two(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+    ctx.stride, ctx.dilation = inputs[-2:]
+
+
+def _forward_backward(ctx, u):
+    input, weight = ctx.saved_tensors
+    s, d = ctx.stride, ctx.dilation
+    K, G, (H, W) = math.isqrt(weight.shape[2]), weight.shape[1], input.shape[2:]
+    to_input = _ops.grad_input(u, weight, H, W, s, d) if ctx.needs_input_grad[0] else None
+    to_weight = _ops.grad_weight(u, input, K, G, s, d) if ctx.needs_input_grad[1] else None
+    return to_input, to_weight, None, None
+
+
+def _grad_input_backward(ctx, u):
+    grad_output, weight = ctx.saved_tensors
+    s, d = ctx.stride, ctx.dilation
+    K, G = math.isqrt(weight.shape[2]), weight.shape[1]
+    to_grad_output = _ops.forward(u, weight, s, d) if ctx.needs_input_grad[0] else None
+    to_weight = _ops.grad_weight(grad_output, u, K, G, s, d) if ctx.needs_input_grad[1] else None
+    return to_grad_output, to_weight, None, None, None, None
+
+
+def _grad_weight_backward(ctx, u):
+    grad_output, input = ctx.saved_tensors
+    s, d = ctx.stride, ctx.dilation
+    to_grad_output = _ops.forward(input, u, s, d) if ctx.needs_input_grad[0] else None
+    to_input = _ops.grad_input(grad_output, u, *input.shape[2:], s, d) if ctx.needs_input_grad[1] else None
+    return to_grad_output, to_input, None, None, None, None
+
+
+def _save_fused(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.kernel_size, ctx.stride, ctx.dilation = inputs[4:]
+
+
+def _fused_forward_backward(ctx, u):
+    input, hidden, span_weight, span_bias = ctx.saved_tensors
+    K, s, d = ctx.kernel_size, ctx.stride, ctx.dilation
+    if torch.is_grad_enabled():  # the gradients will be differentiated: make them of differentiable operators
+        weight = involution_torch.span(hidden, span_weight, span_bias, K)
+        to_input = _ops.grad_input(u, weight, *input.shape[2:], s, d)
+        to_weight = _ops.grad_weight(u, input, K, weight.shape[1], s, d)
+        gradients = to_input, *involution_torch.span_backward(to_weight, hidden, span_weight)
+    else:
+        gradients = _ops.fused_backward(u, input, hidden, span_weight, span_bias, K, s, d)
+    return *gradients, None, None, None
+
+
+for _name, _backward, _save in (
+    ("forward", _forward_backward, _save_two),
+    ("grad_input", _grad_input_backward, _save_two),
+    ("grad_weight", _grad_weight_backward, _save_two),
+    ("fused_forward", _fused_forward_backward, _save_fused),
+):
+    torch.library.register_autograd(
+        f"darts_involution::{_name}", _backward, setup_context=_save, lib=_library
+    )
