@@ -1,0 +1,605 @@
+"""involution.py and its torch and cpu backends; tests/test_involution_triton.py has the third."""
+
+import logging
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import involution
+import involution_cpu
+import involution_ops
+from involution import Involution2d, backend, involution2d, involution2d_fused, involution2d_reference
+
+ROOT = Path(involution.__file__).parent
+# bfloat16 keeps eight bits of each input and result; float32 sums up to 81 taps, and whole batches for the span
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+CASES = [  # N, C, G, H, W, K, stride, dilation
+    (2, 16, 1, 8, 8, 3, 1, 1),  # the size of the digits
+    (1, 32, 2, 32, 32, 7, 1, 1),  # batch 1 is cut into blocks of rows
+    (3, 36, 2, 14, 14, 5, 1, 1),  # 18 channels in a group, as with --init_channels 36
+    (2, 64, 4, 7, 9, 5, 1, 2),  # odd sizes, dilated
+    (2, 16, 1, 9, 16, 3, 2, 1),  # odd to even
+    (2, 36, 4, 11, 5, 7, 2, 1),  # 9 channels in a group
+    (2, 18, 9, 6, 13, 3, 2, 2),  # groups of two channels
+    (1, 8, 2, 10, 45, 3, 1, 2),  # a row longer than a tile
+    (2, 12, 4, 5, 6, 1, 1, 1),  # a single tap
+    (2, 12, 1, 5, 6, 1, 2, 1),  # pixels that no tap reads
+    (1, 8, 4, 7, 6, 9, 1, 1),  # a kernel larger than the image
+    (1, 9, 9, 8, 11, 5, 3, 2),  # stride and dilation without a common divisor
+    (2, 80, 1, 4, 4, 3, 1, 3),  # more channels in a group than registers hold
+    (1, 4, 1, 1, 1, 7, 1, 2),  # one pixel
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small operators on a busy machine: two threads would wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def each_backend(request, monkeypatch):
+    monkeypatch.setenv("INVOLUTION_BACKEND", request.param)
+    if request.param == "cpu":
+        try:
+            involution_cpu.library()
+        except involution_cpu.BuildError as error:
+            pytest.skip(f"no C++ compiler: {error}")
+    return request.param
+
+
+@pytest.fixture
+def cpu_backend(monkeypatch):
+    try:
+        involution_cpu.library()
+    except involution_cpu.BuildError as error:
+        pytest.skip(f"no C++ compiler: {error}")
+    monkeypatch.setenv("INVOLUTION_BACKEND", "cpu")
+
+
+def images(*shapes, dtype=torch.float64, layout=torch.contiguous_format, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return [tensor.to(dtype).contiguous(memory_format=layout) for tensor in tensors]
+
+
+def operands(case, dtype=torch.float64, layout=torch.contiguous_format, hidden=5):
+    """input, weight, grad_output, hidden, span_weight, span_bias of a case."""
+    N, C, G, H, W, K, stride, _ = case
+    Ho, Wo = -(-H // stride), -(-W // stride)
+    input, weight, grad_output, features, span_weight = images(
+        (N, C, H, W),
+        (N, G * K * K, Ho, Wo),
+        (N, C, Ho, Wo),
+        (N, hidden, Ho, Wo),
+        (G * K * K, hidden, 1, 1),
+        dtype=dtype,
+        layout=layout,
+    )
+    (span_bias,) = images((G * K * K,), dtype=dtype, seed=1)
+    return input, weight.unflatten(1, (G, K * K)), grad_output, features, span_weight, span_bias
+
+
+def run(function, inputs, grad_output):
+    """The output and the gradient of every input."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    output = function(*inputs)
+    return output, *torch.autograd.grad(output, inputs, grad_output)
+
+
+def assert_close(actual, expected, dtype):
+    for result, wanted in zip(actual, expected, strict=True):
+        assert result.dtype == dtype
+        error = (result.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-3)
+        assert error <= TOLERANCE[dtype]
+
+
+def fused_reference(K, stride, dilation):
+    def function(input, hidden, span_weight, span_bias):
+        weight = F.conv2d(hidden, span_weight, span_bias)
+        return involution2d_reference(input, weight.unflatten(1, (-1, K * K)), stride, dilation)
+
+    return function
+
+
+# --------------------------------------------------------------------------------- values and first derivatives
+
+
+def test_reference_is_the_equation():
+    _N, C, G, H, W, K, s, d = case = (2, 4, 2, 5, 6, 3, 2, 2)
+    input, weight, *_ = operands(case)
+    output = involution2d_reference(input, weight, s, d)
+    for n, c, y, x in [(0, 0, 0, 0), (1, 3, 2, 2), (0, 2, 1, 2), (1, 1, 2, 0)]:
+        total = 0.0
+        for i in range(K):
+            for j in range(K):
+                h, w = y * s + (i - K // 2) * d, x * s + (j - K // 2) * d
+                if 0 <= h < H and 0 <= w < W:
+                    total += weight[n, c * G // C, i * K + j, y, x] * input[n, c, h, w]
+        torch.testing.assert_close(output[n, c, y, x], torch.as_tensor(total))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_and_gradients(each_backend, case, dtype, layout):
+    K, s, d = case[5:]
+    input, weight, grad_output, *spans = operands(case, dtype, layout)
+    exact = [tensor.double() for tensor in (input, weight, grad_output, *spans)]
+    actual = run(lambda *a: involution2d(*a, s, d), [input, weight], grad_output)
+    assert_close(actual, run(lambda *a: involution2d_reference(*a, s, d), exact[:2], exact[2]), dtype)
+    actual = run(lambda *a: involution2d_fused(*a, K, s, d), [input, *spans], grad_output)
+    expected = run(fused_reference(K, s, d), [exact[0], *exact[3:]], exact[2])
+    if each_backend == "torch" and dtype == torch.bfloat16:
+        pytest.skip("the plain path rounds the weights to bfloat16 between its two steps")
+    assert_close(actual, expected, dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    K=st.sampled_from([1, 3, 5, 7]),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 3),
+    G=st.sampled_from([1, 2, 4, 9]),
+    width=st.integers(1, 20),
+    size=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 40)),
+)
+def test_any_shape(K, stride, dilation, G, width, size):
+    N, H, W = size
+    case = (N, G * width, G, H, W, K, stride, dilation)
+    input, weight, grad_output, *_ = operands(case)
+    actual = run(lambda *a: involution2d(*a, stride, dilation), [input, weight], grad_output)
+    expected = run(lambda *a: involution2d_reference(*a, stride, dilation), [input, weight], grad_output)
+    assert_close(actual, expected, torch.float64)
+
+
+def test_strided_views_are_read_in_place(each_backend):
+    case = (2, 16, 2, 6, 10, 3, 1, 1)
+    input, weight, grad_output, *spans = operands(case)
+    twice = [torch.stack([t, torch.full_like(t, torch.nan)], dim=-1) for t in (input, weight, grad_output)]
+    views = [t[..., 0] for t in twice]
+    expected = run(involution2d, [input, weight], grad_output)
+    assert_close(run(involution2d, views[:2], views[2]), expected, torch.float64)
+    expanded = torch.ones(1, dtype=torch.float64).expand_as(grad_output)  # what sum().backward() gives
+    fused = [involution2d_fused(input, *spans, 3), involution2d_fused(views[0], *spans, 3)]
+    torch.testing.assert_close(*fused)
+    actual = run(lambda *a: involution2d_fused(*a, 3), [views[0], *spans], expanded)
+    assert_close(actual, run(fused_reference(3, 1, 1), [input, *spans], expanded), torch.float64)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_output_has_the_layout_of_the_input(each_backend, layout):
+    input, weight, *_ = operands((2, 16, 1, 6, 6, 3, 1, 1), torch.float32, layout)
+    assert involution2d(input, weight).is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_element_is_written(cpu_backend, case):
+    K, s, d = case[5:]
+    input, weight, grad_output, *spans = operands(case, torch.float32)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        results = run(lambda *a: involution2d(*a, s, d), [input, weight], grad_output)
+        results += run(lambda *a: involution2d_fused(*a, K, s, d), [input, *spans], grad_output)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(result.isfinite().all() for result in results)
+
+
+def test_nan_stays_in_its_neighbourhood(cpu_backend):
+    input, weight, *_ = operands((2, 16, 2, 8, 10, 3, 1, 1), torch.float32)
+    input[0, 3, 4, 4] = torch.nan
+    broken = involution2d(input, weight).isnan()
+    assert broken.sum() == 9 and broken[0, 3, 3:6, 3:6].all()
+
+
+def test_empty_batch(each_backend):
+    input, weight, grad_output, *spans = operands((0, 16, 1, 8, 8, 3, 1, 1))
+    for result in run(involution2d, [input, weight], grad_output):
+        assert result.numel() == 0
+    gradients = run(lambda *a: involution2d_fused(*a, 3), [input, *spans], grad_output)
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 37])
+def test_thread_counts_agree(cpu_backend, batch):
+    K, s, d = 5, 1, 1
+    input, weight, grad_output, *spans = operands((batch, 36, 2, 30, 21, K, s, d), torch.float32)
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(run(involution2d, [input, weight], grad_output))
+        results[-1] += run(lambda *a: involution2d_fused(*a, K), [input, *spans], grad_output)
+    assert all(torch.equal(one, two) for one, two in zip(*results))
+
+
+@pytest.mark.slow
+def test_soak(cpu_backend):
+    """10,000 random shapes, each pass against plain PyTorch in float64."""
+    choose = random.Random(0)
+    for _ in range(10_000):
+        K, G = choose.choice([1, 3, 5, 7, 9]), choose.choice([1, 2, 4, 9])
+        stride, dilation = choose.choice([1, 1, 2, 3]), choose.choice([1, 1, 2, 3])
+        width, (H, W) = choose.choice([1, 3, 8, 16, 18, 40]), (choose.randint(1, 24), choose.randint(1, 40))
+        case = (choose.choice([1, 2, 5]), G * width, G, H, W, K, stride, dilation)
+        dtype, layout = (
+            choose.choice(list(TOLERANCE)),
+            choose.choice([torch.contiguous_format, torch.channels_last]),
+        )
+        input, weight, grad_output, *spans = operands(case, dtype, layout, hidden=choose.choice([1, 4, 7]))
+        exact = [tensor.double() for tensor in (input, weight, grad_output, *spans)]
+        calls = [
+            (lambda *a: involution2d(*a, stride, dilation), [0, 1]),  # noqa: B023 (called in this iteration)
+            (lambda *a: involution2d_fused(*a, K, stride, dilation), [0, 3, 4, 5]),  # noqa: B023
+        ]
+        for function, chosen in calls:
+            actual = run(function, [(input, weight, grad_output, *spans)[i] for i in chosen], grad_output)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("INVOLUTION_BACKEND", "torch")
+                expected = run(function, [exact[i] for i in chosen], exact[2])
+            assert_close(actual, expected, dtype)
+
+
+# ------------------------------------------------------------------------------------------ higher derivatives
+
+
+@pytest.mark.parametrize("stride, dilation", [(1, 1), (2, 1), (1, 2)])
+def test_two_derivatives(each_backend, stride, dilation):
+    case = (2, 4, 2, 3, 4, 3, stride, dilation)
+    input, weight, _, *spans = (t.requires_grad_() for t in operands(case, hidden=2))
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda *a: involution2d(*a, stride, dilation), (input, weight), fast_mode=True)
+        assert check(lambda *a: involution2d_fused(*a, 3, stride, dilation), (input, *spans), fast_mode=True)
+
+
+def test_two_derivatives_elementwise(each_backend):
+    input, weight, _, *spans = (t.requires_grad_() for t in operands((1, 2, 1, 2, 3, 3, 1, 1), hidden=1))
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(involution2d, (input, weight))
+        assert check(lambda *a: involution2d_fused(*a, 3), (input, *spans))
+
+
+def test_fused_gradient_is_the_same_with_a_graph(each_backend):
+    input, _, grad_output, *spans = (t.requires_grad_() for t in operands((2, 8, 2, 5, 5, 3, 1, 1)))
+    output = involution2d_fused(input, *spans, 3)
+    plain = torch.autograd.grad(output, (input, *spans), grad_output, retain_graph=True)
+    with_graph = torch.autograd.grad(output, (input, *spans), grad_output, create_graph=True)
+    assert_close(with_graph, plain, torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------------ memory
+
+
+def peak_bytes(function):
+    """Peak of the bytes that PyTorch's allocator holds during the call, beyond those at its start."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held, peak = 0, 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def test_peak_memory(each_backend):
+    input, weight, *_ = operands((16, 16, 1, 32, 32, 7, 1, 1), torch.float32)
+    input, weight = input.requires_grad_(), weight.requires_grad_()
+    peak = peak_bytes(lambda: involution2d(input, weight).sum().backward())
+    output = input
+    # the gradients themselves are a weight and an input; unfolded patches would be 49 inputs
+    assert peak < 4 * 4 * (input.numel() + weight.numel() + output.numel())
+    assert peak > 4 * (weight.numel() + input.numel())  # the measurement sees the gradients
+
+
+def test_module_keeps_no_kernels(cpu_backend):
+    module = Involution2d(16, 7)
+    x = torch.randn(8, 16, 32, 32, requires_grad=True)
+    kept = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = module(x)
+    assert sum(kept.values()) <= 3 * x.untyped_storage().nbytes()
+    peak = peak_bytes(lambda: module(x).sum().backward())
+    assert (
+        peak <= 5 * x.untyped_storage().nbytes() and output.shape == x.shape
+    )  # 49 floats a pixel are 3 inputs
+
+
+# ------------------------------------------------------------------------------------------------- bad arguments
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"input": torch.zeros(16, 8, 8)}, r"input must be \(N, C, H, W\), got shape \(16, 8, 8\)"),
+        ({"input": torch.zeros(2, 16, 8, 8, dtype=torch.int64)}, "floating-point dtype, got torch.int64"),
+        ({"weight": torch.zeros(2, 9, 8, 8)}, r"weight must be .*, got shape \(2, 9, 8, 8\)"),
+        ({"weight": torch.zeros(2, 1, 8, 8, 8)}, "K odd in dimension 2, got 8"),
+        ({"weight": torch.zeros(2, 1, 16, 8, 8)}, "K odd in dimension 2, got 16"),
+        ({"weight": torch.zeros(2, 3, 9, 8, 8)}, "divide the input's 16 channels, got 3"),
+        (
+            {"weight": torch.zeros(2, 1, 9, 4, 4)},
+            r"weight must have shape \(2, 1, 9, 8, 8\).*\(2, 1, 9, 4, 4\)",
+        ),
+        ({"weight": torch.zeros(2, 1, 9, 8, 8).half()}, "weight must have the input's dtype.*torch.float16"),
+        (
+            {"weight": torch.zeros(2, 1, 9, 8, 8, device="meta")},
+            "weight must be on the input's device.*meta",
+        ),
+        ({"stride": 0}, "stride must be a positive integer, got 0"),
+        ({"stride": 1.0}, "stride must be a positive integer, got 1.0"),
+        ({"dilation": -1}, "dilation must be a positive integer, got -1"),
+    ],
+    ids=str,
+)
+def test_bad_argument(change, message):
+    arguments = {"input": torch.zeros(2, 16, 8, 8), "weight": torch.zeros(2, 1, 9, 8, 8)}
+    with pytest.raises(ValueError, match=message):
+        involution2d(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"input": torch.zeros(2, 16, 8)}, r"input must be \(N, C, H, W\), got shape \(2, 16, 8\)"),
+        ({"hidden": torch.zeros(2, 4, 4, 8)}, r"hidden must have shape \(2, 4, 8, 8\).*\(2, 4, 4, 8\)"),
+        ({"hidden": torch.zeros(2, 4, 8)}, r"hidden must be .*, got shape \(2, 4, 8\)"),
+        ({"hidden": torch.zeros(2, 4, 8, 8).double()}, "hidden must have the input's dtype.*torch.float64"),
+        ({"span_weight": torch.zeros(9, 3)}, r"span_weight must be \(K\*K\*G, 4\).*\(9, 3\)"),
+        ({"span_weight": torch.zeros(9, 4, 3, 3)}, r"span_weight must be .*\(9, 4, 3, 3\)"),
+        ({"span_weight": torch.zeros(10, 4)}, "K = 3 and G a divisor of 16, got 10 rows"),
+        ({"span_weight": torch.zeros(27, 4)}, "K = 3 and G a divisor of 16, got 27 rows"),
+        ({"span_bias": torch.zeros(8)}, r"span_bias must have shape \(9,\), got \(8,\)"),
+        ({"kernel_size": 2}, "kernel_size must be odd, got 2"),
+        ({"kernel_size": 5}, "K = 5 and G a divisor of 16, got 9 rows"),
+        ({"stride": 2}, r"hidden must have shape \(2, 4, 4, 4\)"),
+    ],
+    ids=str,
+)
+def test_bad_fused_argument(change, message):
+    arguments = {"input": torch.zeros(2, 16, 8, 8), "hidden": torch.zeros(2, 4, 8, 8), "kernel_size": 3}
+    arguments.update(span_weight=torch.zeros(9, 4), span_bias=torch.zeros(9))
+    with pytest.raises(ValueError, match=message):
+        involution2d_fused(**{**arguments, **change})
+
+
+# ------------------------------------------------------------------------------------------- a citizen of PyTorch
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("case", [(2, 8, 2, 5, 7, 3, 1, 1), (2, 8, 2, 5, 7, 3, 2, 1)], ids=str)
+def test_opcheck(each_backend, case, layout):
+    _N, _C, G, H, W, K, s, d = case
+    input, weight, grad_output, *spans = (t.requires_grad_() for t in operands(case, layout=layout))
+    ops = torch.ops.darts_involution
+    opcheck(ops.forward.default, (input, weight, s, d))
+    opcheck(ops.grad_input.default, (grad_output, weight, H, W, s, d))
+    opcheck(ops.grad_weight.default, (grad_output, input, K, G, s, d))
+    opcheck(ops.fused_forward.default, (input, *spans, K, s, d))
+    detached = (t.detach() for t in (grad_output, input, *spans))
+    opcheck(ops.fused_backward.default, (*detached, K, s, d))  # is never differentiated itself
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", "cpu"])
+def test_compile_without_a_graph_break(monkeypatch, name):
+    monkeypatch.setenv("INVOLUTION_BACKEND", name)
+    module, x = Involution2d(32, 5, stride=2), torch.randn(2, 32, 9, 9)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    parameters = list(module.parameters())
+    results = [torch.autograd.grad(f(x).square().sum(), parameters) for f in (module, compiled)]
+    for eager, graph in zip(*results):
+        torch.testing.assert_close(eager, graph)
+    torch._dynamo.reset()
+
+
+def test_export():
+    module, x = Involution2d(16, 3).eval(), torch.randn(2, 16, 8, 8)
+    program = torch.export.export(module, (x,))
+    assert any("fused_forward" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), module(x))
+
+
+def test_autocast_runs_in_low_precision(each_backend):
+    module, x = Involution2d(16, 3), torch.randn(2, 16, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module(x)
+        assert involution2d(x, torch.zeros(2, 1, 9, 8, 8)).dtype == torch.bfloat16
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+    assert module.conv2.conv.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(output.float(), module(x), rtol=0.1, atol=0.1)
+
+
+def test_vmap_is_a_loop_over_the_operator(each_backend):
+    input, weight, _, *spans = operands((2, 8, 2, 5, 5, 3, 1, 1))
+    many = torch.stack([input, 2 * input, -input])
+    batched = torch.func.vmap(involution2d, in_dims=(0, None))(many, weight)
+    torch.testing.assert_close(batched, torch.stack([involution2d(one, weight) for one in many]))
+    fused = torch.func.vmap(lambda one: involution2d_fused(one, *spans, 3), in_dims=1)(many.transpose(0, 1))
+    torch.testing.assert_close(fused, torch.stack([involution2d_fused(one, *spans, 3) for one in many]))
+
+
+def test_flops_are_counted():
+    N, C, G, H, W, K = 2, 16, 2, 8, 6, 3
+    input, weight, _, *spans = (t.requires_grad_() for t in operands((N, C, G, H, W, K, 1, 1), hidden=4))
+    one_pass, span = 2 * N * C * K * K * H * W, 2 * N * 4 * G * K * K * H * W
+    with FlopCounterMode(display=False) as counter:
+        involution2d(input, weight).sum().backward()
+    assert counter.get_total_flops() == 3 * one_pass
+    with FlopCounterMode(display=False) as counter:
+        involution2d_fused(input, *spans, K).sum().backward()
+    assert counter.get_total_flops() == 3 * one_pass + 4 * span
+
+
+# ------------------------------------------------------------------------------------- choice of backend, building
+
+
+def python(code, **environment):
+    environment = {key: str(value) for key, value in environment.items()}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+RUN = """
+import torch, involution
+for _ in range(2):
+    involution.Involution2d(16, 3)(torch.randn(2, 16, 8, 8)).sum().backward()
+print(involution.backend("cpu"))
+"""
+
+
+def test_processes_that_start_at_once_build_once(cpu_backend, tmp_path):
+    compiler = tmp_path / "compiler"
+    real = " ".join(involution_cpu._compiler())
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *-dM*) ;; *) echo >> {tmp_path}/builds ;; esac\nexec {real} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    environment = {"CXX": compiler, "INVOLUTION_CACHE": tmp_path / "cache", "INVOLUTION_BACKEND": ""}
+    for process in [python(RUN, **environment) for _ in range(2)]:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0 and out.strip() == "cpu", err
+    assert (tmp_path / "builds").read_text().count("\n") == 1
+    assert len(list((tmp_path / "cache").glob("*.so"))) == 1
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])  # not there; there and failing
+def test_without_a_compiler_one_warning_and_plain_torch(tmp_path, compiler):
+    process = python(RUN, CXX=compiler, INVOLUTION_CACHE=tmp_path / "cache", INVOLUTION_BACKEND="")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and out.strip() == "torch"
+    assert err.count("\n") == 1 and "plain PyTorch" in err and compiler in err
+
+
+def test_import_builds_nothing(tmp_path):
+    process = python("import involution", INVOLUTION_CACHE=tmp_path / "cache", CXX="no-such-compiler")
+    assert process.communicate(timeout=120) == ("", "") and process.returncode == 0
+    assert not (tmp_path / "cache").exists()
+
+
+def test_cache_name_holds_the_processor(cpu_backend, monkeypatch):
+    compiler = involution_cpu._compiler()
+    native = involution_cpu._key(compiler)
+    assert native == involution_cpu._key(compiler)
+    # as on a machine with other instruction sets, where -march=native defines other macros
+    monkeypatch.setattr(involution_cpu, "_run", lambda command: "#define __AVX10__ 1")
+    assert native != involution_cpu._key(compiler)
+
+
+def test_backend_by_device(monkeypatch, caplog):
+    monkeypatch.delenv("INVOLUTION_BACKEND", raising=False)
+    with caplog.at_level(logging.WARNING):
+        assert backend() == backend("cpu") == backend(torch.device("cpu"))
+        assert backend("meta") == "torch"
+    for name in ("reference", "torch"):
+        monkeypatch.setenv("INVOLUTION_BACKEND", name)
+        assert backend("cpu") == backend("cuda") == name
+
+
+@pytest.mark.parametrize(
+    "forced, device, message",
+    [
+        ("cuda", "cpu", "must be one of reference, torch, cpu, triton, got 'cuda'"),
+        ("cpu", "cuda", "INVOLUTION_BACKEND=cpu cannot run on cuda"),
+        ("triton", "cpu", "INVOLUTION_BACKEND=triton cannot run on cpu"),
+    ],
+)
+def test_backend_that_cannot_be(monkeypatch, forced, device, message):
+    monkeypatch.setenv("INVOLUTION_BACKEND", forced)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    involution_ops._choose.cache_clear()
+    with pytest.raises(ValueError, match=message):
+        backend(device)
+
+
+def test_a_dtype_the_library_lacks_is_served_by_plain_torch(cpu_backend):
+    input, weight, *_ = operands((2, 8, 1, 5, 5, 3, 1, 1), torch.float16)
+    expected = involution2d_reference(input.float(), weight.float())
+    torch.testing.assert_close(involution2d(input, weight).float(), expected, rtol=1e-2, atol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------------ module
+
+
+def test_module_loads_the_authors_weights_strictly():
+    C, r, K = 32, 4, 7  # shapes of the authors' block: group_channels 16, reduction_ratio 4
+    state = {
+        "conv1.conv.weight": torch.randn(C // r, C, 1, 1),
+        "conv1.bn.weight": torch.rand(C // r),
+        "conv1.bn.bias": torch.randn(C // r),
+        "conv1.bn.running_mean": torch.randn(C // r),
+        "conv1.bn.running_var": torch.rand(C // r),
+        "conv1.bn.num_batches_tracked": torch.tensor(3),
+        "conv2.conv.weight": torch.randn(K * K * 2, C // r, 1, 1),
+        "conv2.conv.bias": torch.randn(K * K * 2),
+    }
+    module = Involution2d(C, K)
+    module.load_state_dict(state, strict=True)
+    assert list(module.state_dict()) == list(state)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (8, 9), (15, 4)], ids=str)
+def test_module_at_any_image_size(each_backend, stride, size):
+    module = Involution2d(16, 5, stride, dilation=2).double().eval()
+    x = torch.randn(2, 16, *size, dtype=torch.float64)
+    output = module(x)
+    assert output.shape == (2, 16, *(-(-n // stride) for n in size))
+    weight = module.conv2(module.conv1(module.avgpool(x))).unflatten(1, (1, 25))
+    torch.testing.assert_close(output, involution2d_reference(x, weight, stride, 2))
+
+
+@pytest.mark.parametrize("C, groups", [(16, 1), (36, 2), (72, 4), (144, 9), (8, 1), (17, 1)])
+def test_module_groups_divide_the_channels(C, groups):
+    assert Involution2d(C, 3).groups == groups
+
+
+def test_module_in_bfloat16(each_backend):
+    module = Involution2d(16, 3).bfloat16()
+    output = module(torch.randn(2, 16, 9, 9, dtype=torch.bfloat16))
+    output.sum().backward()
+    assert output.dtype == torch.bfloat16 and module.conv2.conv.weight.grad.isfinite().all()
+
+
+def test_module_with_a_hook_on_its_span_still_calls_it():
+    module, seen = Involution2d(16, 3).eval(), []
+    x = torch.randn(2, 16, 8, 8)
+    fused = module(x)
+    module.conv2.register_forward_hook(lambda *_: seen.append("conv2"))
+    module.conv2.conv.register_forward_hook(lambda *_: seen.append("conv"))
+    torch.testing.assert_close(module(x), fused)
+    assert seen == ["conv", "conv2"]
+
+
+@pytest.mark.parametrize("name", ["channels", "kernel_size", "stride", "dilation", "reduction_ratio"])
+def test_module_with_a_bad_count(name):
+    arguments = {"channels": 16, "kernel_size": 3}
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer, got 0"):
+        Involution2d(**{**arguments, name: 0})
+    with pytest.raises(ValueError, match="kernel_size must be odd, got 4"):
+        Involution2d(16, 4)
