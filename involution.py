@@ -124,9 +124,7 @@ def _check(input, weight, stride, dilation):
         raise ValueError(f"weight's groups must divide the input's {C} channels, got {G} groups")
     if weight.shape[0] != N or weight.shape[3:] != (Ho, Wo):
         expected = (N, G, K * K, Ho, Wo)
-        raise ValueError(
-            f"weight must have shape {expected} for this input and stride, got {tuple(weight.shape)}"
-        )
+        raise ValueError(f"weight must have shape {expected} for this input and stride, got {tuple(weight.shape)}")
     return K, (Ho, Wo)
 
 
@@ -141,19 +139,13 @@ def _check_fused(input, hidden, span_weight, span_bias, kernel_size, stride, dil
         raise ValueError(f"hidden must be (N, C_hidden, Ho, Wo), got shape {tuple(hidden.shape)}")
     expected = (N, hidden.shape[1], -(-H // stride), -(-W // stride))
     if hidden.shape != expected:
-        raise ValueError(
-            f"hidden must have shape {expected} for this input and stride, got {tuple(hidden.shape)}"
-        )
+        raise ValueError(f"hidden must have shape {expected} for this input and stride, got {tuple(hidden.shape)}")
     outputs = span_weight.shape[0] if span_weight.dim() in (2, 4) else 0
     if outputs < 1 or span_weight.shape[1:] not in (expected[1:2], (*expected[1:2], 1, 1)):
         shape = tuple(span_weight.shape)
-        raise ValueError(
-            f"span_weight must be (K*K*G, {expected[1]}) or that of a 1x1 convolution, got shape {shape}"
-        )
+        raise ValueError(f"span_weight must be (K*K*G, {expected[1]}) or that of a 1x1 convolution, got shape {shape}")
     if outputs % (K * K) or C % (outputs // (K * K)):
-        raise ValueError(
-            f"span_weight must have K*K*G rows with K = {K} and G a divisor of {C}, got {outputs} rows"
-        )
+        raise ValueError(f"span_weight must have K*K*G rows with K = {K} and G a divisor of {C}, got {outputs} rows")
     if span_bias.shape != (outputs,):
         raise ValueError(f"span_bias must have shape {(outputs,)}, got {tuple(span_bias.shape)}")
     _check_same(input, hidden=hidden, span_weight=span_weight, span_bias=span_bias)
@@ -208,9 +200,7 @@ class _Conv(nn.Module):
 
 def _fusable(span):
     """Whether the module is a plain convolution that nobody watches, whose work the fused operator can do."""
-    watched = (
-        span._forward_hooks or span._forward_pre_hooks or span._backward_hooks or span._backward_pre_hooks
-    )
+    watched = span._forward_hooks or span._forward_pre_hooks or span._backward_hooks or span._backward_pre_hooks
     return type(span) is nn.Conv2d and span.bias is not None and not watched
 
 
@@ -225,9 +215,7 @@ class Involution2d(nn.Module):
         ValueError: an even kernel size, or a count below one.
     """
 
-    def __init__(
-        self, channels, kernel_size, stride=1, dilation=1, group_channels=16, reduction_ratio=4, affine=True
-    ):
+    def __init__(self, channels, kernel_size, stride=1, dilation=1, group_channels=16, reduction_ratio=4, affine=True):
         super().__init__()
         _check_counts(
             channels=channels,
@@ -251,9 +239,7 @@ class Involution2d(nn.Module):
     def forward(self, x):
         hidden, span = self.conv1(self.avgpool(x)), self.conv2.conv
         if _fusable(span):
-            return involution2d_fused(
-                x, hidden, span.weight, span.bias, self.kernel_size, self.stride, self.dilation
-            )
+            return involution2d_fused(x, hidden, span.weight, span.bias, self.kernel_size, self.stride, self.dilation)
         weight = self.conv2(hidden).unflatten(1, (self.groups, self.kernel_size**2))
         return involution2d(x, weight, self.stride, self.dilation)
 

@@ -81,9 +81,7 @@ def _key(compiler):
 def _build(compiler, path):
     root = Path(torch.__file__).parent
     # PyTorch's own OpenMP runtime first: a second one would be a second pool of threads
-    openmp = glob.glob(str(root / "lib" / "libgomp*")) + glob.glob(
-        str(root.parent / "torch.libs" / "libgomp*")
-    )
+    openmp = glob.glob(str(root / "lib" / "libgomp*")) + glob.glob(str(root.parent / "torch.libs" / "libgomp*"))
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so")
     os.close(handle)
     try:

@@ -137,9 +137,7 @@ def _empty_forward(input, weight, stride, dilation):
 
 
 def _grad_input(grad_output, weight, H, W, stride, dilation):
-    return _laid_out(
-        _passes(grad_output).grad_input(grad_output, weight, H, W, stride, dilation), grad_output
-    )
+    return _laid_out(_passes(grad_output).grad_input(grad_output, weight, H, W, stride, dilation), grad_output)
 
 
 def _empty_grad_input(grad_output, weight, H, W, stride, dilation):
@@ -291,6 +289,4 @@ for _name, _backward, _save in (
     ("grad_weight", _grad_weight_backward, _save_two),
     ("fused_forward", _fused_forward_backward, _save_fused),
 ):
-    torch.library.register_autograd(
-        f"darts_involution::{_name}", _backward, setup_context=_save, lib=_library
-    )
+    torch.library.register_autograd(f"darts_involution::{_name}", _backward, setup_context=_save, lib=_library)

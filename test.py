@@ -8,6 +8,7 @@ import argparse
 import logging
 from pathlib import Path
 
+import torch
 import torch.nn as nn
 
 import data
@@ -73,7 +74,7 @@ def main():
     model = NetworkCIFAR(args.init_channels, len(images.classes), args.layers, args.auxiliary, genotype)
     utils.load_weights(model, weights, args.model_path)
     batches = data.Batches(images, args.batch_size, normalization, augmentation=None)
-    meter = infer(batches, model.to(device), nn.CrossEntropyLoss())
+    meter = infer(batches, model.to(device, memory_format=torch.channels_last), nn.CrossEntropyLoss())
     logger.info("genotype = %s", genotypes.format(genotype))
     logger.info("%.2f M weights", utils.count_parameters_in_MB(model))
     logger.info(

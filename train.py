@@ -117,7 +117,8 @@ def main():
     device = utils.pick_device(args)
     torch.manual_seed(args.seed)
     train_batches, test_batches, normalization, classes = load_data(args, device)
-    model = NetworkCIFAR(args.init_channels, len(classes), args.layers, args.auxiliary, genotype).to(device)
+    model = NetworkCIFAR(args.init_channels, len(classes), args.layers, args.auxiliary, genotype)
+    model.to(device, memory_format=torch.channels_last)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay

@@ -128,7 +128,7 @@ def main():
     train_batches, search_batches, classes = load_data(args, device)
     primitives = genotypes.SEARCH_SPACES[args.search_space]
     model = Network(args.init_channels, len(classes), args.layers, nn.CrossEntropyLoss(), primitives=primitives)
-    model.to(device)
+    model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
     )

@@ -319,9 +319,7 @@ def test_module_keeps_no_kernels(cpu_backend):
         output = module(x)
     assert sum(kept.values()) <= 3 * x.untyped_storage().nbytes()
     peak = peak_bytes(lambda: module(x).sum().backward())
-    assert (
-        peak <= 5 * x.untyped_storage().nbytes() and output.shape == x.shape
-    )  # 49 floats a pixel are 3 inputs
+    assert peak <= 5 * x.untyped_storage().nbytes() and output.shape == x.shape  # 49 floats a pixel are 3 inputs
 
 
 # ------------------------------------------------------------------------------------------------- bad arguments
@@ -476,9 +474,7 @@ print(involution.backend("cpu"))
 def test_processes_that_start_at_once_build_once(cpu_backend, tmp_path):
     compiler = tmp_path / "compiler"
     real = " ".join(involution_cpu._compiler())
-    compiler.write_text(
-        f'#!/bin/sh\ncase "$*" in *-dM*) ;; *) echo >> {tmp_path}/builds ;; esac\nexec {real} "$@"\n'
-    )
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-dM*) ;; *) echo >> {tmp_path}/builds ;; esac\nexec {real} "$@"\n')
     compiler.chmod(0o755)
     environment = {"CXX": compiler, "INVOLUTION_CACHE": tmp_path / "cache", "INVOLUTION_BACKEND": ""}
     for process in [python(RUN, **environment) for _ in range(2)]:
