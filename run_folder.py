@@ -26,6 +26,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import involution
 from utils import AverageMeter, UserError, load_checkpoint, load_weights, number, replacing, user_value, write_text
 
 logger = logging.getLogger("darts.run")
@@ -47,7 +48,7 @@ def add_arguments(parser, seed):
 
 
 def _run_name(text):
-    if not text or Path(text).name != text or len(text) > 100:
+    if Path(text).name != text or not 1 <= len(text) <= 100 or text == "..":
         raise ValueError(f"must be a name, not a path, of 1 to 100 characters, got {text[:110]!r}")
     return text
 
@@ -126,7 +127,8 @@ class Run:
         handler = logging.FileHandler(self.folder / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logging.getLogger().addHandler(handler)
-        logger.info("%s %s on %s", "resuming" if args.resume else "run folder", self.folder, device)
+        logger.info("%s %s", "resuming" if args.resume else "run folder", self.folder)
+        logger.info("device %s, involution backend %s", device, involution.backend(device))
 
     def __enter__(self):
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -252,12 +254,13 @@ def _new_folder(kind, name):
 
 
 def _config(args, device):
-    versions = {package: version(package) for package in ("torch", "torchvision", "numpy")}
+    versions = {"torch": torch.__version__} | {name: version(name) for name in ("torchvision", "numpy")}
     return {
         "script": Path(sys.argv[0]).name,
         "args": vars(args) | {"resume": None},
         "versions": {"python": sys.version.split()[0], **versions},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "involution_backend": involution.backend(device),
         "threads": torch.get_num_threads(),
         "git_commit": _git_commit(),
     }

@@ -138,6 +138,8 @@ def main():
 
     with run_folder.Run("search", args, device, parts) as run:
         logger.info("supernet of %.2f M weights, %s space", utils.count_parameters_in_MB(model), args.search_space)
+        if run.history:
+            report(run, model.genotype())  # a kill may have come before this was written
         while run.epoch < args.epochs:
             lr = optimizer.param_groups[0]["lr"]
             train(run, train_batches, search_batches, model, architect, optimizer, args)
@@ -149,7 +151,6 @@ def main():
             scheduler.step()
             run.end_epoch(row | {"genotype": genotypes.format(genotype)})
             report(run, genotype)
-        report(run, model.genotype())
         logger.info("searched; now: python train.py --arch %s", run.folder)
 
 

@@ -6,11 +6,14 @@ import math
 import os
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+import involution
 
 logger = logging.getLogger("darts")
 
@@ -128,8 +131,17 @@ def pick_device(args):
     """The torch.device that --device and --gpu ask for.
 
     Raises:
-        UserError: a device that is not there.
+        UserError: a device that is not there, or an INVOLUTION_BACKEND that cannot run on it.
     """
+    device = _pick_device(args)
+    try:
+        involution.backend(device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return device
+
+
+def _pick_device(args):
     has_cuda = torch.cuda.is_available()
     if args.device == "cuda" and not has_cuda:
         raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu (or auto)")
@@ -216,11 +228,12 @@ def load_checkpoint(path, device="cpu"):
         UserError: a file that is missing, truncated or no checkpoint.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about formats that it then refuses
+            return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # torch.load raises a dozen kinds for damaged files
-        reason = str(error).splitlines()[0][:120]
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{path} is truncated, damaged or not a checkpoint of tensors ({reason})") from None
 
 

@@ -1,14 +1,20 @@
 """Scripts as subprocesses, and small sets of images."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+
+# tests are small: threads would spend their time waiting for each other, above all on a busy machine
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture

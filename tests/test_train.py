@@ -1,0 +1,142 @@
+"""train.py and test.py as people run them: retraining, evaluation, exact resume, bad input."""
+
+import csv
+import shutil
+import signal
+import subprocess
+
+import pytest
+import torch
+
+import genotypes
+import original_darts
+from conftest import assert_one_clear_line, only_run, start_script
+
+TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 2 --epochs 2 --report_freq 1".split()
+PRINTED_ARCH = """Genotype(normal=[('sep_invo_3x3', 1), ('sep_invo_3x3', 0), ('sep_invo_3x3', 2), ('dil_invo_3x3', 1),
+        ('skip_connect', 0), ('skip_connect', 2), ('skip_connect', 2), ('skip_connect', 3)],
+        normal_concat=range(2,6), reduce=[('avg_pool_3x3', 0), ('sep_invo_5x5', 1), ('sep_invo_5x5', 2),                   ('skip_connect', 0),('avg_pool_3x3', 0), ('dil_invo_5x5', 3), ('skip_connect', 4), ('sep_invo_5x5', 0)],            reduce_concat=range(2,6))"""  # noqa: E501  the runs of spaces are the point
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of a training with drop-path that nobody stopped."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    result = start_script(folder, "train.py", *TINY, "--drop_path_prob", 0.5, run=subprocess.run)
+    assert result.returncode == 0, result.stderr
+    return only_run(folder, "train")
+
+
+def test_the_printed_command_works(script, image_folder, tmp_path):
+    line = ["--gpu", 0, "--batch_size", 8, "--learning_rate", 0.05, "--cutout", "--auxiliary", "--layer", 4]
+    result = script(
+        "train.py", *line, "--arch", PRINTED_ARCH, "--dataset", "folder", "--data", image_folder, "--epochs", 1,
+        "--init_channels", 4,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert genotypes.parse(only_run(tmp_path, "train")) == genotypes.DARTS
+    assert f"genotype = {genotypes.format(genotypes.DARTS)}" in result.stdout
+
+
+def test_a_killed_training_resumes_exactly(uninterrupted, tmp_path):
+    process = start_script(tmp_path, "train.py", *TINY, "--drop_path_prob", 0.5)
+    for printed in process.stdout:
+        if "epoch 2/2 step 2/6" in printed:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate(timeout=120)
+    folder = only_run(tmp_path, "train")
+    result = start_script(tmp_path, "train.py", "--resume", folder, run=subprocess.run)
+    assert result.returncode == 0, result.stderr
+    assert (folder / "metrics.csv").read_bytes() == (uninterrupted / "metrics.csv").read_bytes()
+    states = [torch.load(f / "checkpoint.pt", weights_only=True)["model"] for f in (folder, uninterrupted)]
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
+def test_a_trained_network_is_tested_as_it_was_in_training(script, uninterrupted):
+    with open(uninterrupted / "metrics.csv") as file:
+        last = list(csv.DictReader(file))[-1]
+    for path in (uninterrupted, uninterrupted / "checkpoint.pt"):
+        result = script("test.py", "--model_path", path)
+        assert result.returncode == 0, result.stderr
+        expected = f"test loss {float(last['valid_loss']):.4f}, top-1 {float(last['valid_acc']):.2f}%"
+        assert expected in result.stdout
+        assert "on 96 images" in result.stdout
+
+
+def test_settings_given_to_test_win(script, uninterrupted):
+    assert "on 50 images" in script("test.py", "--model_path", uninterrupted, "--subset", 50).stdout
+
+
+def test_a_published_state_dict_is_tested(script, tmp_path):
+    shapes = original_darts.network_cifar(4, 10, 3, True, genotypes.DARTS_V2)
+    torch.save({k: torch.ones(s) for k, s in shapes.items()}, tmp_path / "weights.pt")
+    network = ["--init_channels", 4, "--layers", 3, "--auxiliary", "--dataset", "digits", "--subset", 20]
+    result = script("test.py", "--model_path", "weights.pt", "--arch", "DARTS_V2", *network)
+    assert result.returncode == 0, result.stderr
+    assert "top-1" in result.stdout
+    result = script("test.py", "--model_path", "weights.pt", "--arch", "DARTS_V1", *network)
+    assert_one_clear_line(result, "not those of this network", "cells.0")
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--arch", "DRATS"], "unknown genotype 'DRATS'; did you mean DARTS"),
+        (["--arch", "Genotype(normal=[('none', 0)"], "malformed genotype"),
+        (["--arch", "__import__('os').mkdir('executed')"], "must be Genotype(...)"),
+        (["--arch", PRINTED_ARCH.replace("sep_invo_3x3', 1", "sep_invo_9x9', 1")], "unknown primitive 'sep_invo_9x9'"),
+        (["--arch", PRINTED_ARCH.replace("sep_invo_3x3', 1", "sep_invo_3x3', 2")], "input node 2 does not exist yet"),
+        (["--auxiliary"], "--auxiliary needs images of at least 29 pixels with --layers 2, got 8"),
+        (["--batch_size", 97], "--batch_size 97 is larger than the 96 training images"),
+        (["--drop_path_prob", 1], "--drop_path_prob: must be a number at least 0 and below 1, got 1"),
+        (["--resume", "."], "--resume .: no checkpoint.pt in it"),
+        (["--dataset", "folder", "--data", "missing"], "--data missing: no such folder"),
+    ],
+)
+def test_bad_input(script, tmp_path, arguments, says):
+    assert_one_clear_line(script("train.py", *TINY, *arguments), says)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layers, smallest", [(1, 15), (2, 29), (3, 29), (20, 29)])
+def test_the_auxiliary_head_takes_images_of_the_size_that_the_message_names(layers, smallest):
+    from model import NetworkCIFAR
+    from train import smallest_image
+
+    assert smallest_image(layers) == smallest
+    net = NetworkCIFAR(4, 10, layers, True, genotypes.DARTS_V2)
+    net(torch.randn(2, 3, smallest, smallest))
+    with pytest.raises(RuntimeError):
+        net(torch.randn(2, 3, smallest - 1, smallest - 1))
+
+
+def test_empty_class_folder_and_broken_image(script, image_folder, tmp_path):
+    root = tmp_path / "images"
+    shutil.copytree(image_folder, root)
+    own = ["--dataset", "folder", "--data", "images", "--batch_size", 4, "--init_channels", 4, "--layers", 2]
+    (root / "test" / "red" / "002.png").write_bytes(b"broken")
+    assert_one_clear_line(script("train.py", *own), "broken image file images/test/red/002.png")
+    for path in (root / "train" / "blue").iterdir():
+        path.unlink()
+    assert_one_clear_line(script("train.py", *own), "images/train/blue holds no image file")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (None, "no such file"),
+        (b"PK\x03\x04 truncated", "truncated, damaged"),
+        (b"", "truncated, damaged"),
+    ],
+)
+def test_bad_model_paths(script, tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "weights.pt").write_bytes(content)
+    assert_one_clear_line(script("test.py", "--model_path", "weights.pt"), "weights.pt", says)
+
+
+def test_a_search_is_not_a_trained_network(script, tmp_path):
+    torch.save({"model": {}, "arch_optimizer": {}}, tmp_path / "checkpoint.pt")
+    assert_one_clear_line(script("test.py", "--model_path", "."), "is a search: train what it found")

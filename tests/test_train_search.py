@@ -1,0 +1,184 @@
+"""train_search.py as people run it: the command line, exact resume, bad input."""
+
+import csv
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+import genotypes
+from conftest import assert_one_clear_line, only_run, start_script
+
+TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 2 --epochs 2 --report_freq 1".split()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of a second-order search that nobody stopped, and what it printed."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    result = start_script(folder, "train_search.py", "--unrolled", *TINY, run=subprocess.run)
+    assert result.returncode == 0, result.stderr
+    return only_run(folder, "search"), result.stdout
+
+
+def test_a_search_leaves_everything_in_its_folder(uninterrupted):
+    folder, printed = uninterrupted
+    genotype = genotypes.parse(folder)
+    assert printed.count(f"genotype = {genotypes.format(genotype)}") >= 1
+    with open(folder / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert genotypes.parse(rows[-1]["genotype"]) == genotype
+    for name in ("curves.png", "normal.gv", "reduction.gv"):
+        assert (folder / "figures" / name).stat().st_size > 0
+    if shutil.which("dot"):
+        assert (folder / "figures" / "normal.png").read_bytes()[:4] == b"\x89PNG"
+    assert "involution backend" in (folder / "log.txt").read_text()
+
+
+def test_piped_output_is_plain_lines(uninterrupted):
+    _, printed = uninterrupted
+    assert "\r" not in printed and "epoch 1/2 step 3/3 loss" in printed
+
+
+def assert_same_run(folder, expected):
+    assert (folder / "metrics.csv").read_bytes() == (expected / "metrics.csv").read_bytes()
+    assert (folder / "genotype.json").read_bytes() == (expected / "genotype.json").read_bytes()
+    states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, expected)]
+    for a, b in zip(states[0]["model"].items(), states[1]["model"].items(), strict=True):
+        assert a[0] == b[0] and torch.equal(a[1], b[1])
+    for name in ("optimizer", "arch_optimizer"):
+        for k, state in states[1][name]["state"].items():
+            for key, value in state.items():
+                assert torch.equal(torch.as_tensor(states[0][name]["state"][k][key]), torch.as_tensor(value))
+
+
+def start_and_signal(folder, number, line):
+    """Start the search, send a signal when `line` has been printed, and return (exit code, run folder)."""
+    process = start_script(folder, "train_search.py", "--unrolled", *TINY)
+    for printed in process.stdout:
+        if line in printed:
+            process.send_signal(number)
+            break
+    process.communicate(timeout=120)
+    return process.returncode, only_run(folder, "search")
+
+
+@pytest.mark.parametrize(
+    "line", ["epoch 1/2 step 2/3", "epoch 2/2 step 1/3"], ids=["in the first epoch", "in the second epoch"]
+)
+def test_a_killed_search_resumes_exactly(uninterrupted, tmp_path, line):
+    code, folder = start_and_signal(tmp_path, signal.SIGKILL, line)
+    assert code == -signal.SIGKILL
+    result = start_script(tmp_path, "train_search.py", "--resume", folder, run=subprocess.run)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(folder, uninterrupted[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_search_says_how_to_resume_and_resumes_exactly(uninterrupted, tmp_path, number):
+    code, folder = start_and_signal(tmp_path, number, "epoch 1/2 step 1/3")
+    assert code == 128 + number
+    assert f"python train_search.py --resume {folder.relative_to(tmp_path)}" in (folder / "log.txt").read_text()
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] > 0
+    result = start_script(tmp_path, "train_search.py", "--resume", folder, run=subprocess.run)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(folder, uninterrupted[0])
+
+
+def test_a_finished_search_can_be_resumed_to_write_its_results(uninterrupted, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(uninterrupted[0], folder)
+    (folder / "metrics.csv").unlink()
+    (folder / "genotype.json").unlink()
+    result = start_script(tmp_path, "train_search.py", "--resume", folder, run=subprocess.run)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(folder, uninterrupted[0])
+
+
+@pytest.mark.parametrize("space", ["darts", "mixed"])
+def test_first_order_in_the_other_spaces(script, tmp_path, space):
+    assert script("train_search.py", *TINY, "--epochs", 1, "--search_space", space).returncode == 0
+    names = {primitive for primitive, _ in genotypes.parse(only_run(tmp_path, "search")).normal}
+    assert names <= set(genotypes.SEARCH_SPACES[space])
+
+
+def test_own_images_of_an_odd_size(script, image_folder, tmp_path):
+    own = ["--dataset", "folder", "--data", image_folder, "--image_size", 9, "--batch_size", 8, "--cutout"]
+    result = script("train_search.py", "--unrolled", *TINY, *own, "--cutout_length", 3, "--epochs", 1, "--gpu", 0)
+    assert result.returncode == 0, result.stderr
+    assert "--gpu 0: no CUDA device here, going on with the CPU" in result.stdout or torch.cuda.is_available()
+
+
+def test_without_dot_the_search_goes_on_and_says_so_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setenv("INVOLUTION_BACKEND", "torch")  # there is no compiler either
+    result = start_script(tmp_path, "train_search.py", *TINY, run=subprocess.run)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("install Graphviz") == 1
+    figures = {path.name for path in (only_run(tmp_path, "search") / "figures").iterdir()}
+    assert figures == {"curves.png", "normal.gv", "reduction.gv"}
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--epochs", 0], "--epochs: must be an integer at least 1, got 0"),
+        (["--layers", -3], "--layers: must be an integer at least 1, got -3"),
+        (["--init_channels", "many"], "--init_channels: must be an integer at least 1, got 'many'"),
+        (["--batch_size", 0], "--batch_size: must be an integer at least 2, got 0"),
+        (["--batch_size", 64], "--batch_size 64 is larger than the train_portion: 48 images"),
+        (["--train_portion", 1], "--train_portion: must be a number above 0 and below 1, got 1"),
+        (["--train_portion", 0.9], "--batch_size 16 is larger than the rest of the training images: 10 images"),
+        (["--learning_rate", -1], "--learning_rate: must be a number above 0, got -1"),
+        (["--subset", 0], "--subset: must be an integer at least 2, got 0"),
+        (["--search_space", "dart"], "invalid choice: 'dart'"),
+        (["--dataset", "folder", "--data", "missing"], "--data missing: no such folder"),
+        (["--cutout"], "--cutout_length 16 can cover a whole image of 8x8 pixels"),
+        (["--resume", "nothing"], "--resume nothing: no such folder"),
+        (["--device", "cuda"], "--device cpu"),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+    ],
+)
+def test_bad_input(script, tmp_path, arguments, says):
+    if arguments == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert_one_clear_line(script("train_search.py", *TINY, *arguments), says)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_download_names_the_way_out(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody answers there
+    result = script("train_search.py", "--unrolled")
+    assert_one_clear_line(result, "cannot be downloaded", "--dataset digits", "--dataset folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_turns_nan_stops_the_search(script, tmp_path):
+    result = script("train_search.py", *TINY, "--learning_rate", 1e30, "--grad_clip", 1e30)
+    run = only_run(tmp_path, "search").relative_to(tmp_path)
+    assert_one_clear_line(result, "the loss became", "step", "learning rate 1e+30", f"{run}/checkpoint.pt")
+
+
+def test_a_run_of_other_settings_is_not_resumed(script, uninterrupted):
+    result = script("train_search.py", "--resume", uninterrupted[0], "--layers", 3)
+    assert_one_clear_line(result, "--layers is 2 in that run, not 3")
+
+
+def test_a_truncated_checkpoint_is_not_resumed(script, uninterrupted, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(uninterrupted[0], folder)
+    whole = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    before = time.time_ns()
+    assert_one_clear_line(script("train_search.py", "--resume", folder), "checkpoint.pt is truncated, damaged")
+    assert not [path for path in folder.rglob("*") if path.stat().st_mtime_ns > before]
+
+
+def test_help_shows_groups_and_defaults(script):
+    text = script("train_search.py", "--help").stdout
+    for part in ("supernet:", "alphas:", "(default: 0.0003)", "--unrolled", "(default: 64)"):
+        assert part in text

@@ -1,0 +1,105 @@
+"""Command lines, meters, and files that are replaced whole."""
+
+import argparse
+import pickle
+
+import pytest
+import torch
+
+import utils
+
+
+def test_accuracy_counts_the_targets_among_the_largest_logits():
+    logits = torch.tensor([[3.0, 2, 1], [1, 2, 3], [1, 3, 2], [9, 0, 0]])
+    target = torch.tensor([0, 1, 0, 2])
+    assert utils.accuracy(logits, target, topk=(1, 2, 5)) == [25.0, 50.0, 100.0]
+
+
+def test_meter_averages_over_images():
+    meter = utils.AverageMeter()
+    meter.update(1.0, torch.tensor([[1.0, 0]] * 3), torch.tensor([0, 0, 1]))
+    meter.update(3.0, torch.tensor([[1.0, 0]]), torch.tensor([0]))
+    assert meter.loss == 1.5 and meter.top1 == pytest.approx(75) and meter.top5 == pytest.approx(100)
+    assert utils.AverageMeter(meter.sums).loss == 1.5
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), utils.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    utils.write_text(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "convert, good, bad, says",
+    [
+        (utils.number(int, low=1), "3", "0", "must be an integer at least 1, got 0"),
+        (utils.number(int, low=1), "3", "2.5", "must be an integer at least 1, got '2.5'"),
+        (utils.number(float, above=0, below=1), "0.5", "1", "must be a number above 0 and below 1, got 1"),
+        (utils.number(float, low=0), "0", "nan", "must be a number at least 0, got nan"),
+        (utils.number(float), "-1e3", "inf", "must be a number, got inf"),
+    ],
+)
+def test_numbers(convert, good, bad, says):
+    assert convert(good) == float(good)
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        convert(bad)
+    assert str(caught.value) == says
+
+
+def test_given_arguments_are_those_of_the_command_line():
+    parser = utils.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--cutout", action="store_true")
+    assert parser.given(["--epochs", "5"]) == {"epochs": 5}
+    assert parser.given(["--cutout"]) == {"cutout": True}
+
+
+def arguments(**kwargs):
+    return argparse.Namespace(**(dict(device="auto", gpu=None) | kwargs))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
+def test_without_cuda(caplog):
+    assert utils.pick_device(arguments(gpu=0)) == torch.device("cpu")
+    assert [r.getMessage() for r in caplog.records] == ["--gpu 0: no CUDA device here, going on with the CPU"]
+    with pytest.raises(utils.UserError, match="--device cpu"):
+        utils.pick_device(arguments(device="cuda"))
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_checkpoints_run_no_code(tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    for save in (lambda: torch.save(Malicious(), path), lambda: path.write_bytes(pickle.dumps(Malicious()))):
+        save()
+        with pytest.raises(utils.UserError, match="not a checkpoint"):
+            utils.load_checkpoint(path)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_damaged_checkpoints_are_named(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"model": torch.randn(100)}, path)
+    whole = path.read_bytes()
+    for content in (b"", whole[:50], whole[: len(whole) // 2], b"text"):
+        path.write_bytes(content)
+        with pytest.raises(utils.UserError, match="checkpoint.pt is truncated, damaged"):
+            utils.load_checkpoint(path)
+    with pytest.raises(utils.UserError, match="no such file"):
+        utils.load_checkpoint(tmp_path / "none.pt")
+
+
+def test_weights_of_another_network_are_refused():
+    with pytest.raises(utils.UserError, match="weight"):
+        utils.load_weights(torch.nn.Linear(2, 3), torch.nn.Linear(2, 4).state_dict(), "weights.pt")
+    with pytest.raises(utils.UserError, match="not those of this network"):
+        utils.load_weights(torch.nn.Linear(2, 3), {"other": 3}, "weights.pt")
