@@ -1,0 +1,42 @@
+# make demo    search, retrain, test and draw on the digits set: a few minutes, nothing but the packages to download
+# make test    the test suite
+# make lint    style checks
+# make clean   remove the environment (runs/ stays)
+
+PYTHON ?= python3
+BIN := .venv/bin
+DIGITS := --dataset digits --save demo
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	@set -e; newest() { ls -td runs/$$1-demo-* | head -n 1; }; \
+	echo "== 1/4 search (second order)"; \
+	$(BIN)/python train_search.py --unrolled $(DIGITS) --epochs 3 --layers 3 --init_channels 8; \
+	search=$$(newest search); \
+	echo "== 2/4 retrain $$search"; \
+	$(BIN)/python train.py $(DIGITS) --arch $$search --epochs 15 --layers 5 --init_channels 16 --batch_size 64; \
+	train=$$(newest train); \
+	echo "== 3/4 test $$train"; \
+	result=$$($(BIN)/python test.py --model_path $$train | tail -n 1); \
+	echo "== 4/4 draw"; \
+	$(BIN)/python visualize.py $$search --format png --output $$search/figures || true; \
+	echo; echo "genotype:  $$(grep -o 'Genotype(.*' $$search/log.txt | tail -n 1)"; \
+	echo "accuracy:  $$(echo "$$result" | cut -d' ' -f2-)"; \
+	echo "pictures:  $$search/figures (curves and the two cells), $$train/figures (curves)"
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: requirements.txt
+	@echo "making the environment .venv (PyTorch takes a few minutes to install)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf .venv
