@@ -326,8 +326,9 @@ def _validate_edges(cell, edges):
 
 
 def known_primitives():
-    """Every canonical primitive that a genotype may name."""
-    return list(dict.fromkeys([*SEARCH_SPACES["mixed"], "sep_conv_7x7", "conv_7x1_1x7"]))
+    """Every canonical primitive that a genotype may name: those of all search spaces, and two of NASNet's."""
+    searched = (primitive for space in SEARCH_SPACES.values() for primitive in space)
+    return list(dict.fromkeys([*searched, "sep_conv_7x7", "conv_7x1_1x7"]))
 
 
 def _did_you_mean(name, names):

@@ -228,3 +228,11 @@ def test_bad_files_are_named(content, says, tmp_path):
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(ValueError, match="has no genotype.json"):
         genotypes.parse(tmp_path)
+
+
+def test_a_primitive_of_your_own_is_known_once_it_is_in_a_search_space(monkeypatch):
+    text = GOOD.replace("none", "conv_3x3")
+    with pytest.raises(ValueError, match="unknown primitive 'conv_3x3'"):
+        genotypes.parse(text)
+    monkeypatch.setitem(genotypes.SEARCH_SPACES, "mine", [*genotypes.PRIMITIVES, "conv_3x3"])
+    assert genotypes.parse(text).normal == [("conv_3x3", 0), ("conv_3x3", 1)]
