@@ -228,7 +228,8 @@ def load_checkpoint(path, device="cpu"):
         UserError: a file that is missing, truncated or no checkpoint.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # about formats that it then refuses
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about formats that it then refuses
             return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
