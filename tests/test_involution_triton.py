@@ -74,7 +74,8 @@ def triton_backend(device, monkeypatch):
     import involution_triton
 
     def poisoned(*args, **kwargs):
-        return allocate(*args, **kwargs).fill_(float("nan"))
+        memory = allocate(*args, **kwargs)
+        return memory.fill_(float("nan")) if memory.is_floating_point() else memory
 
     allocate = torch.empty
     monkeypatch.setattr(torch, "empty", poisoned)
@@ -126,7 +127,8 @@ def check(module, case, dtype=torch.float32, memory_format="NCHW", device="cpu")
         for index, (actual, right) in enumerate(pairs):
             assert actual.dtype == dtype
             where = f"{name}, result {index}: ".__add__
-            torch.testing.assert_close(actual.double(), right, rtol=rtol, atol=atol, msg=where)
+            scale = max(1.0, right.abs().max().item())  # sums over all pixels cancel: their terms set the error
+            torch.testing.assert_close(actual.double(), right, rtol=rtol, atol=atol * scale, msg=where)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
