@@ -3,9 +3,9 @@
 #
 #   benchmarks/gpu_check.sh [FOLDER]        (default: results-CARD, in the folder where it is called)
 #
-# FOLDER then holds machine.txt, tests.txt (pytest -m gpu), benchmark.txt with the blocks that Triton chose, and the
-# tables and plots of bench_involution.py. PYTHON names another interpreter than `python`. Exit status: 0 when all
-# tests passed and the benchmark ran, 1 when not, 2 when there is no CUDA device.
+# FOLDER then holds machine.txt, tests.txt (pytest -m gpu), benchmark-DTYPE.txt with the blocks that Triton chose, and
+# in float32/ and bfloat16/ the tables and plots of bench_involution.py. PYTHON names another interpreter than
+# `python`. Exit status: 0 when all tests passed and the benchmark ran, 2 when there is no CUDA device, else another.
 set -euo pipefail
 
 python=${PYTHON:-python}
@@ -21,6 +21,9 @@ cd "$(dirname "$0")/.."
 
 "$python" -m torch.utils.collect_env >"$folder/machine.txt"
 "$python" -m pytest -m gpu --durations=10 2>&1 | tee "$folder/tests.txt"
-TRITON_PRINT_AUTOTUNING=1 "$python" benchmarks/bench_involution.py --device cuda --out "$folder" 2>&1 |
-    tee "$folder/benchmark.txt"
+for dtype in float32 bfloat16; do
+    # a batch of 512: one of 64 would time the launches, and fit in the cache of a large card
+    TRITON_PRINT_AUTOTUNING=1 "$python" benchmarks/bench_involution.py --device cuda --dtype "$dtype" --batch 512 \
+        --out "$folder/$dtype" 2>&1 | tee "$folder/benchmark-$dtype.txt"
+done
 echo "gpu_check.sh: results for $card are in $folder"
