@@ -837,34 +837,30 @@ class WeightGradient {  // of one block of rows and one group at a time; hands e
   A *planes, *gw, *grad;
 };
 
+// Either gradient may be left out. Together they read each image of grad_output once.
 template <class T, class A = typename AccumulatorOf<T>::type>
-void grad_input(const Problem& p, const Image<T>& grad_output, const Kernels<T>& weight, const Image<T>& output) {
+void backward(const Problem& p, const Image<T>& grad_output, const Image<T>& input, const Kernels<T>& weight,
+              const Image<T>& grad_input, const Kernels<T>& grad_weight) {
   const GivenKernels<A, T> source{p, weight};
   at::parallel_for(0, p.N * p.blocks(), 1, [&](int64_t begin, int64_t end) {
-    InputGradient<T, GivenKernels<A, T>> pass(p, grad_output, source, output);
-    Scratch scratch(sizeof(A) * pass.scratch());
-    pass.begin(scratch);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t y0 = unit % p.blocks() * p.block_rows(), y1 = std::min(p.Ho(), y0 + p.block_rows());
-      for (int64_t g = 0; g < p.G; ++g) pass.run(unit / p.blocks(), g, y0, y1);
-    }
-  });
-}
-
-template <class T, class A = typename AccumulatorOf<T>::type>
-void grad_weight(const Problem& p, const Image<T>& grad_output, const Image<T>& input, const Kernels<T>& output) {
-  at::parallel_for(0, p.N * p.blocks(), 1, [&](int64_t begin, int64_t end) {
-    WeightGradient<T> pass(p, grad_output, input);
-    Scratch scratch(sizeof(A) * pass.scratch());
-    pass.begin(scratch);
+    InputGradient<T, GivenKernels<A, T>> to_input(p, grad_output, source, grad_input);
+    WeightGradient<T> to_weight(p, grad_output, input);
+    Scratch scratch(sizeof(A) * (to_input.scratch() + to_weight.scratch()));
+    to_input.begin(scratch);
+    to_weight.begin(scratch);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / p.blocks(), y0 = unit % p.blocks() * p.block_rows();
-      for (int64_t g = 0; g < p.G; ++g)
-        pass.run(n, g, y0, std::min(p.Ho(), y0 + p.block_rows()), [&](const Tile& t, const A* gw) {
-          if (output.w == 1) output.prefetch(p, n, g, t);
-          for (int64_t r = 0; r < t.rows; ++r)
-            put_out(output.at(n, g, t.y + r, t.x0), output.k, output.w, gw + r * t.width, kPitch, p.KK(), t.nx);
-        });
+      const int64_t y1 = std::min(p.Ho(), y0 + p.block_rows());
+      for (int64_t g = 0; g < p.G; ++g) {
+        if (grad_input.data) to_input.run(n, g, y0, y1);
+        if (grad_weight.data)
+          to_weight.run(n, g, y0, y1, [&](const Tile& t, const A* gw) {
+            if (grad_weight.w == 1) grad_weight.prefetch(p, n, g, t);
+            for (int64_t r = 0; r < t.rows; ++r)
+              put_out(grad_weight.at(n, g, t.y + r, t.x0), grad_weight.k, grad_weight.w, gw + r * t.width, kPitch,
+                      p.KK(), t.nx);
+          });
+      }
     }
   });
 }
@@ -948,8 +944,8 @@ int with_dtype(int64_t dtype, const F& f) {
 }  // namespace
 
 // Each function takes the nine numbers of Problem and a dtype (0 float32, 1 bfloat16, 2 float64), then a pointer and
-// strides in elements for each tensor; span weight and bias and their gradients are contiguous. Returns 0, or 1 when
-// out of memory.
+// strides in elements for each tensor; span weight and bias and their gradients are contiguous. A gradient that is not
+// wanted is null. Returns 0, or 1 when out of memory.
 extern "C" {
 
 int involution_forward(const Problem* p, int64_t dtype, const void* input, const int64_t* input_strides,
@@ -962,21 +958,14 @@ int involution_forward(const Problem* p, int64_t dtype, const void* input, const
   });
 }
 
-int involution_grad_input(const Problem* p, int64_t dtype, const void* grad_output, const int64_t* grad_strides,
-                          const void* weight, const int64_t* weight_strides, void* output,
-                          const int64_t* output_strides) {
+int involution_backward(const Problem* p, int64_t dtype, const void* grad_output, const int64_t* grad_strides,
+                        const void* input, const int64_t* input_strides, const void* weight,
+                        const int64_t* weight_strides, void* grad_input, const int64_t* grad_input_strides,
+                        void* grad_weight, const int64_t* grad_weight_strides) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    grad_input<T>(*p, {grad_output, grad_strides}, {weight, weight_strides}, {output, output_strides});
-  });
-}
-
-int involution_grad_weight(const Problem* p, int64_t dtype, const void* grad_output, const int64_t* grad_strides,
-                           const void* input, const int64_t* input_strides, void* output,
-                           const int64_t* output_strides) {
-  return with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    grad_weight<T>(*p, {grad_output, grad_strides}, {input, input_strides}, {output, output_strides});
+    backward<T>(*p, {grad_output, grad_strides}, {input, input_strides}, {weight, weight_strides},
+                {grad_input, grad_input_strides}, {grad_weight, grad_weight_strides});
   });
 }
 
