@@ -22,6 +22,8 @@ inputs.
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import os
 import platform
 import statistics
@@ -132,6 +134,18 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
+def keep_freed_memory():
+    """Let glibc reuse what was freed, as a run of equal steps on a GPU's allocator would.
+
+    By default it gives hundreds of megabytes back and asks for them again, page by page: more than half of the
+    textbook's time, and at times in the turn of whoever comes next.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries have no mallopt
+        mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
 def time_once(function, inputs, grad_output):
     """Seconds of the forward and of the backward pass."""
     device = grad_output.device
@@ -168,6 +182,7 @@ def measure(N, C, size, K, device, dtype, rounds):
     grad_output = torch.randn_like(cases["depthwise"][1][0])
     check_agreement(cases, grad_output, dtype)
     times = {name: [] for name in cases}
+    gc.disable()  # a collection takes longer than most passes, and would strike the same provider every round
     for turn in range(rounds + 1):  # the first warms up
         for name, (function, inputs, _) in cases.items():
             with backend_of(name):
@@ -175,6 +190,7 @@ def measure(N, C, size, K, device, dtype, rounds):
                 seconds = time_once(function, inputs, grad_output)
             if turn >= 1:
                 times[name].append((*seconds, sum(seconds)))
+    gc.enable()
     rows = []
     for name, (function, inputs, _) in cases.items():
         row = {"C": C, "size": size, "K": K, "provider": name}
@@ -187,10 +203,43 @@ def measure(N, C, size, K, device, dtype, rounds):
     return rows
 
 
+def machine_limits(device, dtype):
+    """Bytes moved per second by copying 256 MB, and FLOPs per second of a matrix product of 2048 x 2048."""
+    source, square = torch.ones(2**26, device=device), torch.ones(2048, 2048, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    copied, multiplied = [], []
+    for _ in range(12):
+        for seconds, function in (
+            (copied, lambda: target.copy_(source)),
+            (multiplied, lambda: square @ square),
+        ):
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            seconds.append(time.perf_counter() - start)
+    return 2 * 4 * source.numel() / statistics.median(copied), 2 * 2048**3 / statistics.median(multiplied)
+
+
+def pass_limits(row, batch, element, bandwidth, rate):
+    """Seconds that the forward and the backward pass of a row need at least for their bytes and FLOPs.
+
+    Every tensor is read or written once. FLOPs as in involution_ops.py: with fused kernels the products with the span
+    are made once forward and three times backward.
+    """
+    C, K, pixels = row["C"], row["K"], batch * row["size"] ** 2
+    fused, taps = row["provider"] == "fused", max(1, C // 16) * K * K
+    kernels = C // 4 if fused else taps  # numbers a pixel: its features, or its kernels themselves
+    span = 2 * pixels * taps * (C // 4) if fused else 0
+    product = 2 * pixels * C * K * K
+    work = (2 * C + kernels, product + span), (3 * C + 2 * kernels, 2 * product + 3 * span)
+    return [max(numbers * pixels * element / bandwidth, flops / rate) for numbers, flops in work]
+
+
 # ------------------------------------------------------------------------------------------------------ output
 
 
-def machine(device, dtype, batch, rounds):
+def machine(device, dtype, args):
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -202,8 +251,8 @@ def machine(device, dtype, batch, rounds):
         name += f", {torch.get_num_threads()} threads, PyTorch's {torch.backends.cpu.get_cpu_capability()}"
     return (
         f"{name}; PyTorch {torch.__version__}, Python {platform.python_version()}; backend "
-        f"`{involution.backend(device)}`; batch {batch}, {str(dtype).removeprefix('torch.')}, channels-last; "
-        f"median of {rounds} rounds in ms (first to third quartile)."
+        f"`{involution.backend(device)}`; batch {args.batch}, {str(dtype).removeprefix('torch.')}, channels-last; "
+        f"C allocator: {args.allocator}; median of {args.rounds} rounds in ms (first to third quartile)."
     )
 
 
@@ -227,6 +276,28 @@ def markdown(rows, peers):
     return "\n".join(lines)
 
 
+def limits_table(rows, used, args, bandwidth, rate):
+    element = getattr(torch, args.dtype).itemsize
+    intro = (
+        f"Copying moves {bandwidth / 1e9:.1f} GB/s here, a matrix product does {rate / 1e9:.0f} GFLOP/s. Limit: the "
+        "longer of bytes (every tensor once) and FLOPs at these rates, in ms; × is how many times it the pass takes."
+    )
+    lines = [
+        intro,
+        "",
+        "| C, image | K | provider | forward limit | × | backward limit | × |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if row["provider"] in (used, "fused"):
+            limits = [1e3 * limit for limit in pass_limits(row, args.batch, element, bandwidth, rate)]
+            cells = [f"{row['C']}, {row['size']}×{row['size']}", str(row["K"]), row["provider"]]
+            for limit, mode in zip(limits, ("forward", "backward")):
+                cells += [f"{limit:.2f}", f"{row[mode] / limit:.1f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def plot(rows, path):
     import matplotlib
 
@@ -245,7 +316,7 @@ def plot(rows, path):
         )
         panel.grid(alpha=0.3, which="both")
     panels[0][0].set_ylabel("forward + backward, ms")
-    panels[0][-1].legend(fontsize="small")
+    panels[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -266,6 +337,13 @@ def parse_args():
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--batch", type=int, default=64, help="images in a batch")
+    parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64], choices=[16, 32, 64])
+    parser.add_argument(
+        "--allocator",
+        default="keep",
+        choices=["keep", "default"],
+        help="whether the C library keeps freed memory",
+    )
     parser.add_argument("--kernel_sizes", type=int, nargs="+", default=[3, 5, 7])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of every provider")
@@ -278,15 +356,19 @@ def main():
     args = parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.set_num_threads(args.threads)
+    if args.allocator == "keep":
+        keep_freed_memory()
+    limits = machine_limits(device, dtype)
     rows = []
-    for C, size in SHAPES:
+    for C, size in (shape for shape in SHAPES if shape[0] in args.channels):
         for K in args.kernel_sizes:
             rows += measure(args.batch, C, size, K, device, dtype, args.rounds)
             print(f"measured C={C}, {size}x{size}, K={K}", file=sys.stderr)
     used = involution.backend(device)
     peers = {"torch": ["unfold"], used: ["unfold", "depthwise"], "fused": ["fused unfold", "depthwise"]}
     peers["module"] = ["module unfold"]
-    text = f"{machine(device, dtype, args.batch, args.rounds)}\n\n{markdown(rows, peers)}"
+    text = f"{machine(device, dtype, args)}\n\n{markdown(rows, peers)}"
+    text += f"\n\n{limits_table(rows, used, args, *limits)}"
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "bench_involution.md").write_text(text + "\n")
     plot(rows, args.out / "bench_involution.png")
