@@ -55,6 +55,16 @@ inline void store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+// Compilers like to read a vector again from memory at each use; the load ports have no time for that here.
+template <class V>
+inline void in_register(V& vector) {
+#if defined(__x86_64__)
+  asm("" : "+v"(vector));
+#elif defined(__aarch64__)
+  asm("" : "+w"(vector));
+#endif
+}
+
 struct BFloat16 {
   uint16_t bits;
   operator float() const {
@@ -118,6 +128,10 @@ struct Image {  // (N, C, H, W) with strides in elements
   T* at(int64_t in, int64_t ic, int64_t ih, int64_t iw) const { return data + in * n + ic * c + ih * h + iw * w; }
 };
 
+struct Tile {  // pixel (r, x) of the tile is the output's (y + r, x0 + x) and lies at r * width + x
+  int64_t y, rows, x0, nx, width;
+};
+
 template <class T>
 struct Kernels {  // (N, G, K*K, Ho, Wo) with strides in elements
   T* data;
@@ -125,10 +139,12 @@ struct Kernels {  // (N, G, K*K, Ho, Wo) with strides in elements
   Kernels(const void* pointer, const int64_t* s)
       : data((T*)pointer), n(s[0]), g(s[1]), k(s[2]), h(s[3]), w(s[4]) {}
   T* at(int64_t in, int64_t ig, int64_t ih, int64_t iw) const { return data + in * n + ig * g + ih * h + iw * w; }
-};
-
-struct Tile {  // pixel (r, x) of the tile is the output's (y + r, x0 + x) and lies at r * width + x
-  int64_t y, rows, x0, nx, width;
+  // K*K short runs, far apart: the hardware does not foresee those of the next tile
+  void prefetch(const Problem& p, int64_t in, int64_t ig, const Tile& t) const {
+    for (int64_t ik = 0; ik < p.KK(); ++ik)
+      for (int64_t x = 0; x < kTile; x += 64 / int64_t(sizeof(T)))
+        __builtin_prefetch(at(in, ig, t.y + t.rows, t.x0) + ik * k + x, 0, 2);
+  }
 };
 
 template <class F>
@@ -163,8 +179,81 @@ class Scratch {  // one growing buffer a thread, handed out in aligned pieces
 
 // ---------------------------------------------------------------------------------------------------- copies
 
-// dst[r * dr + c * dc] = src[r * sr + c * sc], converting
+#if defined(__has_builtin)  // not in GCC 11 and older, which get the plain loop
+#if __has_builtin(__builtin_shufflevector)
+#define INVOLUTION_SHUFFLES
+#endif
+#endif
+
+#if defined(INVOLUTION_SHUFFLES)
+typedef float Half __attribute__((vector_size(16)));
+
+// dst[r * dp + c] = src[c * sp + r] for 4 x 4 values
+inline void transpose_4x4(float* dst, int64_t dp, const float* src, int64_t sp) {
+  Half line[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) std::memcpy(&line[i], src + i * sp, sizeof(Half));
+  const Half a = __builtin_shufflevector(line[0], line[1], 0, 4, 1, 5);
+  const Half b = __builtin_shufflevector(line[0], line[1], 2, 6, 3, 7);
+  const Half c = __builtin_shufflevector(line[2], line[3], 0, 4, 1, 5);
+  const Half d = __builtin_shufflevector(line[2], line[3], 2, 6, 3, 7);
+  const Half rows[4] = {__builtin_shufflevector(a, c, 0, 1, 4, 5), __builtin_shufflevector(a, c, 2, 3, 6, 7),
+                        __builtin_shufflevector(b, d, 0, 1, 4, 5), __builtin_shufflevector(b, d, 2, 3, 6, 7)};
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) std::memcpy(dst + i * dp, &rows[i], sizeof(Half));
+}
+
+#if defined(__AVX__)
+// dst[r * dp + c] = src[c * sp + r] for 8 x 8 values
+inline void transpose_8x8(float* dst, int64_t dp, const float* src, int64_t sp) {
+  typedef float Full __attribute__((vector_size(32)));
+  const auto half = [&](int64_t row, int64_t col) {
+    Half v;
+    std::memcpy(&v, src + row * sp + col, sizeof(v));
+    return v;
+  };
+#pragma GCC unroll 2
+  for (int side = 0; side < 2; ++side) {  // four rows of dst from four columns of src
+    Full line[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      line[i] = __builtin_shufflevector(half(i, 4 * side), half(i + 4, 4 * side), 0, 1, 2, 3, 4, 5, 6, 7);
+    const Full a = __builtin_shufflevector(line[0], line[1], 0, 8, 1, 9, 4, 12, 5, 13);
+    const Full b = __builtin_shufflevector(line[0], line[1], 2, 10, 3, 11, 6, 14, 7, 15);
+    const Full c = __builtin_shufflevector(line[2], line[3], 0, 8, 1, 9, 4, 12, 5, 13);
+    const Full d = __builtin_shufflevector(line[2], line[3], 2, 10, 3, 11, 6, 14, 7, 15);
+    const Full rows[4] = {__builtin_shufflevector(a, c, 0, 1, 8, 9, 4, 5, 12, 13),
+                          __builtin_shufflevector(a, c, 2, 3, 10, 11, 6, 7, 14, 15),
+                          __builtin_shufflevector(b, d, 0, 1, 8, 9, 4, 5, 12, 13),
+                          __builtin_shufflevector(b, d, 2, 3, 10, 11, 6, 7, 14, 15)};
+    for (int i = 0; i < 4; ++i) std::memcpy(dst + (4 * side + i) * dp, &rows[i], sizeof(Full));
+  }
+}
+#endif
+#endif
+
+// A block of at most 8 x 8 values of dst[r * dp + c] = src[c * sp + r], converting
 template <class D, class S>
+inline void transpose_block(D* dst, int64_t dp, const S* src, int64_t sp, int64_t rows, int64_t cols) {
+  int64_t done = 0;  // rows
+#if defined(INVOLUTION_SHUFFLES)
+  if constexpr (std::is_same_v<D, float> && std::is_same_v<S, float>) {
+#if defined(__AVX__)
+    if (rows == 8 && cols == 8) return transpose_8x8(dst, dp, src, sp);
+#endif
+    if (cols % 4 == 0)
+      for (; done + 4 <= rows; done += 4)
+        for (int64_t c = 0; c < cols; c += 4) transpose_4x4(dst + done * dp + c, dp, src + c * sp + done, sp);
+  }
+#endif
+  for (int64_t r = done; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c) dst[r * dp + c] = D(src[c * sp + r]);
+}
+
+enum class Side { kSource, kTarget };  // the one outside the scratch memory, which is visited in order
+
+// dst[r * dr + c * dc] = src[r * sr + c * sc], converting
+template <Side kOutside, class D, class S>
 void copy_matrix(D* dst, int64_t dr, int64_t dc, const S* src, int64_t sr, int64_t sc, int64_t rows, int64_t cols) {
   if (dc != 1 && dr == 1) {
     std::swap(dr, dc), std::swap(sr, sc), std::swap(rows, cols);
@@ -173,14 +262,31 @@ void copy_matrix(D* dst, int64_t dr, int64_t dc, const S* src, int64_t sr, int64
     if (dr == cols && sr == cols) cols *= rows, rows = 1;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < cols; ++c) dst[r * dr + c] = D(src[r * sr + c]);
-    return;
+  } else if (dc == 1 && sr == 1) {
+    constexpr int64_t B = 8;
+    const auto block = [&](int64_t r, int64_t c) {
+      transpose_block(dst + r * dr + c, dr, src + c * sc + r, sc, std::min(B, rows - r), std::min(B, cols - c));
+    };
+    if (kOutside == Side::kTarget)
+      for (int64_t r = 0; r < rows; r += B)
+        for (int64_t c = 0; c < cols; c += B) block(r, c);
+    else
+      for (int64_t c = 0; c < cols; c += B)
+        for (int64_t r = 0; r < rows; r += B) block(r, c);
+  } else {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < cols; ++c) dst[r * dr + c * dc] = D(src[r * sr + c * sc]);
   }
-  constexpr int64_t kBlock = 8;  // a transposition reads and writes a cache line of either side at a time
-  for (int64_t r0 = 0; r0 < rows; r0 += kBlock) {
-    const int64_t r1 = std::min(rows, r0 + kBlock);
-    for (int64_t c = 0; c < cols; ++c)
-      for (int64_t r = r0; r < r1; ++r) dst[r * dr + c * dc] = D(src[r * sr + c * sc]);
-  }
+}
+
+template <class A, class T>
+void take_in(A* dst, int64_t dr, const T* src, int64_t sr, int64_t sc, int64_t rows, int64_t cols) {
+  copy_matrix<Side::kSource>(dst, dr, 1, src, sr, sc, rows, cols);
+}
+
+template <class T, class A>
+void put_out(T* dst, int64_t dr, int64_t dc, const A* src, int64_t sr, int64_t rows, int64_t cols) {
+  copy_matrix<Side::kTarget>(dst, dr, dc, src, sr, 1, rows, cols);
 }
 
 // The rows that output rows [y0, y0 + rows) read, with their border, as (row, col, channel) with `width` channels
@@ -197,7 +303,7 @@ void load_pixels(A* dst, const Problem& p, const Image<T>& image, int64_t n, int
       continue;
     }
     std::fill_n(row, pad * width, A(0));
-    copy_matrix(row + pad * width, width, 1, image.at(n, c0, h, 0), image.w, image.c, copied, channels);
+    take_in(row + pad * width, width, image.at(n, c0, h, 0), image.w, image.c, copied, channels);
     std::fill_n(row + (pad + copied) * width, (cols - pad - copied) * width, A(0));
   }
 }
@@ -206,25 +312,33 @@ void load_pixels(A* dst, const Problem& p, const Image<T>& image, int64_t n, int
 // neighbours also when the stride is not 1
 struct Planes {
   int64_t pitch, channel, row;
-  Planes(const Problem& p)
-      : pitch(round_up(p.padded_cols() / p.stride + 2, 4) + 16), channel(p.stride * pitch), row(p.Cg() * channel) {}
+  Planes(const Problem& p, int64_t overrun)
+      : pitch((p.padded_cols() + p.stride - 1) / p.stride + overrun), channel(p.stride * pitch),
+        row(p.Cg() * channel) {}
 };
 
 template <class A, class T>
 void load_planes(A* dst, const Planes& planes, const Problem& p, const Image<T>& image, int64_t n, int64_t c0,
                  int64_t y0, int64_t rows) {
-  std::fill_n(dst, p.padded_rows(rows) * planes.row, A(0));
   for (int64_t r = 0; r < p.padded_rows(rows); ++r) {
     const int64_t h = y0 * p.stride - p.pad() + r;
-    if (h < 0 || h >= p.H) continue;
+    if (h < 0 || h >= p.H) {
+      std::fill_n(dst + r * planes.row, planes.row, A(0));
+      continue;
+    }
     for (int64_t phase = 0; phase < p.stride; ++phase) {
       // column m * stride + phase of the padded row is column m * stride + phase - pad of the image
+      A* plane = dst + r * planes.row + phase * planes.pitch;
       const int64_t first = std::max<int64_t>(0, (p.pad() - phase + p.stride - 1) / p.stride);
       const int64_t w = first * p.stride + phase - p.pad();
-      if (w >= p.W) continue;
-      const int64_t count = std::min((p.W - w + p.stride - 1) / p.stride, planes.pitch - first);
-      copy_matrix(dst + r * planes.row + phase * planes.pitch + first, planes.channel, 1, image.at(n, c0, h, w),
-                  image.c, image.w * p.stride, p.Cg(), count);
+      const int64_t there = std::max<int64_t>(0, (p.W - w + p.stride - 1) / p.stride);
+      const int64_t begin = std::min(first, planes.pitch), end = std::min(begin + there, planes.pitch);
+      for (int64_t c = 0; c < p.Cg(); ++c) {
+        std::fill(plane + c * planes.channel, plane + c * planes.channel + begin, A(0));
+        std::fill(plane + c * planes.channel + end, plane + c * planes.channel + planes.pitch, A(0));
+      }
+      if (begin < end)
+        take_in(plane + begin, planes.channel, image.at(n, c0, h, w), image.c, image.w * p.stride, p.Cg(), end - begin);
     }
   }
 }
@@ -234,7 +348,7 @@ template <class A, class T>
 void load_tile(A* dst, const Tile& t, const Image<T>& image, int64_t n, int64_t c0, int64_t channels) {
   if (t.nx < t.width || t.rows * t.width < kTile) std::fill_n(dst, channels * kPitch, A(0));
   for (int64_t r = 0; r < t.rows; ++r)
-    copy_matrix(dst + r * t.width, kPitch, 1, image.at(n, c0, t.y + r, t.x0), image.c, image.w, channels, t.nx);
+    take_in(dst + r * t.width, kPitch, image.at(n, c0, t.y + r, t.x0), image.c, image.w, channels, t.nx);
 }
 
 // ------------------------------------------------------------------------------------------------ inner loops
@@ -346,6 +460,8 @@ void forward_row(const A* image, const A* w, A* out, int64_t width, const Steps&
         Vec<A> column[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) column[v] = load(line + m * steps.col + v * L);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) in_register(column[v]);
 #pragma GCC unroll 8
         for (int s = 0; s < P; ++s) {
           if (m - s < 0 || m - s >= K) continue;
@@ -403,6 +519,8 @@ void scatter_row(A* image, const A* w, const A* grad, int64_t width, const Steps
         Vec<A> column[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) column[v] = load(line + m * steps.col + v * L);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) in_register(column[v]);
 #pragma GCC unroll 8
         for (int s = 0; s < P; ++s) {
           if (m - s < 0 || m - s >= K) continue;
@@ -551,7 +669,8 @@ struct GivenKernels {
   void make(A* w, const A*, const Tile& t, int64_t n, int64_t g) const {
     if (t.nx < t.width || t.rows * t.width < kTile) std::fill_n(w, p.KK() * kPitch, A(0));
     for (int64_t r = 0; r < t.rows; ++r)
-      copy_matrix(w + r * t.width, kPitch, 1, weight.at(n, g, t.y + r, t.x0), weight.k, weight.w, p.KK(), t.nx);
+      take_in(w + r * t.width, kPitch, weight.at(n, g, t.y + r, t.x0), weight.k, weight.w, p.KK(), t.nx);
+    if (weight.w == 1) weight.prefetch(p, n, g, t);
   }
 };
 
@@ -578,8 +697,8 @@ template <class T>
 std::vector<typename AccumulatorOf<T>::type> join_span(const Problem& p, const T* weight, const T* bias) {
   using A = typename AccumulatorOf<T>::type;
   std::vector<A> span(p.G * p.KK() * (p.hidden + 1));
-  copy_matrix(span.data(), p.hidden + 1, 1, weight, p.hidden, 1, p.G * p.KK(), p.hidden);
-  copy_matrix(span.data() + p.hidden, p.hidden + 1, 1, bias, 1, 1, p.G * p.KK(), 1);
+  take_in(span.data(), p.hidden + 1, weight, p.hidden, 1, p.G * p.KK(), p.hidden);
+  take_in(span.data() + p.hidden, p.hidden + 1, bias, 1, 1, p.G * p.KK(), 1);
   return span;
 }
 
@@ -612,8 +731,8 @@ void forward(const Problem& p, const Image<T>& input, const Source& source, cons
               const A* line = padded + b.channel * image +
                               ((t.y + r - y0) * p.stride * cols + t.x0 * p.stride) * b.width;
               b.loops.forward(line, w + r * t.width, out, t.width, steps);
-              copy_matrix(output.at(n, g * p.Cg() + b.channel, t.y + r, t.x0), output.w, output.c, out, b.width, 1,
-                          t.nx, b.channels);
+              put_out(output.at(n, g * p.Cg() + b.channel, t.y + r, t.x0), output.w, output.c, out, b.width, t.nx,
+                      b.channels);
             }
           }
         });
@@ -648,8 +767,8 @@ class InputGradient {  // of one block of rows and one group at a time
     for_tiles(p, first, last + 1, [&](const Tile& t) { add_tile(t, n, g, h0, h1); });
     for (const auto& b : blocks)
       for (int64_t h = h0; h < h1; ++h)
-        copy_matrix(grad_input.at(n, g * p.Cg() + b.channel, h, 0), grad_input.w, grad_input.c,
-                    padded + b.channel * image + ((h - h0) * cols + p.pad()) * b.width, b.width, 1, p.W, b.channels);
+        put_out(grad_input.at(n, g * p.Cg() + b.channel, h, 0), grad_input.w, grad_input.c,
+                padded + b.channel * image + ((h - h0) * cols + p.pad()) * b.width, b.width, p.W, b.channels);
   }
 
  private:
@@ -664,8 +783,8 @@ class InputGradient {  // of one block of rows and one group at a time
         const int64_t i_end = std::min(p.K, (h1 - 1 - top) / p.dilation + 1);
         if (h1 - 1 < top || i_begin >= i_end) continue;
         if (t.nx < t.width || b.channels < b.width) std::fill_n(grad, t.width * b.width, A(0));
-        copy_matrix(grad, b.width, 1, grad_output.at(n, g * p.Cg() + b.channel, t.y + r, t.x0), grad_output.w,
-                    grad_output.c, t.nx, b.channels);
+        take_in(grad, b.width, grad_output.at(n, g * p.Cg() + b.channel, t.y + r, t.x0), grad_output.w,
+                grad_output.c, t.nx, b.channels);
         A* line = padded + b.channel * image + ((top - h0) * cols + t.x0 * p.stride) * b.width;
         b.loops.scatter(line, w + r * t.width, grad, t.width, steps, i_begin, i_end);
       }
@@ -684,8 +803,8 @@ template <class T, class A = typename AccumulatorOf<T>::type>
 class WeightGradient {  // of one block of rows and one group at a time; hands each tile's (K*K, pixel) to a sink
  public:
   WeightGradient(const Problem& p, const Image<T>& grad_output, const Image<T>& input)
-      : p(p), grad_output(grad_output), input(input), layout(p), offset(p.K),
-        image(p.padded_rows(p.block_rows()) * layout.row + kTile) {
+      : p(p), grad_output(grad_output), input(input), layout(p, std::max(0, kLanes<A> - kRowUnit)),
+        offset(p.K), image(p.padded_rows(p.block_rows()) * layout.row + kTile) {
     for (int64_t j = 0; j < p.K; ++j)
       offset[j] = j * p.dilation % p.stride * layout.pitch + j * p.dilation / p.stride;
   }
@@ -718,34 +837,30 @@ class WeightGradient {  // of one block of rows and one group at a time; hands e
   A *planes, *gw, *grad;
 };
 
+// Either gradient may be left out. Together they read each image of grad_output once.
 template <class T, class A = typename AccumulatorOf<T>::type>
-void grad_input(const Problem& p, const Image<T>& grad_output, const Kernels<T>& weight, const Image<T>& output) {
+void backward(const Problem& p, const Image<T>& grad_output, const Image<T>& input, const Kernels<T>& weight,
+              const Image<T>& grad_input, const Kernels<T>& grad_weight) {
   const GivenKernels<A, T> source{p, weight};
   at::parallel_for(0, p.N * p.blocks(), 1, [&](int64_t begin, int64_t end) {
-    InputGradient<T, GivenKernels<A, T>> pass(p, grad_output, source, output);
-    Scratch scratch(sizeof(A) * pass.scratch());
-    pass.begin(scratch);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t y0 = unit % p.blocks() * p.block_rows(), y1 = std::min(p.Ho(), y0 + p.block_rows());
-      for (int64_t g = 0; g < p.G; ++g) pass.run(unit / p.blocks(), g, y0, y1);
-    }
-  });
-}
-
-template <class T, class A = typename AccumulatorOf<T>::type>
-void grad_weight(const Problem& p, const Image<T>& grad_output, const Image<T>& input, const Kernels<T>& output) {
-  at::parallel_for(0, p.N * p.blocks(), 1, [&](int64_t begin, int64_t end) {
-    WeightGradient<T> pass(p, grad_output, input);
-    Scratch scratch(sizeof(A) * pass.scratch());
-    pass.begin(scratch);
+    InputGradient<T, GivenKernels<A, T>> to_input(p, grad_output, source, grad_input);
+    WeightGradient<T> to_weight(p, grad_output, input);
+    Scratch scratch(sizeof(A) * (to_input.scratch() + to_weight.scratch()));
+    to_input.begin(scratch);
+    to_weight.begin(scratch);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / p.blocks(), y0 = unit % p.blocks() * p.block_rows();
-      for (int64_t g = 0; g < p.G; ++g)
-        pass.run(n, g, y0, std::min(p.Ho(), y0 + p.block_rows()), [&](const Tile& t, const A* gw) {
-          for (int64_t r = 0; r < t.rows; ++r)
-            copy_matrix(output.at(n, g, t.y + r, t.x0), output.k, output.w, gw + r * t.width, kPitch, 1, p.KK(),
-                        t.nx);
-        });
+      const int64_t y1 = std::min(p.Ho(), y0 + p.block_rows());
+      for (int64_t g = 0; g < p.G; ++g) {
+        if (grad_input.data) to_input.run(n, g, y0, y1);
+        if (grad_weight.data)
+          to_weight.run(n, g, y0, y1, [&](const Tile& t, const A* gw) {
+            if (grad_weight.w == 1) grad_weight.prefetch(p, n, g, t);
+            for (int64_t r = 0; r < t.rows; ++r)
+              put_out(grad_weight.at(n, g, t.y + r, t.x0), grad_weight.k, grad_weight.w, gw + r * t.width, kPitch,
+                      p.KK(), t.nx);
+          });
+      }
     }
   });
 }
@@ -785,8 +900,8 @@ void fused_backward(const Problem& p, const Image<T>& grad_output, const Image<T
             multiply(group_span, 1, depth, gw, next, p.hidden, p.KK(), g > 0);
             if (g == p.G - 1)
               for (int64_t r = 0; r < t.rows; ++r)
-                copy_matrix(grad_hidden.at(n, 0, t.y + r, t.x0), grad_hidden.c, grad_hidden.w, next + r * t.width,
-                            kPitch, 1, p.hidden, t.nx);
+                put_out(grad_hidden.at(n, 0, t.y + r, t.x0), grad_hidden.c, grad_hidden.w, next + r * t.width, kPitch,
+                        p.hidden, t.nx);
             next += p.hidden * kPitch;
           });
         }
@@ -829,8 +944,8 @@ int with_dtype(int64_t dtype, const F& f) {
 }  // namespace
 
 // Each function takes the nine numbers of Problem and a dtype (0 float32, 1 bfloat16, 2 float64), then a pointer and
-// strides in elements for each tensor; span weight and bias and their gradients are contiguous. Returns 0, or 1 when
-// out of memory.
+// strides in elements for each tensor; span weight and bias and their gradients are contiguous. A gradient that is not
+// wanted is null. Returns 0, or 1 when out of memory.
 extern "C" {
 
 int involution_forward(const Problem* p, int64_t dtype, const void* input, const int64_t* input_strides,
@@ -843,21 +958,14 @@ int involution_forward(const Problem* p, int64_t dtype, const void* input, const
   });
 }
 
-int involution_grad_input(const Problem* p, int64_t dtype, const void* grad_output, const int64_t* grad_strides,
-                          const void* weight, const int64_t* weight_strides, void* output,
-                          const int64_t* output_strides) {
+int involution_backward(const Problem* p, int64_t dtype, const void* grad_output, const int64_t* grad_strides,
+                        const void* input, const int64_t* input_strides, const void* weight,
+                        const int64_t* weight_strides, void* grad_input, const int64_t* grad_input_strides,
+                        void* grad_weight, const int64_t* grad_weight_strides) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    grad_input<T>(*p, {grad_output, grad_strides}, {weight, weight_strides}, {output, output_strides});
-  });
-}
-
-int involution_grad_weight(const Problem* p, int64_t dtype, const void* grad_output, const int64_t* grad_strides,
-                           const void* input, const int64_t* input_strides, void* output,
-                           const int64_t* output_strides) {
-  return with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    grad_weight<T>(*p, {grad_output, grad_strides}, {input, input_strides}, {output, output_strides});
+    backward<T>(*p, {grad_output, grad_strides}, {input, input_strides}, {weight, weight_strides},
+                {grad_input, grad_input_strides}, {grad_weight, grad_weight_strides});
   });
 }
 

@@ -5,7 +5,7 @@ The library is plain C with PyTorch's thread pool, so that it compiles in second
 holds the source, the compiler, PyTorch's version and every feature of the processor it was compiled for: a cache
 shared between machines never runs the code of another one. The compiler is `$CXX`, or the first of c++, g++, clang++.
 
-The five functions have the names and arguments of those in involution_triton.py.
+The functions have the names and arguments of those in involution_triton.py; `backward` is one more.
 """
 
 import ctypes
@@ -117,16 +117,27 @@ def forward(input, weight, stride, dilation):
 
 def grad_input(grad_output, weight, H, W, stride, dilation):
     (N, C), (_, G, KK) = grad_output.shape[:2], weight.shape[:3]
-    output = _empty_like(grad_output, N, C, H, W)
-    _call("grad_input", (N, C, H, W, G, math.isqrt(KK), stride, dilation, 0), grad_output, weight, output)
-    return output
+    to_input = _empty_like(grad_output, N, C, H, W)
+    problem = (N, C, H, W, G, math.isqrt(KK), stride, dilation, 0)
+    _call("backward", problem, grad_output, None, weight, to_input, None)
+    return to_input
 
 
 def grad_weight(grad_output, input, K, G, stride, dilation):
-    (N, C, H, W), (Ho, Wo) = input.shape, grad_output.shape[2:]
-    output = _empty_like(input, N, G * K * K, Ho, Wo).unflatten(1, (G, K * K))
-    _call("grad_weight", (N, C, H, W, G, K, stride, dilation, 0), grad_output, input, output)
-    return output
+    to_weight = _empty_like(input, input.shape[0], G * K * K, *grad_output.shape[2:]).unflatten(1, (G, K * K))
+    problem = (*input.shape, G, K, stride, dilation, 0)
+    _call("backward", problem, grad_output, input, None, None, to_weight)
+    return to_weight
+
+
+def backward(grad_output, input, weight, stride, dilation):
+    """grad_input and grad_weight in one pass."""
+    (N, G, KK, Ho, Wo), K = weight.shape, math.isqrt(weight.shape[2])
+    to_input = _empty_like(input, *input.shape)
+    to_weight = _empty_like(input, N, G * KK, Ho, Wo).unflatten(1, (G, KK))
+    problem = (*input.shape, G, K, stride, dilation, 0)
+    _call("backward", problem, grad_output, input, weight, to_input, to_weight)
+    return to_input, to_weight
 
 
 def fused_forward(input, hidden, span_weight, span_bias, kernel_size, stride, dilation):
@@ -161,11 +172,12 @@ def _empty_like(image, *shape):
 
 
 def _call(name, problem, *tensors):
-    """Call involution_NAME of the library; the span's weight and bias are vectors to it, and need no strides."""
+    """Call involution_NAME of the library; None is a tensor not wanted. The span's vectors go without strides."""
     arguments = [(ctypes.c_int64 * 9)(*problem), ctypes.c_int64(DTYPES[tensors[0].dtype])]
     for position, tensor in enumerate(tensors):
-        arguments.append(ctypes.c_void_p(tensor.data_ptr()))
+        dim = 5 if tensor is None else tensor.dim()
+        arguments.append(None if tensor is None else ctypes.c_void_p(tensor.data_ptr()))
         if position not in SPAN_POSITIONS.get(name, ()):
-            arguments.append((ctypes.c_int64 * tensor.dim())(*tensor.stride()))
+            arguments.append((ctypes.c_int64 * dim)(*(tensor.stride() if tensor is not None else ())))
     if getattr(library(), f"involution_{name}")(*arguments):
         raise MemoryError(f"involution_{name} could not allocate its scratch memory")

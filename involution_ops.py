@@ -1,6 +1,7 @@
 """The operators `torch.ops.darts_involution.*`: choice of backend, registration with PyTorch, and derivatives.
 
     forward, grad_input, grad_weight: the passes of `involution.involution2d`, each other's derivatives.
+    backward: grad_input and grad_weight at once, where nobody differentiates them again.
     fused_forward, fused_backward: those of `involution.involution2d_fused`.
 
 Each has a schema, a fake implementation (torch.compile, torch.export), derivatives, a rule for torch.func.vmap and a
@@ -154,6 +155,24 @@ def _empty_grad_weight(grad_output, input, K, G, stride, dilation):
     return _empty(input, N, G * K * K, Ho, Wo).unflatten(1, (G, K * K))
 
 
+def _backward(grad_output, input, weight, stride, dilation):
+    passes, K, G = _passes(input), math.isqrt(weight.shape[2]), weight.shape[1]
+    if hasattr(passes, "backward"):
+        to_input, to_weight = passes.backward(grad_output, input, weight, stride, dilation)
+    else:
+        to_input = passes.grad_input(grad_output, weight, *input.shape[2:], stride, dilation)
+        to_weight = passes.grad_weight(grad_output, input, K, G, stride, dilation)
+    to_weight = _laid_out(to_weight.flatten(1, 2), input).unflatten(1, (G, K * K))
+    return _laid_out(to_input, input), to_weight
+
+
+def _empty_backward(grad_output, input, weight, stride, dilation):
+    to_weight = _empty_grad_weight(
+        grad_output, input, math.isqrt(weight.shape[2]), weight.shape[1], stride, dilation
+    )
+    return _empty(input, *input.shape), to_weight
+
+
 def _fused_forward(input, hidden, span_weight, span_bias, K, stride, dilation):
     passes = _passes(input)
     return _laid_out(passes.fused_forward(input, hidden, span_weight, span_bias, K, stride, dilation), input)
@@ -216,6 +235,12 @@ _define(
     lambda grad_output, input, K, *_: _flops(grad_output, K * K),
 )
 _define(
+    "backward(Tensor grad_output, Tensor input, Tensor weight, int stride, int dilation) -> (Tensor, Tensor)",
+    _backward,
+    _empty_backward,
+    lambda grad_output, input, weight, *_: 2 * _flops(grad_output, weight.shape[2]),
+)
+_define(
     "fused_forward(Tensor input, Tensor hidden, Tensor span_weight, Tensor span_bias, int kernel_size, int stride, "
     "int dilation) -> Tensor",
     _fused_forward,
@@ -242,6 +267,8 @@ def _save_two(ctx, inputs, output):
 def _forward_backward(ctx, u):
     input, weight = ctx.saved_tensors
     s, d = ctx.stride, ctx.dilation
+    if all(ctx.needs_input_grad[:2]) and not torch.is_grad_enabled():  # `backward` has no derivative
+        return *_ops.backward(u, input, weight, s, d), None, None
     K, G, (H, W) = math.isqrt(weight.shape[2]), weight.shape[1], input.shape[2:]
     to_input = _ops.grad_input(u, weight, H, W, s, d) if ctx.needs_input_grad[0] else None
     to_weight = _ops.grad_weight(u, input, K, G, s, d) if ctx.needs_input_grad[1] else None

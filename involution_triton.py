@@ -10,8 +10,8 @@ with zeros outside the image, s the stride and d the dilation (arXiv 2103.06255,
 is made in registers for every pixel, by each pass again, and never written to memory.
 
 One program owns BLOCK_P strips of V neighbouring pixels of a row, and the CG = C/G channels of one group. V
-is STRIP where stride and dilation are 1: a column of pixels is then loaded once for the V outputs that read
-it, and slides through a window in registers. Elsewhere V is 1. Sums are in float32 (float64 for float64
+is up to STRIP where stride and dilation are 1: a column of pixels is then loaded once for the V outputs that
+read it, and slides through a window in registers. Elsewhere V is 1. Sums are in float32 (float64 for float64
 tensors). There are no atomics: grad_input gathers from the output pixels that read an input pixel, and the
 gradients of span_weight and span_bias are partial sums of a fixed number of programs, added in a fixed order.
 Two runs give the same bits where the same blocks are chosen.
@@ -40,7 +40,8 @@ BLOCKS = {  # strips in a program, and its warps
     "large": triton.Config({"BLOCK_P": 64}, num_warps=4),
 }
 MIN_BLOCK_P = min(block.kwargs["BLOCK_P"] for block in BLOCKS.values())
-STRIP = 4  # at K = 7, 10 columns are loaded instead of 28, and 4 sums of 16 channels fit in registers
+STRIP = 4  # at K = 7, 10 columns of pixels are loaded instead of 28
+STRIP_VALUES = 128  # channels and hidden features of a strip's pixels, as many as stay in registers
 SPAN_PROGRAMS = 2048  # share the sums over all pixels: several for each multiprocessor of the largest GPUs
 SPAN_COLUMNS = 16  # of span_weight's gradient in one program: K times as many sums are held in registers
 
@@ -603,8 +604,10 @@ def _accumulator(tensor):
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _options(tensors, CG, K, stride, dilation):
+def _options(tensors, CG, K, stride, dilation, BLOCK_R=0):
     """The compile-time arguments that all kernels share. The first dimension of `tensors` is the batch."""
+    BLOCK_C = triton.next_power_of_2(CG)
+    slides = stride == dilation == 1 and K > 1
     spans = [
         sum((size - 1) * step for size, step in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
         for tensor in tensors
@@ -614,15 +617,16 @@ def _options(tensors, CG, K, stride, dilation):
         "K": K,
         "stride": stride,
         "dilation": dilation,
-        "V": STRIP if stride == dilation == 1 and K > 1 else 1,
+        "V": min(STRIP, max(1, STRIP_VALUES // (BLOCK_C + BLOCK_R))) if slides else 1,
         "INDEX": tl.int32 if max(spans) < 2**31 else tl.int64,
         "ACC": tl.float64 if _accumulator(tensors[0]) == torch.float64 else tl.float32,
-        "BLOCK_C": triton.next_power_of_2(CG),
+        "BLOCK_C": BLOCK_C,
     }
 
 
 def _fused_options(tensors, CG, R, K, stride, dilation):
-    return _options(tensors, CG, K, stride, dilation) | {"R": R, "BLOCK_R": triton.next_power_of_2(R)}
+    BLOCK_R = triton.next_power_of_2(R)
+    return _options(tensors, CG, K, stride, dilation, BLOCK_R) | {"R": R, "BLOCK_R": BLOCK_R}
 
 
 def _grid(N, H, W, G, options):

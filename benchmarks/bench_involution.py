@@ -1,0 +1,381 @@
+"""Time and memory of the involution operator and module against the textbook way and a depthwise convolution.
+
+    python benchmarks/bench_involution.py                           # two CPU threads, a few minutes
+    python benchmarks/bench_involution.py --device cuda --dtype bfloat16
+    python benchmarks/bench_involution.py --update                  # also put the table into benchmarks/RESULTS.md
+
+Providers, channels-last, kernels given unless said otherwise:
+    unfold: the textbook way, F.unfold into (N, C*K*K, H*W), product and sum; autograd's backward.
+    torch: the plain PyTorch passes of involution_torch.py.
+    cpu, triton: the backend in use on the device.
+    fused: kernels made from hidden features (C/4) inside the pass, as in Involution2d.
+    depthwise: PyTorch's depthwise convolution of the same size, the yardstick: as many multiply-adds, a K*K kernel
+        for each channel instead of one for each pixel.
+    module unfold, module: the whole Involution2d (1x1 convolutions, batch norm, ReLU), textbook and ours.
+
+Modes: forward; backward (of a forward that was timed as such); full (both). The providers take turns within a round,
+so that a busy machine slows all of them, and each runs once unmeasured before its turn; medians over the rounds, and
+the spread from the first to the third quartile. Every provider's result and gradients are compared with the
+textbook's before anything is timed. Peak memory is what the allocator held at most during one full pass beyond the
+inputs.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import involution
+from involution import Involution2d, involution2d, involution2d_fused
+
+FOLDER = Path(__file__).resolve().parent
+MARKS = ("<!-- bench_involution: begin -->", "<!-- bench_involution: end -->")
+SHAPES = ((16, 32), (32, 16), (64, 8))  # channels and image size of a search's three stages
+
+
+# --------------------------------------------------------------------------------------------------- providers
+
+
+def unfold(input, weight):
+    """Involution by unfolded patches, N x C*K*K x H*W (Algorithm 1 of arXiv 2103.06255)."""
+    N, C, H, W = input.shape
+    G, K = weight.shape[1], int(weight.shape[2] ** 0.5)
+    patches = F.unfold(input, K, padding=K // 2).view(N, G, C // G, K * K, H, W)
+    return (weight.unsqueeze(2) * patches).sum(3).view(N, C, H, W)
+
+
+class TextbookModule(Involution2d):
+    """Involution2d with the kernel tensor and unfolded patches."""
+
+    def forward(self, x):
+        weight = self.conv2(self.conv1(x)).unflatten(1, (self.groups, self.kernel_size**2))
+        return unfold(x, weight)
+
+
+def providers(N, C, size, K, device, dtype):
+    """name -> (function, its differentiable inputs, the name of the provider it must agree with)."""
+    torch.manual_seed(0)
+    G, hidden = max(1, C // 16), C // 4
+
+    def image(channels):
+        x = torch.randn(N, channels, size, size, device=device, dtype=dtype)
+        return x.to(memory_format=torch.channels_last)
+
+    def leaf(tensor):
+        return tensor.detach().requires_grad_()
+
+    x, features = leaf(image(C)), leaf(image(hidden))
+    span_weight = leaf(torch.randn(K * K * G, hidden, 1, 1, device=device, dtype=dtype) / K)
+    span_bias = leaf(torch.randn(K * K * G, device=device, dtype=dtype) / K)
+    weight = leaf(F.conv2d(features, span_weight, span_bias).unflatten(1, (G, K * K)))
+    depthwise = leaf(torch.randn(C, 1, K, K, device=device, dtype=dtype))
+    textbook, module = (kind(C, K).to(device, dtype) for kind in (TextbookModule, Involution2d))
+    module.load_state_dict(textbook.state_dict())
+    used = involution.backend(device)
+
+    def unfused(x, features, span_weight, span_bias):
+        return unfold(x, F.conv2d(features, span_weight, span_bias).unflatten(1, (G, K * K)))
+
+    spans = (x, features, span_weight, span_bias)
+    return {
+        "unfold": (unfold, (x, weight), None),
+        "torch": (involution2d, (x, weight), "unfold"),
+        used: (involution2d, (x, weight), "unfold"),
+        "fused unfold": (unfused, spans, None),
+        "fused": (lambda *a: involution2d_fused(*a, K), spans, "fused unfold"),
+        "depthwise": (lambda x, w: F.conv2d(x, w, padding=K // 2, groups=C), (x, depthwise), None),
+        "module unfold": (lambda x, *_: textbook(x), (x, *textbook.parameters()), None),
+        "module": (lambda x, *_: module(x), (x, *module.parameters()), "module unfold"),
+    }
+
+
+@contextlib.contextmanager
+def backend_of(provider):
+    """Force plain PyTorch, forward and backward, for the provider of that name."""
+    if provider == "torch":
+        os.environ["INVOLUTION_BACKEND"] = provider
+    try:
+        yield
+    finally:
+        os.environ.pop("INVOLUTION_BACKEND", None)
+
+
+def check_agreement(cases, grad_output, dtype):
+    """Raise AssertionError unless every provider's output and gradients are those of the textbook."""
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype != torch.float32 else {"rtol": 1e-3, "atol": 1e-3}
+    for name, (function, inputs, peer) in cases.items():
+        if peer:
+            results = []
+            for run, arguments in ((function, inputs), cases[peer][:2]):
+                with backend_of(name):
+                    output = run(*arguments)
+                    results.append([output, *torch.autograd.grad(output, arguments, grad_output)])
+            for ours, theirs in zip(*results):
+                scale = theirs.abs().max().float()
+                torch.testing.assert_close(ours.float() / scale, theirs.float() / scale, **tolerance)
+
+
+# ------------------------------------------------------------------------------------------------- measurements
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def keep_freed_memory():
+    """Let glibc reuse what was freed, as a run of equal steps on a GPU's allocator would.
+
+    By default it gives hundreds of megabytes back and asks for them again, page by page: more than half of the
+    textbook's time, and at times in the turn of whoever comes next.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries have no mallopt
+        mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+def time_once(function, inputs, grad_output):
+    """Seconds of the forward and of the backward pass."""
+    device = grad_output.device
+    synchronize(device)
+    start = time.perf_counter()
+    output = function(*inputs)
+    synchronize(device)
+    middle = time.perf_counter()
+    torch.autograd.grad(output, inputs, grad_output)
+    synchronize(device)
+    return middle - start, time.perf_counter() - middle
+
+
+def peak_memory(function, inputs, grad_output):
+    """Bytes held at most during one full pass, beyond those at its start."""
+    if grad_output.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        time_once(function, inputs, grad_output)
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        time_once(function, inputs, grad_output)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def measure(N, C, size, K, device, dtype, rounds):
+    """Rows (a dict each) of one shape."""
+    cases = providers(N, C, size, K, device, dtype)
+    grad_output = torch.randn_like(cases["depthwise"][1][0])
+    check_agreement(cases, grad_output, dtype)
+    times = {name: [] for name in cases}
+    gc.disable()  # a collection takes longer than most passes, and would strike the same provider every round
+    for turn in range(rounds + 1):  # the first warms up
+        for name, (function, inputs, _) in cases.items():
+            with backend_of(name):
+                time_once(function, inputs, grad_output)  # what another left in caches and allocator is gone
+                seconds = time_once(function, inputs, grad_output)
+            if turn >= 1:
+                times[name].append((*seconds, sum(seconds)))
+    gc.enable()
+    rows = []
+    for name, (function, inputs, _) in cases.items():
+        row = {"C": C, "size": size, "K": K, "provider": name}
+        for mode, samples in zip(("forward", "backward", "full"), zip(*times[name])):
+            low, median, high = statistics.quantiles(samples, n=4)
+            row[mode], row[mode + " spread"] = median * 1e3, (low * 1e3, high * 1e3)
+        with backend_of(name):
+            row["memory"] = peak_memory(function, inputs, grad_output) / 2**20
+        rows.append(row)
+    return rows
+
+
+def machine_limits(device, dtype):
+    """Bytes moved per second by copying 256 MB, and FLOPs per second of a matrix product of 2048 x 2048."""
+    source, square = torch.ones(2**26, device=device), torch.ones(2048, 2048, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    copied, multiplied = [], []
+    for _ in range(12):
+        for seconds, function in (
+            (copied, lambda: target.copy_(source)),
+            (multiplied, lambda: square @ square),
+        ):
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            seconds.append(time.perf_counter() - start)
+    return 2 * 4 * source.numel() / statistics.median(copied), 2 * 2048**3 / statistics.median(multiplied)
+
+
+def pass_limits(row, batch, element, bandwidth, rate):
+    """Seconds that the forward and the backward pass of a row need at least for their bytes and FLOPs.
+
+    Every tensor is read or written once. FLOPs as in involution_ops.py: with fused kernels the products with the span
+    are made once forward and three times backward.
+    """
+    C, K, pixels = row["C"], row["K"], batch * row["size"] ** 2
+    fused, taps = row["provider"] == "fused", max(1, C // 16) * K * K
+    kernels = C // 4 if fused else taps  # numbers a pixel: its features, or its kernels themselves
+    span = 2 * pixels * taps * (C // 4) if fused else 0
+    product = 2 * pixels * C * K * K
+    work = (2 * C + kernels, product + span), (3 * C + 2 * kernels, 2 * product + 3 * span)
+    return [max(numbers * pixels * element / bandwidth, flops / rate) for numbers, flops in work]
+
+
+# ------------------------------------------------------------------------------------------------------ output
+
+
+def machine(device, dtype, args):
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        info = Path("/proc/cpuinfo")
+        models = (
+            [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+        )
+        name = models[0].split(":")[1].strip() if models else platform.processor() or platform.machine()
+        name += f", {torch.get_num_threads()} threads, PyTorch's {torch.backends.cpu.get_cpu_capability()}"
+    return (
+        f"{name}; PyTorch {torch.__version__}, Python {platform.python_version()}; backend "
+        f"`{involution.backend(device)}`; batch {args.batch}, {str(dtype).removeprefix('torch.')}, channels-last; "
+        f"C allocator: {args.allocator}; median of {args.rounds} rounds in ms (first to third quartile)."
+    )
+
+
+def markdown(rows, peers):
+    """A table; the last column is how many times faster than its peer the full pass of a provider is."""
+    lines = ["| C, image | K | provider | forward | backward | full | peak MiB | × faster than |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    full = {(row["C"], row["K"], row["provider"]): row["full"] for row in rows}
+    for row in rows:
+        cells = [f"{row['C']}, {row['size']}×{row['size']}", str(row["K"]), row["provider"]]
+        for mode in ("forward", "backward", "full"):
+            low, high = row[mode + " spread"]
+            cells.append(f"{row[mode]:.2f} ({low:.2f}–{high:.2f})")
+        cells.append(f"{row['memory']:.1f}")
+        ratios = [
+            f"{full[row['C'], row['K'], peer] / row['full']:.1f} {peer}"
+            for peer in peers.get(row["provider"], ())
+        ]
+        cells.append(", ".join(ratios))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def limits_table(rows, used, args, bandwidth, rate):
+    element = getattr(torch, args.dtype).itemsize
+    intro = (
+        f"Copying moves {bandwidth / 1e9:.1f} GB/s here, a matrix product does {rate / 1e9:.0f} GFLOP/s. Limit: the "
+        "longer of bytes (every tensor once) and FLOPs at these rates, in ms; × is how many times it the pass takes."
+    )
+    lines = [
+        intro,
+        "",
+        "| C, image | K | provider | forward limit | × | backward limit | × |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if row["provider"] in (used, "fused"):
+            limits = [1e3 * limit for limit in pass_limits(row, args.batch, element, bandwidth, rate)]
+            cells = [f"{row['C']}, {row['size']}×{row['size']}", str(row["K"]), row["provider"]]
+            for limit, mode in zip(limits, ("forward", "backward")):
+                cells += [f"{limit:.2f}", f"{row[mode] / limit:.1f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys((row["C"], row["size"]) for row in rows))
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    figure, panels = plt.subplots(1, len(shapes), figsize=(5 * len(shapes), 4), sharey=True, squeeze=False)
+    for panel, (C, size) in zip(panels[0], shapes):
+        for name in names:
+            points = [(row["K"], row["full"]) for row in rows if (row["C"], row["provider"]) == (C, name)]
+            panel.plot(*zip(*points), marker="o", label=name, linestyle="--" if "unfold" in name else "-")
+        panel.set(
+            title=f"C = {C}, {size}×{size}", xlabel="K", yscale="log", xticks=sorted({r["K"] for r in rows})
+        )
+        panel.grid(alpha=0.3, which="both")
+    panels[0][0].set_ylabel("forward + backward, ms")
+    panels[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def update_results(text):
+    """Replace the measured part of RESULTS.md, between its marks."""
+    path = FOLDER / "RESULTS.md"
+    begin, end = MARKS
+    old = path.read_text() if path.exists() else f"# Results\n\n{begin}\n{end}\n"
+    before, _, rest = old.partition(begin)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--batch", type=int, default=64, help="images in a batch")
+    parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64], choices=[16, 32, 64])
+    parser.add_argument(
+        "--allocator",
+        default="keep",
+        choices=["keep", "default"],
+        help="whether the C library keeps freed memory",
+    )
+    parser.add_argument("--kernel_sizes", type=int, nargs="+", default=[3, 5, 7])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--rounds", type=int, default=15, help="measurements of every provider")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for bench_involution.md and .png")
+    parser.add_argument("--update", action="store_true", help="put the table into benchmarks/RESULTS.md too")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    torch.set_num_threads(args.threads)
+    if args.allocator == "keep":
+        keep_freed_memory()
+    limits = machine_limits(device, dtype)
+    rows = []
+    for C, size in (shape for shape in SHAPES if shape[0] in args.channels):
+        for K in args.kernel_sizes:
+            rows += measure(args.batch, C, size, K, device, dtype, args.rounds)
+            print(f"measured C={C}, {size}x{size}, K={K}", file=sys.stderr)
+    used = involution.backend(device)
+    peers = {"torch": ["unfold"], used: ["unfold", "depthwise"], "fused": ["fused unfold", "depthwise"]}
+    peers["module"] = ["module unfold"]
+    text = f"{machine(device, dtype, args)}\n\n{markdown(rows, peers)}"
+    text += f"\n\n{limits_table(rows, used, args, *limits)}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "bench_involution.md").write_text(text + "\n")
+    plot(rows, args.out / "bench_involution.png")
+    if args.update:
+        update_results(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
