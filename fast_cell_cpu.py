@@ -1,0 +1,4 @@
+class BuildError(RuntimeError):
+    pass
+def library():
+    raise BuildError("none")
