@@ -49,7 +49,10 @@ def results(net, input, target):
 def assert_equal_to_plain(net, size=8, batch=4):
     plain = copy.deepcopy(net)
     plain.fast = False
-    input, target = torch.randn(batch, 3, *size if isinstance(size, tuple) else (size, size)).double(), torch.arange(batch)
+    input, target = (
+        torch.randn(batch, 3, *size if isinstance(size, tuple) else (size, size)).double(),
+        torch.arange(batch),
+    )
     expected = results(plain, input, target)
     for name, value in results(net, input, target).items():
         scale = max(1e-3, expected[name].abs().max().item())
