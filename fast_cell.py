@@ -13,8 +13,8 @@ computes it from them with the work shared that the edges have in common:
       where W_k z_k is the last 1x1 convolution of a candidate, which is never written to memory on the CPU.
 
 An operation of another class than those of operations.py, one with hooks, or one whose batch norm is not as `OPS`
-makes it is a plain term: its own forward is called. Two backends do the work, with the same three functions (`heads`,
-`depthwise`, `mix`): fast_cell_cpu.py, which cannot be differentiated twice, and fast_cell_torch.py for all else.
+makes it is a plain term: its own forward is called. Two backends do the work, with the same four functions (`heads`,
+`involutions`, `depthwise`, `mix`): fast_cell_cpu.py, which cannot be differentiated twice, and fast_cell_torch.py.
 """
 
 import functools
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 import fast_cell_torch
 import involution
-from involution import Involution2d, involution2d_fused
+from involution import Involution2d
 from operations import DilConv, FactorizedReduce, Identity, InvoBN, SepConv
 
 logger = logging.getLogger(__name__)
@@ -113,34 +113,38 @@ def _expand(x, edges, training, backend):
 
 def _kind(op, training):
     """A key that is equal for operations whose work can be shared, or ('any',)."""
-    if type(op) is nn.Sequential:  # a pooling with its batch norm
-        pool, norm = op if len(op) == 2 else (None, None)
-        if type(pool) in (nn.MaxPool2d, nn.AvgPool2d) and _is_standard(op, pool, norm) and _is_bare(norm, training):
+    modules = _with_descendants(op, [])
+    for m in modules:
+        if type(m) not in _CLASSES or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks:
+            return ("any",)  # unknown, or watched
+        if type(m) is nn.BatchNorm2d and not _is_bare(m, training):
+            return ("any",)
+    if type(op) is nn.Sequential and [type(m) for m in modules[2:]] == [nn.BatchNorm2d]:
+        pool = modules[1]
+        if type(pool) in (nn.MaxPool2d, nn.AvgPool2d):
             return "pool", type(pool), *(str(getattr(pool, name)) for name in pool.__constants__)
-    elif type(op) is Identity and _is_standard(op):
-        return ("skip",)
-    elif type(op) is FactorizedReduce and _is_standard(op, *op.children()) and _is_bare(op.bn, training):
-        return ("reduce",)
-    elif type(op) in (InvoBN, DilConv, SepConv) and _is_standard(*op.modules()):
-        if all(_is_bare(norm, training) for norm in op.modules() if isinstance(norm, nn.BatchNorm2d)):
-            return _KINDS[type(op)], op.op[1].stride
-    return ("any",)
+    return _KINDS.get(type(op), "any"), op.op[1].stride if type(op) in _STRIDED else None
 
 
-_KINDS = {InvoBN: "involution", DilConv: "separable", SepConv: "separable_twice"}
+_KINDS = {
+    Identity: "skip",
+    FactorizedReduce: "reduce",
+    InvoBN: "involution",
+    DilConv: "separable",
+    SepConv: "separable_twice",
+}
+_STRIDED = InvoBN, DilConv, SepConv
 _CLASSES = {
     nn.Sequential, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.Identity,
-    Identity, FactorizedReduce, InvoBN, DilConv, SepConv, Involution2d,
-    *(type(module) for module in Involution2d(1, 1).children()),
+    Identity, FactorizedReduce, InvoBN, DilConv, SepConv, *(type(module) for module in Involution2d(1, 1).modules()),
 }  # fmt: skip
 
 
-def _is_standard(*modules):
-    """Whether all are of the classes that this file knows, and nobody watches them."""
-    for m in modules:
-        if type(m) not in _CLASSES or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks:
-            return False
-    return True
+def _with_descendants(module, found):
+    found.append(module)
+    for child in module._modules.values():
+        _with_descendants(child, found)
+    return found
 
 
 def _is_bare(norm, training):
@@ -186,18 +190,8 @@ def _widened(weight, before, after):
 
 def _involution(x, relu, ops, backend):
     layers = [op.op[1] for op in ops]
-    heads = [layer.conv1 for layer in layers]
-    pooled = layers[0].avgpool(relu())
-    hidden = backend.heads(pooled, [head.conv.weight for head in heads], [head.bn for head in heads])
-    return [
-        Term(_involved(relu(), h, layer), op.op[2].weight, op.op[3])
-        for op, layer, h in zip(ops, layers, hidden, strict=True)
-    ]
-
-
-def _involved(x, hidden, layer):
-    span = layer.conv2.conv
-    return involution2d_fused(x, hidden, span.weight, span.bias, layer.kernel_size, layer.stride, layer.dilation)
+    outputs = backend.involutions(relu(), layers[0].avgpool(relu()), layers)
+    return [Term(output, op.op[2].weight, op.op[3]) for op, output in zip(ops, outputs, strict=True)]
 
 
 def _separable(x, relu, ops, backend):

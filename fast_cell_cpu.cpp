@@ -2,15 +2,18 @@
 //
 // An image is channels-last: a matrix (pixel, channel), and a 1x1 convolution a product with it. `combine` adds
 // such products up without writing any of them to memory; `multiply` sums the outer products of two images over
-// their pixels, of which batch statistics and weight gradients are made. Sums over pixels run over short tiles in the
+// their pixels, of which batch statistics and weight gradients are made; `mix` is a node of the two. Sums over pixels run over short tiles in the
 // images' dtype and over tiles in double precision; their order never depends on the number of threads.
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <new>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -25,6 +28,8 @@ constexpr int kVectorBytes = 16;
 
 constexpr int64_t kCombined = 48;     // pixels of a tile of `combine`: a multiple of the rows of a block
 constexpr int64_t kMultiplied = 128;  // pixels of a tile of `multiply`
+constexpr int64_t kBatchBytes = 4 << 20;  // of the candidates that backward visits twice in turn
+constexpr double kEps = 1e-5;         // of batch norm
 constexpr int kRows = 6;              // pixels (or channels) whose sums are held in registers, two vectors each
 
 template <class A>
@@ -146,61 +151,53 @@ void combine_columns(const A* x, int64_t pitch, int64_t depth, const A* matrix, 
 
 template <class A>
 struct Source {
-  Operand<A> operand;
-  const A* matrix;        // (channel of the result, channel of the operand), or one factor for all
-  bool is_factor;
-  std::vector<A> turned;  // the matrix as (channel of the operand, channel of the result), padded to vectors
+  const Operand<A>* operand;
+  std::vector<A> matrix;  // (channel of the operand, channel of the result), padded to whole vectors; or one factor
 };
 
 template <class A>
-struct Combination {  // results = bias + sum over sources of matrix * operand, where positive if `relu`
+struct Combination {  // results = bias + sum over sources of matrix * operand, where that is positive if `relu`
+  std::vector<Part<A>> results;  // side by side
   bool relu;
-  const A* bias;
+  std::vector<double> bias;
   std::vector<Source<A>> sources;
-  std::vector<Part<A>> results;
   int64_t channels = 0, width;
 
-  explicit Combination(Reader& reader) {
-    relu = reader.number();
-    bias = reader.address<const A>();
-    for (int64_t n = reader.number(); n > 0; --n) {
-      results.push_back({reader.address<const A>(), nullptr, reader.number()});
-      channels += results.back().width;
-    }
+  Combination(std::vector<Part<A>> images, bool relu) : results(std::move(images)), relu(relu) {
+    for (const auto& result : results) channels += result.width;
     width = round_up(channels, kLanes<A>);
-    for (int64_t n = reader.number(); n > 0; --n) {
-      const A* matrix = reader.address<const A>();
-      const bool is_factor = reader.number();
-      sources.push_back({Operand<A>(reader), matrix, is_factor, {}});
-      auto& source = sources.back();
-      if (is_factor) continue;
-      source.turned.resize(source.operand.width * width);
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t k = 0; k < source.operand.width; ++k)
-          source.turned[k * width + c] = matrix[c * source.operand.width + k];
-    }
+    bias.resize(width);
   }
+
+  // The rows of a source's matrix: row k says what the operand's channel k adds to the results
+  A* add(const Operand<A>& operand) {
+    sources.push_back({&operand, std::vector<A>(operand.width * width)});
+    return sources.back().matrix.data();
+  }
+  void add(const Operand<A>& operand, A factor) { sources.push_back({&operand, {factor}}); }
 
   void run(int64_t p0, int64_t rows, std::vector<A>& sums, std::vector<A>& copy) const {
     constexpr int L = kLanes<A>;
-    A* out = scratch(sums, rows * width);
+    const bool in_place = results.size() == 1 && width == channels;
+    A* out = in_place ? const_cast<A*>(results[0].x) + p0 * width : scratch(sums, rows * width);
     for (int64_t p = 0; p < rows; ++p)
-      for (int64_t c = 0; c < width; ++c) out[p * width + c] = bias && c < channels ? bias[c] : A(0);
+      for (int64_t c = 0; c < width; ++c) out[p * width + c] = A(bias[c]);
     for (const auto& source : sources) {
-      const int64_t depth = source.operand.width;
-      const A* x = source.operand.tile(p0, rows, depth, copy);
-      if (source.is_factor) {
+      const int64_t depth = source.operand->width;
+      const A *x = source.operand->tile(p0, rows, depth, copy), *matrix = source.matrix.data();
+      if (source.matrix.size() == 1) {
         for (int64_t p = 0; p < rows; ++p)
-          for (int64_t c = 0; c < channels; ++c) out[p * width + c] += *source.matrix * x[p * depth + c];
+          for (int64_t c = 0; c < channels; ++c) out[p * width + c] += *matrix * x[p * depth + c];
         continue;
       }
       int64_t c = 0;
       for (; c + 2 * L <= width; c += 2 * L)
-        combine_columns<A, 2>(x, depth, depth, source.turned.data() + c, width, out + c, rows);
-      if (c < width) combine_columns<A, 1>(x, depth, depth, source.turned.data() + c, width, out + c, rows);
+        combine_columns<A, 2>(x, depth, depth, matrix + c, width, out + c, rows);
+      if (c < width) combine_columns<A, 1>(x, depth, depth, matrix + c, width, out + c, rows);
     }
     if (relu)
       for (int64_t e = 0; e < rows * width; ++e) out[e] = std::max(out[e], A(0));
+    if (in_place) return;
     for (const auto& result : results) {
       A* to = const_cast<A*>(result.x) + p0 * result.width;
       for (int64_t p = 0; p < rows; ++p)
@@ -211,9 +208,7 @@ struct Combination {  // results = bias + sum over sources of matrix * operand, 
 };
 
 template <class A>
-void combine(int64_t pixels, Reader reader) {
-  std::vector<Combination<A>> combinations;
-  for (int64_t n = reader.number(); n > 0; --n) combinations.emplace_back(reader);
+void combine(int64_t pixels, const std::vector<Combination<A>>& combinations) {
   at::parallel_for(0, (pixels + kCombined - 1) / kCombined, 4, [&](int64_t begin, int64_t end) {
     std::vector<A> sums, copy;
     for (int64_t tile = begin; tile < end; ++tile)
@@ -255,19 +250,15 @@ void multiply_columns(const A* a, int64_t a_pitch, int64_t a_width, const A* b, 
 
 template <class A>
 struct Product {
-  Operand<A> a, b;
-  double *result, *sum;  // (channel of a, channel of b), and of a alone or null; (1,) if `dot`
-  bool is_symmetric, is_dot;
-  int64_t pitch;         // of b's rows in a tile and of the partial sums
+  const Operand<A>&a, &b;
+  const bool is_dot;           // the sum of all elements of a * b instead
+  const bool is_symmetric;
+  const int64_t pitch;         // of b's rows in a tile and of the partial sums
+  std::vector<double> result;  // (channel of a, channel of b)
+  std::vector<double> sum;     // of a alone
 
-  explicit Product(Reader& reader) : a(reader), b(reader) {
-    result = reader.address<double>();
-    sum = reader.address<double>();
-    is_dot = reader.number();
-    const auto &first = a.parts[0], &second = b.parts[0];
-    is_symmetric = a.parts.size() == 1 && b.parts.size() == 1 && first.x == second.x && first.mask == second.mask;
-    pitch = round_up(b.width, kLanes<A>);
-  }
+  Product(const Operand<A>& a, const Operand<A>& b, bool is_dot = false)
+      : a(a), b(b), is_dot(is_dot), is_symmetric(&a == &b), pitch(round_up(b.width, kLanes<A>)) {}
 
   int64_t size() const { return is_dot ? 1 : a.width * (pitch + 1); }
 
@@ -296,7 +287,6 @@ struct Product {
         else
           multiply_columns<A, 1>(x, a.width, height, y + c, pitch, rows, partial + c);
       }
-      if (!sum) continue;
       double* total = partial + a.width * pitch;
       for (int64_t c0 = 0; c0 < a.width; c0 += L) {
         const int64_t width = std::min<int64_t>(L, a.width - c0);
@@ -308,31 +298,27 @@ struct Product {
     }
   }
 
-  void finish(const double* partial, int64_t chunks) const {
+  void finish(const double* partial, int64_t chunks) {
     std::vector<double> total(partial, partial + size());
     for (int64_t chunk = 1; chunk < chunks; ++chunk)
       for (int64_t e = 0; e < size(); ++e) total[e] += partial[chunk * size() + e];
     if (is_dot) {
-      *result = total[0];
+      result = total;
       return;
     }
+    result.resize(a.width * b.width);
     for (int64_t r = 0; r < a.width; ++r)
       for (int64_t c = 0; c < b.width; ++c)
         result[r * b.width + c] = is_symmetric && r > c ? total[c * pitch + r] : total[r * pitch + c];
-    if (sum) std::copy_n(total.data() + a.width * pitch, a.width, sum);
+    sum.assign(total.data() + a.width * pitch, total.data() + total.size());
   }
 };
 
 template <class A>
-void multiply(int64_t pixels, Reader reader) {
-  std::vector<Product<A>> products;
+void multiply(int64_t pixels, std::vector<Product<A>>& products) {
   std::vector<int64_t> offset{0};
-  const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>(16, pixels / 2048));
-  for (int64_t n = reader.number(); n > 0; --n) {
-    products.emplace_back(reader);
-    offset.push_back(offset.back() + products.back().size() * chunks);
-  }
-  const int64_t count = products.size();
+  const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>(16, pixels / 2048)), count = products.size();
+  for (const auto& product : products) offset.push_back(offset.back() + product.size() * chunks);
   std::vector<double> partial(offset.back());
   // a chunk of pixels after the other, so that what several products share stays in the cache
   at::parallel_for(0, chunks * count, 1, [&](int64_t begin, int64_t end) {
@@ -346,6 +332,181 @@ void multiply(int64_t pixels, Reader reader) {
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) products[k].finish(partial.data() + offset[k], chunks);
   });
+}
+
+// ------------------------------------------------------------------------------------------------------------ mix
+
+// The equations are those of fast_cell_cpu.py: W is `weight`, m is `mean_z`, WS is `WS`, s is `s`.
+
+struct Statistics {  // of one candidate; kept from forward to backward
+  double *mean, *var, *s, *mean_z, *WS;
+  Statistics(double* data, int64_t C, int64_t K)
+      : mean(data), var(data + C), s(data + 2 * C), mean_z(data + 3 * C), WS(data + 3 * C + K) {}
+};
+
+template <class A>
+struct Candidate {  // alpha * norm(W z)
+  Operand<A> z;
+  int64_t C, K;
+  const A* weight;
+  double alpha;
+  Statistics stats;
+
+  explicit Candidate(Reader& reader)
+      : z(reader), C(reader.number()), K(z.width), weight(reader.address<const A>()),
+        alpha(factor(reader.address<const A>())), stats(reader.address<double>(), C, K) {}
+
+  static double factor(const A* alpha) { return alpha ? double(*alpha) : 1; }
+
+  void find_statistics(const Product<A>& moments, double pixels) {
+    std::vector<double> S(K * K);
+    for (int64_t k = 0; k < K; ++k) stats.mean_z[k] = moments.sum[k] / pixels;
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t j = 0; j < K; ++j)
+        S[k * K + j] = moments.result[k * K + j] / pixels - stats.mean_z[k] * stats.mean_z[j];
+    std::fill_n(stats.WS, C * K, 0.0);
+    for (int64_t c = 0; c < C; ++c) {
+      double mean = 0, var = 0, *WS = stats.WS + c * K;
+      const A* W = weight + c * K;
+      for (int64_t k = 0; k < K; ++k) {
+        const double w = W[k];
+        mean += w * stats.mean_z[k];
+        for (int64_t j = 0; j < K; ++j) WS[j] += w * S[k * K + j];
+      }
+      for (int64_t k = 0; k < K; ++k) var += WS[k] * W[k];
+      stats.mean[c] = mean;
+      stats.var[c] = std::max(var, 0.0);  // not below zero by rounding
+    }
+  }
+
+  void add_to(Combination<A>& node) const {
+    A* matrix = node.add(z);
+    for (int64_t c = 0; c < C; ++c) {
+      const double scale = alpha * stats.s[c];
+      node.bias[c] -= scale * stats.mean[c];
+      for (int64_t k = 0; k < K; ++k) matrix[k * node.width + c] = A(scale * weight[c * K + k]);
+    }
+  }
+
+  // The gradients of alpha and W; and that of z, as a combination of the node's gradient g and z
+  void differentiate(const Operand<A>& g, const std::vector<double>& M, const std::vector<double>& G, double pixels,
+                     bool training, double* grad_alpha, A* grad_weight, Combination<A>* grad_z) const {
+    A* of_g = grad_z ? grad_z->add(g) : nullptr;
+    std::vector<double> of_z(training && grad_z ? K * K : 0);
+    *grad_alpha = 0;
+    for (int64_t c = 0; c < C; ++c) {
+      const A* W = weight + c * K;
+      const double s = stats.s[c];
+      double q = 0;
+      for (int64_t k = 0; k < K; ++k) q += M[c * K + k] * W[k];
+      q = s * (q - stats.mean[c] * G[c]);
+      *grad_alpha += q;
+      if (grad_weight)
+        for (int64_t k = 0; k < K; ++k) {
+          const double explained = training ? G[c] * stats.mean_z[k] + s * q * stats.WS[c * K + k] : 0;
+          grad_weight[c * K + k] = A(alpha * s * (M[c * K + k] - explained));
+        }
+      if (!grad_z) continue;
+      for (int64_t k = 0; k < K; ++k) of_g[c * grad_z->width + k] = A(alpha * s * W[k]);
+      if (!training) continue;
+      const double curve = alpha * s * s * q / pixels;
+      const double constant = curve * stats.mean[c] - alpha * s * G[c] / pixels;
+      for (int64_t k = 0; k < K; ++k) {
+        const double w = W[k];
+        grad_z->bias[k] += constant * w;
+        for (int64_t j = 0; j < K; ++j) of_z[k * K + j] -= curve * w * W[j];
+      }
+    }
+    if (!training || !grad_z) return;
+    A* matrix = grad_z->add(z);
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t j = 0; j < K; ++j) matrix[k * grad_z->width + j] = A(of_z[k * K + j]);
+  }
+};
+
+template <class A>
+void mix(int64_t pixels, bool training, Reader reader) {
+  const bool relu = reader.number();
+  const Operand<A> results(reader);
+  Combination<A> node(results.parts, relu);
+  std::deque<Operand<A>> plain;  // keeps its elements where they are
+  for (int64_t n = reader.number(); n > 0; --n) {
+    plain.emplace_back(reader);
+    node.add(plain.back(), *reader.address<const A>());
+  }
+  std::deque<Candidate<A>> candidates;
+  for (int64_t n = reader.number(); n > 0; --n) candidates.emplace_back(reader);
+  std::vector<Product<A>> moments;
+  if (training) {
+    for (const auto& candidate : candidates) moments.emplace_back(candidate.z, candidate.z);
+    multiply(pixels, moments);
+  }
+  at::parallel_for(0, candidates.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      auto& stats = candidates[k].stats;
+      if (training) candidates[k].find_statistics(moments[k], pixels);
+      for (int64_t c = 0; c < candidates[k].C; ++c) {
+        stats.s[c] = 1 / std::sqrt(stats.var[c] + kEps);
+        if (training) stats.var[c] *= pixels / (pixels - 1.0);  // running statistics have the unbiased one
+      }
+    }
+  });
+  for (const auto& candidate : candidates) candidate.add_to(node);
+  combine<A>(pixels, {node});
+}
+
+template <class A>
+void mix_backward(int64_t pixels, bool training, Reader reader) {
+  const Operand<A> g(reader);
+  std::deque<Operand<A>> operands;
+  std::vector<Product<A>> products;
+  std::vector<Combination<A>> combinations;
+  std::vector<double*> grad_alphas;
+  const auto image = [](A* data, int64_t width) { return std::vector<Part<A>>{{data, nullptr, width}}; };
+  for (int64_t n = reader.number(); n > 0; --n) {  // plain terms
+    operands.emplace_back(reader);
+    const A* alpha = reader.address<const A>();
+    grad_alphas.push_back(reader.address<double>());
+    products.emplace_back(g, operands.back(), true);
+    if (A* grad = reader.address<A>()) {
+      combinations.emplace_back(image(grad, g.width), false);
+      combinations.back().add(g, *alpha);
+    }
+  }
+  multiply(pixels, products);
+  for (size_t k = 0; k < products.size(); ++k) *grad_alphas[k] = products[k].result[0];
+  combine(pixels, combinations);
+
+  // a few candidates at a time: what the first sweep over pixels has read, the second finds in the cache
+  for (int64_t n = reader.number(); n > 0;) {
+    const int64_t bytes = pixels * g.width * sizeof(A), count = std::min(n, std::max<int64_t>(2, kBatchBytes / bytes));
+    std::deque<Candidate<A>> candidates;
+    std::vector<double*> to_alpha;
+    std::vector<A*> to_weight;
+    std::vector<int64_t> of_candidate;
+    products.clear(), combinations.clear(), operands.clear();
+    for (int64_t k = 0; k < count; ++k) {
+      candidates.emplace_back(reader);
+      products.emplace_back(g, candidates.back().z);
+      to_alpha.push_back(reader.address<double>());
+      to_weight.push_back(reader.address<A>());
+      A* grad_z = reader.address<A>();
+      of_candidate.push_back(grad_z ? int64_t(combinations.size()) : -1);
+      if (grad_z) combinations.emplace_back(image(grad_z, candidates.back().K), false);
+      for (int64_t more = reader.number(); more > 0; --more) {  // what else is added to the gradient of z
+        operands.emplace_back(reader);
+        if (grad_z) combinations.back().add(operands.back(), A(1));
+      }
+    }
+    multiply(pixels, products);
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k)
+        candidates[k].differentiate(g, products[k].result, products[k].sum, pixels, training, to_alpha[k],
+                                    to_weight[k], of_candidate[k] < 0 ? nullptr : &combinations[of_candidate[k]]);
+    });
+    combine(pixels, combinations);
+    n -= count;
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------ depthwise
@@ -519,12 +680,12 @@ int with_dtype(int64_t is_double, const F& f) {
 // of the constructors above; fast_cell_cpu.py writes it.
 extern "C" {
 
-int fast_cell_combine(int64_t is_double, int64_t pixels, const int64_t* packed) {
-  return with_dtype(is_double, [&](auto zero) { combine<decltype(zero)>(pixels, Reader(packed)); });
+int fast_cell_mix(int64_t is_double, int64_t pixels, int64_t training, const int64_t* packed) {
+  return with_dtype(is_double, [&](auto zero) { mix<decltype(zero)>(pixels, training, Reader(packed)); });
 }
 
-int fast_cell_multiply(int64_t is_double, int64_t pixels, const int64_t* packed) {
-  return with_dtype(is_double, [&](auto zero) { multiply<decltype(zero)>(pixels, Reader(packed)); });
+int fast_cell_mix_backward(int64_t is_double, int64_t pixels, int64_t training, const int64_t* packed) {
+  return with_dtype(is_double, [&](auto zero) { mix_backward<decltype(zero)>(pixels, training, Reader(packed)); });
 }
 
 int fast_cell_depthwise(int64_t is_double, const Depthwise* p, const void* input, const void* weight, void* output) {

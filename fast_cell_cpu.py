@@ -25,10 +25,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 import involution_cpu
-from fast_cell_torch import EPS, track
+from fast_cell_torch import track
 from involution_cpu import BuildError
 
-__all__ = ["BuildError", "depthwise", "heads", "library", "mix"]
+__all__ = ["BuildError", "depthwise", "heads", "involutions", "library", "mix"]
 
 
 def library():
@@ -42,6 +42,15 @@ def library():
 def heads(x, weights, norms):
     """[relu(norm_k(weight_k * x))] of x (N, C, H, W) and 1x1 convolutions (C_k, C, 1, 1)."""
     return _Heads.apply(norms, x, *weights)
+
+
+def involutions(x, pooled, layers):
+    """[layer(x)] of `Involution2d` layers of one stride; `pooled` is x after their pooling."""
+    geometry = [(layer.kernel_size, layer.stride, layer.dilation) for layer in layers]
+    spans = [layer.conv2.conv for layer in layers]
+    weights = [layer.conv1.conv.weight for layer in layers]
+    weights += [span.weight for span in spans] + [span.bias for span in spans]
+    return _Involutions.apply([layer.conv1.bn for layer in layers], geometry, x, pooled, *weights)
 
 
 def depthwise(x, weight, stride, dilation):
@@ -62,13 +71,8 @@ class _Heads(Function):
     @staticmethod
     def forward(ctx, norms, x, *weights):
         x = _channels_last(x)
-        weight = torch.cat(weights).flatten(1).double()  # (sum of C_k, C)
-        stats = _Statistics([x], weight[None], norms)
-        s = stats.s[0]
-        hidden = [_image(x, len(w)) for w in weights]
-        matrix, bias = (s[:, None] * weight).to(x.dtype), (-s * stats.mean_v[0]).to(x.dtype)
-        _combine(x, [(hidden, True, bias, [(matrix, [(x, None)])])])
-        ctx.stats, ctx.matrix = stats, matrix
+        hidden, ctx.stats = _heads(x, weights, norms)
+        ctx.training = norms[0].training
         ctx.save_for_backward(x, *weights, *hidden)
         return tuple(hidden)
 
@@ -77,18 +81,50 @@ class _Heads(Function):
     def backward(ctx, *grads):
         x, *saved = ctx.saved_tensors
         weights, hidden = saved[: len(grads)], saved[len(grads) :]
-        grads = [(_channels_last(g), h) for g, h in zip(grads, hidden, strict=True)]  # zero where h is
-        M, G = _multiply(x, [(grads, [(x, None)])], sums=1)
-        weight = torch.cat(weights).flatten(1).double()[None]
-        _, matrix, bias, grad_weight = ctx.stats.backward(weight, M, G)
-        sources = [(ctx.matrix.T.contiguous(), grads)]
-        if matrix is not None:
-            sources.append((matrix[0].to(x.dtype), [(x, None)]))
-        bias = None if bias is None else bias[0].to(x.dtype)
-        grad_x = _image(x, x.shape[1])
-        _combine(x, [([grad_x], False, bias, sources)])
-        grad_weight = grad_weight[0].to(x.dtype)[:, :, None, None].split([len(w) for w in weights])
-        return None, grad_x, *grad_weight
+        return None, *_heads_backward(grads, x, weights, hidden, ctx.stats, ctx.training)
+
+
+class _Involutions(Function):
+    """The heads of the layers, then each layer's involution, so that x gathers its gradient in one go."""
+
+    @staticmethod
+    def forward(ctx, norms, geometry, x, pooled, *weights):
+        ctx.is_pooled, x, pooled = pooled is not x, _channels_last(x), _channels_last(pooled)
+        layers = _by_layer(weights, geometry)
+        hidden, ctx.stats = _heads(pooled, weights[: len(layers)], norms)
+        outputs = [
+            involution_cpu.fused_forward(x, h, span, bias, *place)
+            for h, (_, span, bias), place in zip(hidden, layers, geometry, strict=True)
+        ]
+        ctx.geometry, ctx.training = geometry, norms[0].training
+        ctx.save_for_backward(x, pooled, *hidden, *weights)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        n = len(grads)
+        x, pooled, *saved = ctx.saved_tensors
+        hidden, weights = saved[:n], saved[n:]
+        to_x, to_hidden, to_span, to_bias = zip(
+            *(
+                involution_cpu.fused_backward(_channels_last(grad), x, h, span, bias, *place)
+                for grad, h, (_, span, bias), place in zip(
+                    grads, hidden, _by_layer(weights, ctx.geometry), ctx.geometry, strict=True
+                )
+            ),
+            strict=True,
+        )
+        more = () if ctx.is_pooled else to_x
+        to_pooled, *to_weight = _heads_backward(to_hidden, pooled, weights[:n], hidden, ctx.stats, ctx.training, more)
+        to_x = sum(to_x[1:], to_x[0]) if ctx.is_pooled else to_pooled
+        return None, None, to_x, to_pooled if ctx.is_pooled else None, *to_weight, *to_span, *to_bias
+
+
+def _by_layer(weights, geometry):
+    """(head, span, bias) of every layer."""
+    n = len(geometry)
+    return list(zip(weights[:n], weights[n : 2 * n], weights[2 * n :], strict=True))
 
 
 class _Depthwise(Function):
@@ -98,7 +134,7 @@ class _Depthwise(Function):
         N, C, H, W = x.shape
         ctx.problem = N, C, H, W, weight.shape[-1], stride, dilation
         ctx.save_for_backward(x, weight)
-        output = x.new_empty(N, C, -(-H // stride), -(-W // stride)).to(memory_format=torch.channels_last)
+        output = _image(x, C, -(-H // stride), -(-W // stride))
         _call("depthwise", x, _numbers(ctx.problem), *_addresses(x, weight, output))
         return output
 
@@ -120,109 +156,98 @@ class _Mix(Function):
 
     @staticmethod
     def forward(ctx, norms, plain_alphas, *tensors):
-        groups = len(norms)
-        alphas, tensors = [a.contiguous() for a in tensors[:groups]], list(tensors[groups:])
+        alphas, tensors = tensors[: len(norms)], list(tensors[len(norms) :])
         plain = [_channels_last(tensors.pop(0)) for _ in plain_alphas]
-        sources = [(alpha, [(x, None)]) for alpha, x in zip(plain_alphas.contiguous(), plain, strict=True)]
-        saved, ctx.stats, ctx.scaled, bias = list(plain), [], [], 0
-        for group, alpha in zip(norms, alphas, strict=True):
-            n = len(group)
-            z, weights, tensors = [_channels_last(x) for x in tensors[:n]], tensors[n : 2 * n], tensors[2 * n :]
-            weight = torch.stack(weights).flatten(2).double()  # (terms, C, K)
-            stats = _Statistics(z, weight, group)
-            scale = alpha.double()[:, None] * stats.s  # (terms, C)
-            scaled = (scale[:, :, None] * weight).to(z[0].dtype)
-            bias = bias - (scale * stats.mean_v).sum(0)
-            sources += [(matrix, [(x, None)]) for matrix, x in zip(scaled, z, strict=True)]
-            ctx.stats.append(stats)
-            ctx.scaled.append(scaled)
-            saved += [*z, *weights]
-        first = saved[0]
-        node = _image(first, len(saved[-1]) if groups else first.shape[1])
-        _combine(first, [([node], False, bias.to(node.dtype) if groups else None, sources)])
-        ctx.save_for_backward(plain_alphas, *alphas, *saved)
+        sizes, linear, ctx.stats = [len(group) for group in norms], [], []
+        for group, n in zip(norms, sizes, strict=True):
+            z, weights = [_channels_last(x) for x in tensors[:n]], [w.contiguous() for w in tensors[n : 2 * n]]
+            tensors = tensors[2 * n :]
+            linear.append((z, weights))
+            ctx.stats.append(_statistics(group, n, *weights[0].shape[:2]))
+        like, C = (plain[0], plain[0].shape[1]) if plain else (linear[0][0][0], len(linear[0][1][0]))
+        node = _image(like, C)
+        packed = [False, *_parts([node]), len(plain)]
+        for x, alpha in zip(plain, _items(plain_alphas), strict=True):
+            packed += [*_parts([x]), alpha]
+        packed.append(sum(sizes))
+        for (z, weights), alpha, stats in zip(linear, alphas, ctx.stats, strict=True):
+            for x, weight, a, s in zip(z, weights, _items(alpha), _items(stats), strict=True):
+                packed += [*_parts([x]), C, weight.data_ptr(), a, s]
+        ctx.training = all(group[0].training for group in norms)
+        _call_on_pixels("mix", node, ctx.training, packed)
+        for group, stats in zip(norms, ctx.stats, strict=True):
+            _track(group, stats, C)
+        ctx.save_for_backward(plain_alphas, *alphas, *plain, *(tensor for z, w in linear for tensor in (*z, *w)))
         return node
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        groups, grad = len(ctx.stats), _channels_last(grad)
+        grad, groups = _channels_last(grad), len(ctx.stats)
         plain_alphas, *tensors = ctx.saved_tensors
         alphas, tensors = tensors[:groups], tensors[groups:]
-        plain, tensors = tensors[: len(plain_alphas)], tensors[len(plain_alphas) :]
-        combinations, grad_tensors, grad_alphas = [], [], []
-        for alpha, x in zip(plain_alphas, plain, strict=True):
-            grad_tensors.append(torch.empty_like(x))
-            combinations.append(([grad_tensors[-1]], False, None, [(alpha, [(grad, None)])]))
-        grad_alphas.append(_dot(grad, plain).to(plain_alphas.dtype))
-        for alpha, stats, scaled in zip(alphas, ctx.stats, ctx.scaled, strict=True):
-            n = len(alpha)
-            z, weights, tensors = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-            weight = torch.stack(weights).flatten(2).double()
-            M, G = _multiply(grad, [([(grad, None)], [(x, None)]) for x in z], sums=1)
-            q, matrix, bias, grad_weight = stats.backward(weight, M, G)
-            turned = scaled.transpose(1, 2).contiguous()
-            if matrix is not None:
-                factor = alpha.double()[:, None]
-                matrix, bias = (factor[:, :, None] * matrix).to(grad.dtype), (factor * bias).to(grad.dtype)
-            for k, x in enumerate(z):
-                grad_tensors.append(torch.empty_like(x))
-                sources = [(turned[k], [(grad, None)])]
-                if matrix is not None:
-                    sources.append((matrix[k], [(x, None)]))
-                combinations.append(([grad_tensors[-1]], False, None if bias is None else bias[k], sources))
-            grad_alphas.append(q.sum(1).to(alpha.dtype))
-            grad_weight = alpha.double()[:, None, None] * grad_weight
-            grad_tensors += grad_weight.to(grad.dtype)[:, :, :, None, None].unbind()
-        _combine(grad, combinations)
-        return None, *grad_alphas, *grad_tensors
+        needed = ctx.needs_input_grad[2 + groups :]
+        grads = [torch.empty_like(tensor) if n else None for tensor, n in zip(tensors, needed, strict=True)]
+        left = iter(zip(tensors, grads, strict=True))
+        to_alphas = [torch.empty_like(a, dtype=torch.float64) for a in (plain_alphas, *alphas)]
+        packed = [*_parts([grad]), len(plain_alphas)]
+        for alpha, to_alpha in zip(_items(plain_alphas), _items(to_alphas[0]), strict=True):
+            x, to_x = next(left)
+            packed += [*_parts([x]), alpha, to_alpha, _address(to_x)]
+        packed.append(sum(len(a) for a in alphas))
+        for alpha, to_alpha, stats in zip(alphas, to_alphas[1:], ctx.stats, strict=True):
+            z, weights = [next(left) for _ in alpha], [next(left) for _ in alpha]
+            places = zip(z, weights, _items(alpha), _items(to_alpha), _items(stats), strict=True)
+            for (x, to_x), (weight, to_weight), a, to_a, s in places:
+                packed += [*_parts([x]), len(weight), weight.data_ptr(), a, s]
+                packed += [to_a, _address(to_weight), _address(to_x), 0]
+        _call_on_pixels("mix_backward", grad, ctx.training, packed)
+        return None, *(to_alpha.to(grad.dtype) for to_alpha in to_alphas), *grads
 
 
-class _Statistics:
-    """Mean and 1/sqrt(var + eps) of W z, by the statistics of z, for candidates of equal shape.
+def _heads(x, weights, norms):
+    """[relu(norm_k(weight_k * x))], and the statistics that `_heads_backward` needs."""
+    weight = torch.cat(weights)
+    hidden, stats = [_image(x, len(w)) for w in weights], _statistics(norms, 1, *weight.shape[:2])
+    packed = [True, *_parts(hidden), 0, 1, *_parts([x]), len(weight), weight.data_ptr(), 0, stats.data_ptr()]
+    _call_on_pixels("mix", x, norms[0].training, packed)
+    _track(norms, stats, len(weight))
+    return hidden, stats
 
-    Args:
-        z: images (N, K, H, W), one a candidate; weight: W, (candidates, C, K) in float64.
-        norms: their batch norms, side by side over (candidates, C).
+
+def _heads_backward(grads, x, weights, hidden, stats, training, more=()):
+    """The gradient of x, plus all images in `more`, and those of the weights."""
+    weight, grads, more = torch.cat(weights), [_channels_last(g) for g in grads], [_channels_last(g) for g in more]
+    to_x, to_weight, to_alpha = torch.empty_like(x), torch.empty_like(weight), x.new_empty(1, dtype=torch.float64)
+    packed = [*_parts(grads, hidden), 0, 1, *_parts([x]), len(weight), weight.data_ptr(), 0, stats.data_ptr()]
+    packed += [to_alpha.data_ptr(), to_weight.data_ptr(), to_x.data_ptr(), len(more)]
+    for grad in more:
+        packed += _parts([grad])
+    _call_on_pixels("mix_backward", x, training, packed)
+    return to_x, *to_weight.split([len(w) for w in weights])
+
+
+# ----------------------------------------------------------------------------------------- statistics of candidates
+
+
+def _statistics(norms, candidates, C, K):
+    """Room for the statistics of candidates with weights (C, K): mean v, var v, s (C each), m (K), W S (C, K).
+
+    In evaluation the first two are the running statistics; else mix fills in all.
     """
+    stats = torch.empty(candidates, 3 * C + K + C * K, dtype=torch.float64)
+    if not norms[0].training:
+        stats[:, :C] = torch.cat([norm.running_mean for norm in norms]).view(candidates, C)
+        stats[:, C : 2 * C] = torch.cat([norm.running_var for norm in norms]).view(candidates, C)
+    return stats
 
-    def __init__(self, z, weight, norms):
-        self.pixels = z[0].numel() // z[0].shape[1]
-        self.training = norms[0].training
-        if not self.training:
-            self.mean_v = torch.cat([norm.running_mean for norm in norms]).double().view(weight.shape[:2])
-            var_v = torch.cat([norm.running_var for norm in norms]).double().view(weight.shape[:2])
-        else:
-            if self.pixels == 1:
-                raise ValueError(f"batch norm needs more than one value of each channel, got {tuple(z[0].shape)}")
-            products, sums = _multiply(z[0], [([(x, None)], [(x, None)]) for x in z], sums=len(z))
-            self.mean_z = sums / self.pixels
-            covariance = products / self.pixels - self.mean_z[:, :, None] * self.mean_z[:, None, :]
-            self.WS = weight @ covariance
-            self.mean_v = (weight @ self.mean_z[:, :, None])[:, :, 0]
-            var_v = (self.WS * weight).sum(2).clamp_min(0)  # not below zero by rounding
-            self._track(norms, var_v)
-        self.s = (var_v + EPS).rsqrt()
 
-    def _track(self, norms, var_v):
+def _track(norms, stats, C):
+    """Update the running statistics by those that mix has filled in."""
+    if norms[0].training:
         widths, dtype = [norm.num_features for norm in norms], norms[0].running_mean.dtype
-        unbiased = var_v * (self.pixels / (self.pixels - 1))
-        track(norms, *(values.flatten().to(dtype).split(widths) for values in (self.mean_v, unbiased)))
-
-    def backward(self, weight, M, G):
-        """(q, A, b, d W) at alpha = 1 from the M (candidates, C, K) and G (1, C) of the gradient g at the norm's output.
-
-        The gradient of z is Wᵀ s g + A z + b. In evaluation A and b are None: the statistics are constants.
-        """
-        q = self.s * ((M * weight).sum(2) - self.mean_v * G)
-        if not self.training:
-            return q, None, None, self.s[:, :, None] * M
-        of_z = self.s**2 * q / self.pixels
-        matrix = -(weight.transpose(1, 2) @ (of_z[:, :, None] * weight))
-        constant = of_z * self.mean_v - self.s * G / self.pixels
-        bias = (weight.transpose(1, 2) @ constant[:, :, None])[:, :, 0]
-        explained = G[:, :, None] * self.mean_z[:, None, :] + (self.s * q)[:, :, None] * self.WS
-        return q, matrix, bias, self.s[:, :, None] * (M - explained)
+        mean, var = stats[:, :C].to(dtype).flatten(), stats[:, C : 2 * C].to(dtype).flatten()
+        track(norms, mean.split(widths), var.split(widths))
 
 
 # ------------------------------------------------------------------------------------------------------ C++ calls
@@ -232,73 +257,43 @@ def _channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _image(x, C):
+def _image(x, C, H=None, W=None):
     """An uninitialised image of C channels, else like x."""
-    N, _, H, W = x.shape
-    return torch.empty((N, C, H, W), dtype=x.dtype, memory_format=torch.channels_last)
+    shape = len(x), C, H or x.shape[2], W or x.shape[3]
+    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
 
 
-def _combine(like, combinations):
-    """Fill images by sums of products, each: (results side by side, relu, bias or None, [(matrix, parts)]).
-
-    The matrix is (channels of the results, channels of the parts), or a scalar. Parts are [(image, mask or None)] side
-    by side; an element of the image counts where the mask is positive.
-    """
-    packed = [len(combinations)]
-    for results, relu, bias, sources in combinations:
-        packed += [relu, 0 if bias is None else bias.data_ptr(), len(results)]
-        for image in results:
-            packed += [image.data_ptr(), image.shape[1]]
-        packed.append(len(sources))
-        for matrix, parts in sources:
-            packed += [matrix.data_ptr(), matrix.dim() == 0]
-            packed += _parts(parts)
-    _call("combine", like, ctypes.c_int64(_pixels(like)), _numbers(packed))
-
-
-def _multiply(like, products, sums):
-    """Sums over pixels of a bᵀ for [(parts of a, parts of b)] of equal shapes, and of the first `sums` a alone.
-
-    Returns (products, C_a, C_b) and (sums, C_a) in float64.
-    """
-    width_a, width_b = (sum(image.shape[1] for image, _ in parts) for parts in products[0])
-    results = torch.empty(len(products), width_a, width_b, dtype=torch.float64)
-    totals = torch.empty(sums, width_a, dtype=torch.float64)
-    packed = [len(products)]
-    for k, (a, b) in enumerate(products):
-        total = totals.data_ptr() + 8 * k * width_a if k < sums else 0
-        packed += [*_parts(a), *_parts(b), results.data_ptr() + 8 * k * width_a * width_b, total, 0]
-    _call("multiply", like, ctypes.c_int64(_pixels(like)), _numbers(packed))
-    return results, totals
-
-
-def _dot(x, others):
-    """The sum over all elements of x * other, for each: (others,) in float64."""
-    results = torch.empty(len(others), dtype=torch.float64)
-    packed = [len(others)]
-    for k, other in enumerate(others):
-        packed += [*_parts([(x, None)]), *_parts([(other, None)]), results.data_ptr() + 8 * k, 0, 1]
-    _call("multiply", x, ctypes.c_int64(_pixels(x)), _numbers(packed))
-    return results
-
-
-def _parts(parts):
-    packed = [len(parts)]
-    for image, mask in parts:
-        packed += [image.data_ptr(), 0 if mask is None else mask.data_ptr(), image.shape[1]]
+def _parts(images, masks=()):
+    """An `Operand`: images side by side, whose elements count where a mask is positive."""
+    packed = [len(images)]
+    for k, image in enumerate(images):
+        packed += [image.data_ptr(), masks[k].data_ptr() if masks else 0, image.shape[1]]
     return packed
 
 
-def _pixels(image):
-    return image.numel() // image.shape[1]
+def _items(tensor):
+    """The addresses of the slices of a contiguous tensor."""
+    step = tensor.stride(0) * tensor.element_size()
+    return range(tensor.data_ptr(), tensor.data_ptr() + step * len(tensor), step) if len(tensor) else ()
+
+
+def _address(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _addresses(*tensors):
+    return (ctypes.c_void_p(_address(tensor)) for tensor in tensors)
 
 
 def _numbers(values):
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def _addresses(*tensors):
-    return (ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors)
+def _call_on_pixels(name, image, training, packed):
+    pixels = image.numel() // image.shape[1]
+    if training and pixels == 1:
+        raise ValueError(f"batch norm needs more than one value of each channel in training, got {tuple(image.shape)}")
+    _call(name, image, ctypes.c_int64(pixels), ctypes.c_int64(training), _numbers(packed))
 
 
 def _call(name, like, *arguments):

@@ -1,4 +1,4 @@
-"""The three functions of fast_cell.py in plain PyTorch, for every device and dtype, differentiable any number of times.
+"""The four functions of fast_cell.py in plain PyTorch, for every device and dtype, differentiable any number of times.
 
 Batch norms here are those of a supernet: no parameters, default constants.
 """
@@ -7,6 +7,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from involution import involution2d_fused
+
 EPS, MOMENTUM = nn.BatchNorm2d(1).eps, nn.BatchNorm2d(1).momentum
 
 
@@ -14,6 +16,17 @@ def heads(x, weights, norms):
     """[relu(norm_k(weight_k * x))] of x (N, C, H, W) and 1x1 convolutions (C_k, C, 1, 1)."""
     hidden = F.relu(_normalized(F.conv2d(x, torch.cat(weights)), norms))
     return hidden.split([len(weight) for weight in weights], dim=1)
+
+
+def involutions(x, pooled, layers):
+    """[layer(x)] of `Involution2d` layers of one stride; `pooled` is x after their pooling."""
+    firsts = [layer.conv1 for layer in layers]
+    hidden = heads(pooled, [first.conv.weight for first in firsts], [first.bn for first in firsts])
+    spans = [layer.conv2.conv for layer in layers]
+    return [
+        involution2d_fused(x, h, span.weight, span.bias, layer.kernel_size, layer.stride, layer.dilation)
+        for h, span, layer in zip(hidden, spans, layers, strict=True)
+    ]
 
 
 def depthwise(x, weight, stride, dilation):
