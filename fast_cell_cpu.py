@@ -18,11 +18,11 @@ The statistics are computed in double precision. The loops over pixels are in fa
 """
 
 import ctypes
+import functools
 from pathlib import Path
 
 import torch
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 import involution_cpu
 from fast_cell_torch import track
@@ -67,6 +67,18 @@ def mix(plain, plain_alphas, linear, linear_alphas):
     return _Mix.apply(norms, plain_alphas, *linear_alphas, *tensors)
 
 
+def _once_differentiable(backward):
+    """Refuse create_graph=True: PyTorch's decorator of this name lets through what reaches no inner input."""
+
+    @functools.wraps(backward)
+    def once(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the fast cells can be differentiated once only on the CPU; set network.fast = False")
+        return backward(ctx, *grads)
+
+    return once
+
+
 class _Heads(Function):
     @staticmethod
     def forward(ctx, norms, x, *weights):
@@ -77,7 +89,7 @@ class _Heads(Function):
         return tuple(hidden)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, *grads):
         x, *saved = ctx.saved_tensors
         weights, hidden = saved[: len(grads)], saved[len(grads) :]
@@ -101,7 +113,7 @@ class _Involutions(Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, *grads):
         n = len(grads)
         x, pooled, *saved = ctx.saved_tensors
@@ -139,7 +151,7 @@ class _Depthwise(Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grads = [
@@ -181,7 +193,7 @@ class _Mix(Function):
         return node
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, grad):
         grad, groups = _channels_last(grad), len(ctx.stats)
         plain_alphas, *tensors = ctx.saved_tensors
