@@ -39,19 +39,19 @@ class BuildError(RuntimeError):
 
 
 @functools.cache
-def library():
-    """Return the loaded library, building it first where the cache has none. Raises BuildError."""
+def library(source=SOURCE):
+    """Return the loaded library of a C++ file, building it first where the cache has none. Raises BuildError."""
     try:
         import fcntl  # not on Windows, whose compiler lacks the vector types of the source too
 
         compiler = _compiler()
-        path = _cache_folder() / f"involution_cpu-{_key(compiler)}.so"
+        path = _cache_folder() / f"{source.stem}-{_key(compiler, source)}.so"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path.with_suffix(".lock"), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # of processes that start at once, one builds
                 if not path.exists():
-                    _build(compiler, path)
+                    _build(compiler, path, source)
         return ctypes.CDLL(str(path))
     except (ImportError, OSError) as error:
         raise BuildError(f"{type(error).__name__}: {error}") from error
@@ -71,14 +71,14 @@ def _compiler():
     raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
 
 
-def _key(compiler):
+def _key(compiler, source=SOURCE):
     # the predefined macros name the compiler's version and every instruction set that it may use
     macros = _run([*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
-    parts = (SOURCE.read_text(), macros, torch.__version__, " ".join(compiler + FLAGS))
+    parts = (source.read_text(), macros, torch.__version__, " ".join(compiler + FLAGS))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
-def _build(compiler, path):
+def _build(compiler, path, source):
     root = Path(torch.__file__).parent
     # PyTorch's own OpenMP runtime first: a second one would be a second pool of threads
     openmp = glob.glob(str(root / "lib" / "libgomp*")) + glob.glob(str(root.parent / "torch.libs" / "libgomp*"))
@@ -86,7 +86,7 @@ def _build(compiler, path):
     os.close(handle)
     try:
         _run(
-            [*compiler, *FLAGS, f"-I{root / 'include'}", str(SOURCE), "-o", temporary]
+            [*compiler, *FLAGS, f"-I{root / 'include'}", str(source), "-o", temporary]
             + ["-Wl,--as-needed", *openmp, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
         )
         os.replace(temporary, path)

@@ -4,6 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import fast_cell
 from genotypes import PRIMITIVES, Genotype
 from operations import OPS, FactorizedReduce, ReLUConvBN
 
@@ -46,8 +47,14 @@ class Cell(nn.Module):
             MixedOp(C, 2 if reduction and j < 2 else 1, primitives) for i in range(steps) for j in range(2 + i)
         )
 
-    def forward(self, s0, s1, weights):
-        """Two feature maps and the softmax weights (edges, primitives) -> (N, multiplier * C, H', W')."""
+    def forward(self, s0, s1, weights, fast=False):
+        """Two feature maps and the softmax weights (edges, primitives) -> (N, multiplier * C, H', W').
+
+        `fast` computes the same with the work shared that the edges have in common; where somebody watches an edge
+        by a hook, every edge is computed.
+        """
+        if fast and not any(edge._forward_hooks or edge._forward_pre_hooks for edge in self._ops):
+            return fast_cell.forward(self, s0, s1, weights)
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         edge = 0
         for _ in range(self._steps):
@@ -69,13 +76,24 @@ class Network(nn.Module):
         criterion: (logits, target) -> scalar loss.
         steps: own nodes of a cell; `multiplier`: how many of the last ones are concatenated as its output.
         primitives: names in `operations.OPS`.
+        fast: compute the cells by fast_cell.py, not edge by edge; the results are equal, but on a CPU they cannot be
+            differentiated twice. `net.fast` may be changed at any time.
 
     Raises:
         ValueError: an unknown primitive, none but `none`, or a count below one.
     """
 
     def __init__(
-        self, C, num_classes, layers, criterion, steps=4, multiplier=4, stem_multiplier=3, primitives=PRIMITIVES
+        self,
+        C,
+        num_classes,
+        layers,
+        criterion,
+        steps=4,
+        multiplier=4,
+        stem_multiplier=3,
+        primitives=PRIMITIVES,
+        fast=True,
     ):
         super().__init__()
         _check_counts(C=C, num_classes=num_classes, layers=layers, steps=steps, multiplier=multiplier)
@@ -86,7 +104,7 @@ class Network(nn.Module):
             raise ValueError(f"primitives must be names in operations.OPS besides none, got {unknown or primitives}")
         self._C, self._num_classes, self._layers, self._criterion = C, num_classes, layers, criterion
         self._steps, self._multiplier, self._stem_multiplier = steps, multiplier, stem_multiplier
-        self._primitives = list(primitives)
+        self._primitives, self.fast = list(primitives), fast
 
         C_curr = stem_multiplier * C
         self.stem = nn.Sequential(nn.Conv2d(3, C_curr, 3, padding=1, bias=False), nn.BatchNorm2d(C_curr))
@@ -112,7 +130,8 @@ class Network(nn.Module):
         normal, reduce = F.softmax(self.alphas_normal, dim=-1), F.softmax(self.alphas_reduce, dim=-1)
         s0 = s1 = self.stem(input)
         for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, reduce if cell.reduction else normal)
+            weights = reduce if cell.reduction else normal
+            s0, s1 = s1, cell(s0, s1, weights, self.fast)
         return self.classifier(self.global_pooling(s1).flatten(1))
 
     def _loss(self, input, target):
@@ -138,6 +157,7 @@ class Network(nn.Module):
             self._multiplier,
             self._stem_multiplier,
             self._primitives,
+            self.fast,
         ).to(self.alphas_normal)
         with torch.no_grad():
             for new, old in zip(net.arch_parameters(), self.arch_parameters(), strict=True):

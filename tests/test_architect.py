@@ -33,7 +33,8 @@ def make_search(space, warm_up=3, seed=0):
 
 
 def exact_gradient(model, optimizer, train, valid):
-    """d L_val(w'(alpha), alpha) / d alpha, through the inner SGD step, by double backward."""
+    """d L_val(w'(alpha), alpha) / d alpha, through the inner SGD step, by double backward of the plain cells."""
+    fast, model.fast = model.fast, False
     weights, alphas = (
         dict(model.named_parameters()),
         dict(zip(("normal", "reduce"), model.arch_parameters(), strict=True)),
@@ -49,7 +50,9 @@ def exact_gradient(model, optimizer, train, valid):
     for (name, w), grad in zip(weights.items(), grads, strict=True):
         momentum = optimizer.state[w]["momentum_buffer"] if optimizer.state else 0
         stepped[name] = w - ETA * (ARGS.momentum * momentum + grad + ARGS.weight_decay * w)
-    return torch.autograd.grad(loss(stepped, valid), list(alphas.values()))
+    exact = torch.autograd.grad(loss(stepped, valid), list(alphas.values()))
+    model.fast = fast
+    return exact
 
 
 def bilevel_gradient(model, optimizer, train, valid, unrolled):
@@ -74,17 +77,22 @@ def assert_exact(search):
 @pytest.mark.parametrize("space", ["involution", "darts"])
 @pytest.mark.parametrize("warm_up", [0, 3], ids=["no momentum yet", "with momentum"])
 def test_second_order_gradient_is_the_exact_one(space, warm_up, monkeypatch):
-    """At the paper's epsilon, where the loss is smooth: softplus for ReLU, no maximum."""
+    """At the paper's epsilon, where the loss is smooth: softplus for ReLU, no maximum. In the plain cells, then."""
     monkeypatch.setattr(torch.nn.functional, "relu", lambda x, inplace=False: torch.nn.functional.softplus(x))
     monkeypatch.setitem(SEARCH_SPACES, space, [p for p in SEARCH_SPACES[space] if p != "max_pool_3x3"])
-    assert_exact(make_search(space, warm_up, seed=1))
+    search = make_search(space, warm_up, seed=1)
+    search[0].fast = False
+    assert_exact(search)
 
 
 @pytest.mark.parametrize("space", ["involution", "darts"])
-def test_second_order_gradient_is_the_exact_one_in_the_real_spaces(space, monkeypatch):
+@pytest.mark.parametrize("fast", [True, False], ids=["fast cells", "plain cells"])
+def test_second_order_gradient_is_the_exact_one_in_the_real_spaces(space, fast, monkeypatch):
     """With a step of the difference that is too short to cross a kink of ReLU or of the maximum."""
     monkeypatch.setattr(architect, "_R", 1e-6)
-    assert_exact(make_search(space))
+    search = make_search(space)
+    search[0].fast = fast
+    assert_exact(search)
 
 
 def test_first_order_gradient_is_that_of_the_validation_loss():

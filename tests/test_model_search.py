@@ -65,12 +65,12 @@ def test_state_dict_round_trip_brings_the_alphas():
 
 
 def test_new_keeps_every_argument_and_the_alphas():
-    arguments = dict(C=2, num_classes=7, layers=4, steps=3, multiplier=2, stem_multiplier=5)
+    arguments = dict(C=2, num_classes=7, layers=4, steps=3, multiplier=2, stem_multiplier=5, fast=False)
     net = make(**arguments, primitives=SEARCH_SPACES["darts"])
     new = net.new()
     assert {k: v.shape for k, v in new.state_dict().items()} == {k: v.shape for k, v in net.state_dict().items()}
     assert new._primitives == net._primitives and new._criterion is CRITERION
-    assert new._multiplier == 2 and new._steps == 3
+    assert new._multiplier == 2 and new._steps == 3 and not new.fast
     for a, b in zip(new.arch_parameters(), net.arch_parameters(), strict=True):
         assert torch.equal(a, b) and a is not b
     assert not torch.equal(new.stem[0].weight, net.stem[0].weight)

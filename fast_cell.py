@@ -1,0 +1,221 @@
+"""A cell of the supernet computed state by state instead of edge by edge: the same function, several times faster.
+
+`model_search.Cell` and its `MixedOp` edges say what a cell is and hold its parameters and buffers; `forward` here
+computes it from them with the work shared that the edges have in common:
+
+    - every state goes through ReLU and pooling once, and a pooled state is normalised once, for all edges that leave
+      it: its batch norm has no parameters. The running statistics of every edge are updated all the same.
+    - the first 1x1 convolutions of all involutions that read a state are one convolution, batch norm and ReLU.
+    - a node is made in one go from everything that enters it, as a weighted sum of plain and of normalised terms
+
+          node = sum_t alpha_t x_t + sum_k alpha_k norm_k(W_k z_k)
+
+      where W_k z_k is the last 1x1 convolution of a candidate, which is never written to memory on the CPU.
+
+An operation of another class than those of operations.py, one with hooks, or one whose batch norm is not as `OPS`
+makes it is a plain term: its own forward is called. Two backends do the work, with the same four functions (`heads`,
+`involutions`, `depthwise`, `mix`): fast_cell_cpu.py, which cannot be differentiated twice, and fast_cell_torch.py.
+"""
+
+import functools
+import logging
+from collections import defaultdict
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import fast_cell_torch
+import involution
+from involution import Involution2d
+from operations import DilConv, FactorizedReduce, Identity, InvoBN, SepConv
+
+logger = logging.getLogger(__name__)
+
+
+class Term(NamedTuple):
+    """What one candidate adds to a node: its input, or norm(weight * input) where it ends in a convolution."""
+
+    input: torch.Tensor  # (N, K, H, W)
+    weight: torch.Tensor | None = None  # (C, K, 1, 1)
+    norm: nn.BatchNorm2d | None = None
+
+
+def forward(cell, s0, s1, weights):
+    """The forward of a `model_search.Cell`: two feature maps and (edges, primitives) -> (N, multiplier * C, H', W')."""
+    states = [cell.preprocess0(s0), cell.preprocess1(s1)]
+    backend = choose_backend(states[0])
+    edges = iter(cell._ops)
+    into = [[next(edges) for _ in range(2 + node)] for node in range(cell._steps)]  # edges by the node they enter
+    terms = [[] for _ in into]  # of each node: (edge, primitive, Term)
+    first = 0
+    for node, entering in enumerate(into):
+        for j in range(len(states) - (1 if node else 2), len(states)):
+            leaving = {n: into[n][j] for n in range(node, cell._steps)}
+            for n, k, term in _expand(states[j], leaving, cell.training, backend):
+                terms[n].append((j, k, term))
+        alphas = weights[first : first + len(entering)]
+        first += len(entering)
+        states.append(_sum(terms[node], alphas, backend))
+        terms[node] = None  # what is not needed for backward is freed
+    return torch.cat(states[-cell._multiplier :], dim=1)
+
+
+def choose_backend(x):
+    """The module that serves this tensor: fast_cell_cpu for float32 and float64 where involutions run in C++ too."""
+    device = x.device.type
+    if device != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(device):
+        return fast_cell_torch
+    return _cpu_backend() if involution.backend() == "cpu" else fast_cell_torch
+
+
+@functools.cache
+def _cpu_backend():
+    import fast_cell_cpu
+
+    try:
+        fast_cell_cpu.library()
+    except fast_cell_cpu.BuildError as error:
+        logger.warning("supernet: no C++ backend (%s); plain PyTorch is used, which is slower", error)
+        return fast_cell_torch
+    return fast_cell_cpu
+
+
+def _sum(terms, alphas, backend):
+    """A node from its terms: plain ones, and linear ones by the width of their input."""
+    plain, linear = [], defaultdict(list)
+    for term in terms:
+        (plain if term[2].weight is None else linear[term[2].input.shape[1]]).append(term)
+    groups = [plain, *linear.values()]
+    order = [j * alphas.shape[1] + k for group in groups for j, k, _ in group]
+    alphas = alphas.flatten()[torch.tensor(order, device=alphas.device)].split([len(group) for group in groups])
+    groups = [[term for _, _, term in group] for group in groups]
+    return backend.mix(groups[0], alphas[0], groups[1:], alphas[1:])
+
+
+# ------------------------------------------------------------------------------------- the terms of each primitive
+
+
+def _expand(x, edges, training, backend):
+    """(node, primitive, Term) of every candidate on the edges {node: MixedOp} that leave state x (N, C, H, W)."""
+    places = defaultdict(list)
+    for node, edge in edges.items():
+        for k in edge._computed:
+            op = edge._ops[k]
+            places[_kind(op, training)].append((node, k, op))
+    relu = functools.cache(lambda: F.relu(x))
+    for (kind, *_), found in places.items():
+        terms = _TERMS[kind](x, relu, [op for _, _, op in found], backend)
+        for (node, k, _), term in zip(found, terms, strict=True):
+            yield node, k, term
+
+
+def _kind(op, training):
+    """A key that is equal for operations whose work can be shared, or ('any',)."""
+    modules = _with_descendants(op, [])
+    for m in modules:
+        if type(m) not in _CLASSES or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks:
+            return ("any",)  # unknown, or watched
+        if type(m) is nn.BatchNorm2d and not _is_bare(m, training):
+            return ("any",)
+    if type(op) is nn.Sequential and [type(m) for m in modules[2:]] == [nn.BatchNorm2d]:
+        pool = modules[1]
+        if type(pool) in (nn.MaxPool2d, nn.AvgPool2d):
+            return "pool", type(pool), *(str(getattr(pool, name)) for name in pool.__constants__)
+    return _KINDS.get(type(op), "any"), op.op[1].stride if type(op) in _STRIDED else None
+
+
+_KINDS = {
+    Identity: "skip",
+    FactorizedReduce: "reduce",
+    InvoBN: "involution",
+    DilConv: "separable",
+    SepConv: "separable_twice",
+}
+_STRIDED = InvoBN, DilConv, SepConv
+_CLASSES = {
+    nn.Sequential, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.Identity,
+    Identity, FactorizedReduce, InvoBN, DilConv, SepConv, *(type(module) for module in Involution2d(1, 1).modules()),
+}  # fmt: skip
+
+
+def _with_descendants(module, found):
+    found.append(module)
+    for child in module._modules.values():
+        _with_descendants(child, found)
+    return found
+
+
+def _is_bare(norm, training):
+    """Whether a batch norm is as OPS makes it in a supernet: statistics, no parameters, default constants."""
+    standard = fast_cell_torch.EPS, fast_cell_torch.MOMENTUM, False, True, training
+    return (norm.eps, norm.momentum, norm.affine, norm.track_running_stats, norm.training) == standard
+
+
+def _any(x, relu, ops, backend):
+    return [Term(op(x)) for op in ops]
+
+
+def _skip(x, relu, ops, backend):
+    return [Term(x)] * len(ops)
+
+
+def _pool(x, relu, ops, backend):
+    pooled = ops[0][0](x)
+    norms = [norm for _, norm in ops]
+    if not norms[0].training:  # the running statistics of the edges may differ
+        return [Term(norm(pooled)) for norm in norms]
+    normalized, mean, var = fast_cell_torch.batch_norm(pooled)
+    fast_cell_torch.track(norms, [mean] * len(norms), [var] * len(norms))
+    return [Term(normalized)] * len(norms)
+
+
+def _reduce(x, relu, ops, backend):
+    """FactorizedReduce is one 1x1 convolution of every second pixel and, beside it, of its diagonal neighbour."""
+    H, W = x.shape[2:]
+    shifted = F.pad(relu(), (-1, W % 2, -1, H % 2))
+    pixels = torch.cat([relu()[:, :, ::2, ::2], shifted[:, :, ::2, ::2]], dim=1)
+    C = x.shape[1]
+    return [
+        Term(pixels, torch.cat([_widened(op.conv_1.weight, 0, C), _widened(op.conv_2.weight, C, 0)]), op.bn)
+        for op in ops
+    ]
+
+
+def _widened(weight, before, after):
+    """The weight (C_out, C_in, 1, 1) of a convolution that also reads, and ignores, other channels."""
+    return F.pad(weight, (0, 0, 0, 0, before, after))
+
+
+def _involution(x, relu, ops, backend):
+    layers = [op.op[1] for op in ops]
+    outputs = backend.involutions(relu(), layers[0].avgpool(relu()), layers)
+    return [Term(output, op.op[2].weight, op.op[3]) for op, output in zip(ops, outputs, strict=True)]
+
+
+def _separable(x, relu, ops, backend):
+    return [Term(_depthwise(relu(), op.op[1], backend), op.op[2].weight, op.op[3]) for op in ops]
+
+
+def _separable_twice(x, relu, ops, backend):
+    terms = []
+    for op in ops:
+        (hidden,) = backend.heads(_depthwise(relu(), op.op[1], backend), [op.op[2].weight], [op.op[3]])
+        terms.append(Term(_depthwise(hidden, op.op[5], backend), op.op[6].weight, op.op[7]))
+    return terms
+
+
+def _depthwise(x, conv, backend):
+    return backend.depthwise(x, conv.weight, conv.stride[0], conv.dilation[0])
+
+
+_TERMS = {
+    "any": _any,
+    "skip": _skip,
+    "pool": _pool,
+    "reduce": _reduce,
+    "involution": _involution,
+    "separable": _separable,
+    "separable_twice": _separable_twice,
+}

@@ -1,0 +1,769 @@
+// The loops of fast_cell_cpu.py: sums of small matrix products over the pixels of images, and depthwise convolution.
+//
+// An image is channels-last: a matrix (pixel, channel), and a 1x1 convolution a product with it. `combine` adds
+// such products up without writing any of them to memory; `multiply` sums the outer products of two images over
+// their pixels, of which batch statistics and weight gradients are made; `mix` is a node of the two. Sums over pixels run over short tiles in the
+// images' dtype and over tiles in double precision; their order never depends on the number of threads.
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <new>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+constexpr int64_t kCombined = 48;     // pixels of a tile of `combine`: a multiple of the rows of a block
+constexpr int64_t kMultiplied = 128;  // pixels of a tile of `multiply`
+constexpr int64_t kBatchBytes = 4 << 20;  // of the candidates that backward visits twice in turn
+constexpr double kEps = 1e-5;         // of batch norm
+constexpr int kRows = 6;              // pixels (or channels) whose sums are held in registers, two vectors each
+
+template <class A>
+constexpr int kLanes = kVectorBytes / sizeof(A);
+
+template <class A>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vec = typename VectorOf<A>::type;
+
+template <class A>
+inline Vec<A> load(const A* p) {
+  Vec<A> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class A>
+inline void store(A* p, Vec<A> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+template <class A>
+A* scratch(std::vector<A>& buffer, int64_t size) {
+  if (int64_t(buffer.size()) < size) buffer.resize(size);
+  return buffer.data();
+}
+
+// ------------------------------------------------------------------------------------------------------- operands
+
+template <class A>
+struct Part {
+  const A *x, *mask;  // (pixel, width); an element counts where the mask, if there is one, is positive
+  int64_t width;
+};
+
+class Reader {  // of the numbers and addresses that the caller packs into one array
+ public:
+  explicit Reader(const int64_t* next) : next(next) {}
+  int64_t number() { return *next++; }
+  template <class T>
+  T* address() {
+    return (T*)*next++;
+  }
+
+ private:
+  const int64_t* next;
+};
+
+template <class A>
+struct Operand {  // images side by side
+  std::vector<Part<A>> parts;
+  int64_t width = 0;
+
+  explicit Operand(Reader& reader) {
+    for (int64_t n = reader.number(); n > 0; --n) {
+      Part<A> part{reader.address<const A>(), reader.address<const A>(), reader.number()};
+      parts.push_back(part);
+      width += part.width;
+    }
+  }
+
+  // Rows [p0, p0 + rows) with `pitch` elements between them; copied unless they lie like that in memory
+  const A* tile(int64_t p0, int64_t rows, int64_t pitch, std::vector<A>& buffer) const {
+    if (parts.size() == 1 && !parts[0].mask && pitch == width) return parts[0].x + p0 * width;
+    A* copy = scratch(buffer, rows * pitch);
+    if (pitch > width) std::fill_n(copy, rows * pitch, A(0));
+    int64_t offset = 0;
+    for (const auto& part : parts) {
+      const A *x = part.x + p0 * part.width, *mask = part.mask + p0 * part.width;
+      for (int64_t p = 0; p < rows; ++p)
+        for (int64_t c = 0; c < part.width; ++c) {
+          const int64_t at = p * part.width + c;
+          copy[p * pitch + offset + c] = part.mask && !(mask[at] > 0) ? A(0) : x[at];
+        }
+      offset += part.width;
+    }
+    return copy;
+  }
+};
+
+// -------------------------------------------------------------------------------------------------------- combine
+
+// out[r][v] += sum_k x[r][k] * matrix[k][v]
+template <class A, int R, int V>
+inline void combine_block(const A* x, int64_t pitch, int64_t depth, const A* matrix, int64_t width, A* out) {
+  constexpr int L = kLanes<A>;
+  Vec<A> sum[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) sum[r][v] = load(out + r * width + v * L);
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<A> row[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) row[v] = load(matrix + k * width + v * L);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[r][v] += row[v] * x[r * pitch + k];
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) store(out + r * width + v * L, sum[r][v]);
+}
+
+template <class A, int V>
+void combine_columns(const A* x, int64_t pitch, int64_t depth, const A* matrix, int64_t width, A* out, int64_t rows) {
+  int64_t p = 0;
+  for (; p + kRows <= rows; p += kRows)
+    combine_block<A, kRows, V>(x + p * pitch, pitch, depth, matrix, width, out + p * width);
+  for (; p < rows; ++p) combine_block<A, 1, V>(x + p * pitch, pitch, depth, matrix, width, out + p * width);
+}
+
+template <class A>
+struct Source {
+  const Operand<A>* operand;
+  std::vector<A> matrix;  // (channel of the operand, channel of the result), padded to whole vectors; or one factor
+};
+
+template <class A>
+struct Combination {  // results = bias + sum over sources of matrix * operand, where that is positive if `relu`
+  std::vector<Part<A>> results;  // side by side
+  bool relu;
+  std::vector<double> bias;
+  std::vector<Source<A>> sources;
+  int64_t channels = 0, width;
+
+  Combination(std::vector<Part<A>> images, bool relu) : results(std::move(images)), relu(relu) {
+    for (const auto& result : results) channels += result.width;
+    width = round_up(channels, kLanes<A>);
+    bias.resize(width);
+  }
+
+  // The rows of a source's matrix: row k says what the operand's channel k adds to the results
+  A* add(const Operand<A>& operand) {
+    sources.push_back({&operand, std::vector<A>(operand.width * width)});
+    return sources.back().matrix.data();
+  }
+  void add(const Operand<A>& operand, A factor) { sources.push_back({&operand, {factor}}); }
+
+  void run(int64_t p0, int64_t rows, std::vector<A>& sums, std::vector<A>& copy) const {
+    constexpr int L = kLanes<A>;
+    const bool in_place = results.size() == 1 && width == channels;
+    A* out = in_place ? const_cast<A*>(results[0].x) + p0 * width : scratch(sums, rows * width);
+    for (int64_t p = 0; p < rows; ++p)
+      for (int64_t c = 0; c < width; ++c) out[p * width + c] = A(bias[c]);
+    for (const auto& source : sources) {
+      const int64_t depth = source.operand->width;
+      const A *x = source.operand->tile(p0, rows, depth, copy), *matrix = source.matrix.data();
+      if (source.matrix.size() == 1) {
+        for (int64_t p = 0; p < rows; ++p)
+          for (int64_t c = 0; c < channels; ++c) out[p * width + c] += *matrix * x[p * depth + c];
+        continue;
+      }
+      int64_t c = 0;
+      for (; c + 2 * L <= width; c += 2 * L)
+        combine_columns<A, 2>(x, depth, depth, matrix + c, width, out + c, rows);
+      if (c < width) combine_columns<A, 1>(x, depth, depth, matrix + c, width, out + c, rows);
+    }
+    if (relu)
+      for (int64_t e = 0; e < rows * width; ++e) out[e] = std::max(out[e], A(0));
+    if (in_place) return;
+    for (const auto& result : results) {
+      A* to = const_cast<A*>(result.x) + p0 * result.width;
+      for (int64_t p = 0; p < rows; ++p)
+        for (int64_t c = 0; c < result.width; ++c) to[p * result.width + c] = out[p * width + c];
+      out += result.width;
+    }
+  }
+};
+
+template <class A>
+void combine(int64_t pixels, const std::vector<Combination<A>>& combinations) {
+  at::parallel_for(0, (pixels + kCombined - 1) / kCombined, 4, [&](int64_t begin, int64_t end) {
+    std::vector<A> sums, copy;
+    for (int64_t tile = begin; tile < end; ++tile)
+      for (const auto& combination : combinations)
+        combination.run(tile * kCombined, std::min(kCombined, pixels - tile * kCombined), sums, copy);
+  });
+}
+
+// ------------------------------------------------------------------------------------------------------- multiply
+
+// sums[r][v] += the tile's sum over p of a[p][r] * b[p][v]
+template <class A, int R, int V>
+inline void multiply_block(const A* a, int64_t a_pitch, const A* b, int64_t b_pitch, int64_t rows, double* sums) {
+  constexpr int L = kLanes<A>;
+  Vec<A> sum[R][V] = {};
+  for (int64_t p = 0; p < rows; ++p, a += a_pitch, b += b_pitch) {
+    Vec<A> row[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) row[v] = load(b + v * L);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[r][v] += row[v] * a[r];
+  }
+  for (int r = 0; r < R; ++r) {
+    A lanes[V * L];
+    std::memcpy(lanes, sum[r], sizeof(lanes));
+    for (int e = 0; e < V * L; ++e) sums[r * b_pitch + e] += lanes[e];
+  }
+}
+
+template <class A, int V>
+void multiply_columns(const A* a, int64_t a_pitch, int64_t a_width, const A* b, int64_t b_pitch, int64_t rows,
+                      double* sums) {
+  int64_t r = 0;
+  for (; r + 4 <= a_width; r += 4) multiply_block<A, 4, V>(a + r, a_pitch, b, b_pitch, rows, sums + r * b_pitch);
+  for (; r < a_width; ++r) multiply_block<A, 1, V>(a + r, a_pitch, b, b_pitch, rows, sums + r * b_pitch);
+}
+
+template <class A>
+struct Product {
+  const Operand<A>&a, &b;
+  const bool is_dot;           // the sum of all elements of a * b instead
+  const bool is_symmetric;
+  const int64_t pitch;         // of b's rows in a tile and of the partial sums
+  std::vector<double> result;  // (channel of a, channel of b)
+  std::vector<double> sum;     // of a alone
+
+  Product(const Operand<A>& a, const Operand<A>& b, bool is_dot = false)
+      : a(a), b(b), is_dot(is_dot), is_symmetric(&a == &b), pitch(round_up(b.width, kLanes<A>)) {}
+
+  int64_t size() const { return is_dot ? 1 : a.width * (pitch + 1); }
+
+  // Add the pixels [begin, end) to partial sums (a.width, pitch), followed by those of a alone
+  void run(int64_t begin, int64_t end, double* partial, std::vector<A>& a_copy, std::vector<A>& b_copy) const {
+    constexpr int L = kLanes<A>;
+    for (int64_t p0 = begin; p0 < end; p0 += kMultiplied) {
+      const int64_t rows = std::min(kMultiplied, end - p0);
+      const A* x = a.tile(p0, rows, a.width, a_copy);
+      if (is_dot) {
+        const A* y = b.tile(p0, rows, b.width, b_copy);
+        A lanes[L] = {};
+        int64_t e = 0;
+        for (; e + L <= rows * a.width; e += L)
+          for (int lane = 0; lane < L; ++lane) lanes[lane] += x[e + lane] * y[e + lane];
+        for (; e < rows * a.width; ++e) lanes[0] += x[e] * y[e];
+        for (int lane = 0; lane < L; ++lane) *partial += lanes[lane];
+        continue;
+      }
+      const A* y = b.tile(p0, rows, pitch, b_copy);
+      for (int64_t c = 0; c < pitch; c += 2 * L) {
+        // of a symmetric result, the part above the diagonal
+        const int64_t height = is_symmetric ? std::min(a.width, c + 2 * L) : a.width;
+        if (c + 2 * L <= pitch)
+          multiply_columns<A, 2>(x, a.width, height, y + c, pitch, rows, partial + c);
+        else
+          multiply_columns<A, 1>(x, a.width, height, y + c, pitch, rows, partial + c);
+      }
+      double* total = partial + a.width * pitch;
+      for (int64_t c0 = 0; c0 < a.width; c0 += L) {
+        const int64_t width = std::min<int64_t>(L, a.width - c0);
+        A lanes[L] = {};
+        for (int64_t p = 0; p < rows; ++p)
+          for (int64_t c = 0; c < width; ++c) lanes[c] += x[p * a.width + c0 + c];
+        for (int64_t c = 0; c < width; ++c) total[c0 + c] += lanes[c];
+      }
+    }
+  }
+
+  void finish(const double* partial, int64_t chunks) {
+    std::vector<double> total(partial, partial + size());
+    for (int64_t chunk = 1; chunk < chunks; ++chunk)
+      for (int64_t e = 0; e < size(); ++e) total[e] += partial[chunk * size() + e];
+    if (is_dot) {
+      result = total;
+      return;
+    }
+    result.resize(a.width * b.width);
+    for (int64_t r = 0; r < a.width; ++r)
+      for (int64_t c = 0; c < b.width; ++c)
+        result[r * b.width + c] = is_symmetric && r > c ? total[c * pitch + r] : total[r * pitch + c];
+    sum.assign(total.data() + a.width * pitch, total.data() + total.size());
+  }
+};
+
+template <class A>
+void multiply(int64_t pixels, std::vector<Product<A>>& products) {
+  std::vector<int64_t> offset{0};
+  const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>(16, pixels / 2048)), count = products.size();
+  for (const auto& product : products) offset.push_back(offset.back() + product.size() * chunks);
+  std::vector<double> partial(offset.back());
+  // a chunk of pixels after the other, so that what several products share stays in the cache
+  at::parallel_for(0, chunks * count, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> a_copy, b_copy;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t chunk = task / count, k = task % count;
+      products[k].run(pixels * chunk / chunks, pixels * (chunk + 1) / chunks,
+                      partial.data() + offset[k] + chunk * products[k].size(), a_copy, b_copy);
+    }
+  });
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) products[k].finish(partial.data() + offset[k], chunks);
+  });
+}
+
+// ------------------------------------------------------------------------------------------------------------ mix
+
+// The equations are those of fast_cell_cpu.py: W is `weight`, m is `mean_z`, WS is `WS`, s is `s`.
+
+struct Statistics {  // of one candidate; kept from forward to backward
+  double *mean, *var, *s, *mean_z, *WS;
+  Statistics(double* data, int64_t C, int64_t K)
+      : mean(data), var(data + C), s(data + 2 * C), mean_z(data + 3 * C), WS(data + 3 * C + K) {}
+};
+
+template <class A>
+struct Candidate {  // alpha * norm(W z)
+  Operand<A> z;
+  int64_t C, K;
+  const A* weight;
+  double alpha;
+  Statistics stats;
+
+  explicit Candidate(Reader& reader)
+      : z(reader), C(reader.number()), K(z.width), weight(reader.address<const A>()),
+        alpha(factor(reader.address<const A>())), stats(reader.address<double>(), C, K) {}
+
+  static double factor(const A* alpha) { return alpha ? double(*alpha) : 1; }
+
+  void find_statistics(const Product<A>& moments, double pixels) {
+    std::vector<double> S(K * K);
+    for (int64_t k = 0; k < K; ++k) stats.mean_z[k] = moments.sum[k] / pixels;
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t j = 0; j < K; ++j)
+        S[k * K + j] = moments.result[k * K + j] / pixels - stats.mean_z[k] * stats.mean_z[j];
+    std::fill_n(stats.WS, C * K, 0.0);
+    for (int64_t c = 0; c < C; ++c) {
+      double mean = 0, var = 0, *WS = stats.WS + c * K;
+      const A* W = weight + c * K;
+      for (int64_t k = 0; k < K; ++k) {
+        const double w = W[k];
+        mean += w * stats.mean_z[k];
+        for (int64_t j = 0; j < K; ++j) WS[j] += w * S[k * K + j];
+      }
+      for (int64_t k = 0; k < K; ++k) var += WS[k] * W[k];
+      stats.mean[c] = mean;
+      stats.var[c] = std::max(var, 0.0);  // not below zero by rounding
+    }
+  }
+
+  void add_to(Combination<A>& node) const {
+    A* matrix = node.add(z);
+    for (int64_t c = 0; c < C; ++c) {
+      const double scale = alpha * stats.s[c];
+      node.bias[c] -= scale * stats.mean[c];
+      for (int64_t k = 0; k < K; ++k) matrix[k * node.width + c] = A(scale * weight[c * K + k]);
+    }
+  }
+
+  // The gradients of alpha and W; and that of z, as a combination of the node's gradient g and z
+  void differentiate(const Operand<A>& g, const std::vector<double>& M, const std::vector<double>& G, double pixels,
+                     bool training, double* grad_alpha, A* grad_weight, Combination<A>* grad_z) const {
+    A* of_g = grad_z ? grad_z->add(g) : nullptr;
+    std::vector<double> of_z(training && grad_z ? K * K : 0);
+    *grad_alpha = 0;
+    for (int64_t c = 0; c < C; ++c) {
+      const A* W = weight + c * K;
+      const double s = stats.s[c];
+      double q = 0;
+      for (int64_t k = 0; k < K; ++k) q += M[c * K + k] * W[k];
+      q = s * (q - stats.mean[c] * G[c]);
+      *grad_alpha += q;
+      if (grad_weight)
+        for (int64_t k = 0; k < K; ++k) {
+          const double explained = training ? G[c] * stats.mean_z[k] + s * q * stats.WS[c * K + k] : 0;
+          grad_weight[c * K + k] = A(alpha * s * (M[c * K + k] - explained));
+        }
+      if (!grad_z) continue;
+      for (int64_t k = 0; k < K; ++k) of_g[c * grad_z->width + k] = A(alpha * s * W[k]);
+      if (!training) continue;
+      const double curve = alpha * s * s * q / pixels;
+      const double constant = curve * stats.mean[c] - alpha * s * G[c] / pixels;
+      for (int64_t k = 0; k < K; ++k) {
+        const double w = W[k];
+        grad_z->bias[k] += constant * w;
+        for (int64_t j = 0; j < K; ++j) of_z[k * K + j] -= curve * w * W[j];
+      }
+    }
+    if (!training || !grad_z) return;
+    A* matrix = grad_z->add(z);
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t j = 0; j < K; ++j) matrix[k * grad_z->width + j] = A(of_z[k * K + j]);
+  }
+};
+
+template <class A>
+void mix(int64_t pixels, bool training, Reader reader) {
+  const bool relu = reader.number();
+  const Operand<A> results(reader);
+  Combination<A> node(results.parts, relu);
+  std::deque<Operand<A>> plain;  // keeps its elements where they are
+  for (int64_t n = reader.number(); n > 0; --n) {
+    plain.emplace_back(reader);
+    node.add(plain.back(), *reader.address<const A>());
+  }
+  std::deque<Candidate<A>> candidates;
+  for (int64_t n = reader.number(); n > 0; --n) candidates.emplace_back(reader);
+  std::vector<Product<A>> moments;
+  if (training) {
+    for (const auto& candidate : candidates) moments.emplace_back(candidate.z, candidate.z);
+    multiply(pixels, moments);
+  }
+  at::parallel_for(0, candidates.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      auto& stats = candidates[k].stats;
+      if (training) candidates[k].find_statistics(moments[k], pixels);
+      for (int64_t c = 0; c < candidates[k].C; ++c) {
+        stats.s[c] = 1 / std::sqrt(stats.var[c] + kEps);
+        if (training) stats.var[c] *= pixels / (pixels - 1.0);  // running statistics have the unbiased one
+      }
+    }
+  });
+  for (const auto& candidate : candidates) candidate.add_to(node);
+  combine<A>(pixels, {node});
+}
+
+template <class A>
+void mix_backward(int64_t pixels, bool training, Reader reader) {
+  const Operand<A> g(reader);
+  std::deque<Operand<A>> operands;
+  std::vector<Product<A>> products;
+  std::vector<Combination<A>> combinations;
+  std::vector<double*> grad_alphas;
+  const auto image = [](A* data, int64_t width) { return std::vector<Part<A>>{{data, nullptr, width}}; };
+  for (int64_t n = reader.number(); n > 0; --n) {  // plain terms
+    operands.emplace_back(reader);
+    const A* alpha = reader.address<const A>();
+    grad_alphas.push_back(reader.address<double>());
+    products.emplace_back(g, operands.back(), true);
+    if (A* grad = reader.address<A>()) {
+      combinations.emplace_back(image(grad, g.width), false);
+      combinations.back().add(g, *alpha);
+    }
+  }
+  multiply(pixels, products);
+  for (size_t k = 0; k < products.size(); ++k) *grad_alphas[k] = products[k].result[0];
+  combine(pixels, combinations);
+
+  // a few candidates at a time: what the first sweep over pixels has read, the second finds in the cache
+  for (int64_t n = reader.number(); n > 0;) {
+    const int64_t bytes = pixels * g.width * sizeof(A), count = std::min(n, std::max<int64_t>(2, kBatchBytes / bytes));
+    std::deque<Candidate<A>> candidates;
+    std::vector<double*> to_alpha;
+    std::vector<A*> to_weight;
+    std::vector<int64_t> of_candidate;
+    products.clear(), combinations.clear(), operands.clear();
+    for (int64_t k = 0; k < count; ++k) {
+      candidates.emplace_back(reader);
+      products.emplace_back(g, candidates.back().z);
+      to_alpha.push_back(reader.address<double>());
+      to_weight.push_back(reader.address<A>());
+      A* grad_z = reader.address<A>();
+      of_candidate.push_back(grad_z ? int64_t(combinations.size()) : -1);
+      if (grad_z) combinations.emplace_back(image(grad_z, candidates.back().K), false);
+      for (int64_t more = reader.number(); more > 0; --more) {  // what else is added to the gradient of z
+        operands.emplace_back(reader);
+        if (grad_z) combinations.back().add(operands.back(), A(1));
+      }
+    }
+    multiply(pixels, products);
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k)
+        candidates[k].differentiate(g, products[k].result, products[k].sum, pixels, training, to_alpha[k],
+                                    to_weight[k], of_candidate[k] < 0 ? nullptr : &combinations[of_candidate[k]]);
+    });
+    combine(pixels, combinations);
+    n -= count;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------ depthwise
+
+struct Depthwise {
+  int64_t N, C, H, W, K, stride, dilation;
+  int64_t Ho() const { return (H + stride - 1) / stride; }
+  int64_t Wo() const { return (W + stride - 1) / stride; }
+  int64_t pad() const { return dilation * (K / 2); }
+  int64_t span() const { return (K - 1) * dilation + 1; }
+  // Rows of one piece of work: the padded piece should stay in the second-level cache
+  int64_t block_rows(int64_t rows, int64_t cols) const {
+    return std::min(rows, std::max<int64_t>(8, 32768 / std::max<int64_t>(1, cols * C)));
+  }
+};
+
+// Rows [y0, y0 + rows) and columns [x0, x0 + cols) of one image (H, W, C), zero outside, as (row, col, width); with
+// `step`, of the image with step - 1 zeros between its pixels
+template <class A>
+void load_padded(A* dst, const A* image, int64_t H, int64_t W, int64_t C, int64_t width, int64_t y0, int64_t rows,
+                 int64_t x0, int64_t cols, int64_t step) {
+  const int64_t copied = std::min(W, cols + x0);  // of a row, where it is copied whole; x0 is not positive
+  for (int64_t r = 0; r < rows; ++r, dst += cols * width) {
+    const int64_t h = (y0 + r) / step;
+    if (y0 + r < 0 || (y0 + r) % step || h >= H) {
+      std::fill_n(dst, cols * width, A(0));
+    } else if (step == 1 && width == C) {
+      std::fill_n(dst, -x0 * C, A(0));
+      std::copy_n(image + h * W * C, copied * C, dst - x0 * C);
+      std::fill_n(dst + (copied - x0) * C, (cols + x0 - copied) * C, A(0));
+    } else {
+      std::fill_n(dst, cols * width, A(0));
+      for (int64_t w = 0; w < W && w * step - x0 < cols; ++w)
+        std::copy_n(image + (h * W + w) * C, C, dst + (w * step - x0) * width);
+    }
+  }
+}
+
+// out[x] = sum over taps of weight[tap] * image[x * stride + tap] for R pixels and V vectors of channels. K is the
+// kernel size, or 0 for any. With a dilation X > 0 and stride 1, pixels X apart share the columns that they read.
+template <class A, int K, int X, int R, int V>
+inline void depthwise_block(const A* image, const A* weight, A* out, const Depthwise& p, int64_t cols, int64_t width) {
+  constexpr int L = kLanes<A>;
+  Vec<A> sum[R][V] = {};
+  if constexpr (X > 0) {
+    for (int i = 0; i < K; ++i) {
+      const A* line = image + i * X * cols * width;
+      const A* taps = weight + i * K * width;
+#pragma GCC unroll 16
+      for (int m = 0; m < R + K - 1; ++m) {
+        Vec<A> column[V];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) column[v] = load(line + m * X * width + v * L);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          if (m - r < 0 || m - r >= K) continue;
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v) sum[r][v] += column[v] * load(taps + (m - r) * width + v * L);
+        }
+      }
+    }
+  } else {
+    for (int64_t i = 0; i < p.K; ++i)
+      for (int64_t j = 0; j < p.K; ++j) {
+        const A* pixel = image + (i * cols + j) * p.dilation * width;
+        Vec<A> tap[V];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) tap[v] = load(weight + (i * p.K + j) * width + v * L);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v) sum[r][v] += tap[v] * load(pixel + r * p.stride * width + v * L);
+      }
+  }
+  const int64_t apart = (X > 0 ? X : 1) * width;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) store(out + r * apart + v * L, sum[r][v]);
+}
+
+template <class A, int K, int X, int V>
+void depthwise_columns(const A* image, const A* weight, A* out, const Depthwise& p, int64_t cols, int64_t width,
+                       int64_t count) {
+  constexpr int step = X > 0 ? X : 1, R = 4;
+  const auto visit = [&](int64_t x, auto rows) {
+    constexpr int r = decltype(rows)::value;
+    depthwise_block<A, K, X, r, V>(image + x * p.stride * width, weight, out + x * width, p, cols, width);
+  };
+  int64_t x = 0;
+  for (; x + R * step <= count; x += R * step)
+    for (int64_t phase = 0; phase < step; ++phase) visit(x + phase, std::integral_constant<int, R>());
+  for (; x < count; ++x) visit(x, std::integral_constant<int, 1>());
+}
+
+template <class A, int K, int X>
+void depthwise_row(const A* image, const A* weight, A* out, const Depthwise& p, int64_t cols, int64_t width) {
+  constexpr int L = kLanes<A>;
+  const int64_t count = (cols - p.span()) / p.stride + 1;
+  int64_t c = 0;
+  for (; c + 2 * L <= width; c += 2 * L)
+    depthwise_columns<A, K, X, 2>(image + c, weight + c, out + c, p, cols, width, count);
+  if (c < width) depthwise_columns<A, K, X, 1>(image + c, weight + c, out + c, p, cols, width, count);
+}
+
+template <class A>
+using DepthwiseRow = void (*)(const A*, const A*, A*, const Depthwise&, int64_t, int64_t);
+
+template <class A>
+DepthwiseRow<A> choose_row(const Depthwise& p) {
+  if (p.stride == 1 && p.dilation == 1 && p.K == 3) return depthwise_row<A, 3, 1>;
+  if (p.stride == 1 && p.dilation == 1 && p.K == 5) return depthwise_row<A, 5, 1>;
+  if (p.stride == 1 && p.dilation == 2 && p.K == 3) return depthwise_row<A, 3, 2>;
+  if (p.stride == 1 && p.dilation == 2 && p.K == 5) return depthwise_row<A, 5, 2>;
+  return depthwise_row<A, 0, 0>;
+}
+
+template <class A>
+std::vector<A> turned_taps(const A* weight, const Depthwise& p, int64_t width, bool flip) {
+  const int64_t KK = p.K * p.K;  // (C, K*K) -> (K*K, width)
+  std::vector<A> taps(KK * width);
+  for (int64_t c = 0; c < p.C; ++c)
+    for (int64_t t = 0; t < KK; ++t) taps[(flip ? KK - 1 - t : t) * width + c] = weight[c * KK + t];
+  return taps;
+}
+
+// The convolution of `input` (N, H, W, C), with `step` - 1 zeros put between its pixels, at `Ho` x `Wo` places
+template <class A>
+void depthwise(const Depthwise& p, const A* input, int64_t step, const std::vector<A>& taps, A* output, int64_t H,
+               int64_t W, int64_t Ho, int64_t Wo) {
+  const int64_t width = round_up(p.C, kLanes<A>), cols = (Wo - 1) * p.stride + p.span();
+  const int64_t block = p.block_rows(Ho, cols), blocks = (Ho + block - 1) / block;
+  const auto convolve = choose_row<A>(p);
+  at::parallel_for(0, p.N * blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> padded(((block - 1) * p.stride + p.span()) * cols * width), out(Wo * width);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t n = unit / blocks, y0 = unit % blocks * block, y1 = std::min(Ho, y0 + block);
+      load_padded(padded.data(), input + n * H * W * p.C, H, W, p.C, width, y0 * p.stride - p.pad(),
+                  (y1 - y0 - 1) * p.stride + p.span(), -p.pad(), cols, step);
+      for (int64_t y = y0; y < y1; ++y) {
+        const A* row = padded.data() + (y - y0) * p.stride * cols * width;
+        A* to = output + (n * Ho + y) * Wo * p.C;
+        convolve(row, taps.data(), width == p.C ? to : out.data(), p, cols, width);
+        if (width == p.C) continue;
+        for (int64_t x = 0; x < Wo; ++x) std::copy_n(out.data() + x * width, p.C, to + x * p.C);
+      }
+    }
+  });
+}
+
+// sums[j] += sum over y and x of grad[y][x] * image[y * stride][x * stride + j * dilation], for J taps of a row
+template <class A, int J>
+inline void weight_block(const A* image, const A* grad, const Depthwise& p, int64_t cols, int64_t width, int64_t rows,
+                         double* sums) {
+  constexpr int L = kLanes<A>;
+  Vec<A> sum[J] = {};
+  for (int64_t y = 0; y < rows; ++y, image += p.stride * cols * width, grad += p.Wo() * width)
+    for (int64_t x = 0; x < p.Wo(); ++x) {
+      const Vec<A> g = load(grad + x * width);
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j) sum[j] += g * load(image + (x * p.stride + j * p.dilation) * width);
+    }
+  for (int j = 0; j < J; ++j)
+    for (int lane = 0; lane < L; ++lane) sums[j * width + lane] += sum[j][lane];
+}
+
+template <class A>
+void depthwise_grad_weight(const Depthwise& p, const A* grad, const A* input, A* grad_weight) {
+  constexpr int L = kLanes<A>;
+  const int64_t Ho = p.Ho(), Wo = p.Wo(), KK = p.K * p.K;
+  const int64_t width = round_up(p.C, L), cols = (Wo - 1) * p.stride + p.span();
+  const int64_t block = p.block_rows(Ho, cols), blocks = (Ho + block - 1) / block;
+  const int64_t chunks = std::min<int64_t>(16, p.N * blocks);
+  std::vector<double> partial(chunks * KK * width);
+  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> padded(((block - 1) * p.stride + p.span()) * cols * width), copy(block * Wo * width);
+    for (int64_t chunk = begin; chunk < end; ++chunk)
+      for (int64_t unit = p.N * blocks * chunk / chunks; unit < p.N * blocks * (chunk + 1) / chunks; ++unit) {
+        const int64_t n = unit / blocks, y0 = unit % blocks * block, rows = std::min(Ho - y0, block);
+        load_padded(padded.data(), input + n * p.H * p.W * p.C, p.H, p.W, p.C, width, y0 * p.stride - p.pad(),
+                    (rows - 1) * p.stride + p.span(), -p.pad(), cols, 1);
+        const A* g = grad + (n * Ho + y0) * Wo * p.C;
+        if (width != p.C) {
+          for (int64_t x = 0; x < rows * Wo; ++x) std::copy_n(g + x * p.C, p.C, copy.data() + x * width);
+          g = copy.data();
+        }
+        for (int64_t i = 0; i < p.K; ++i)
+          for (int64_t c = 0; c < width; c += L) {
+            const A* line = padded.data() + i * p.dilation * cols * width + c;
+            double* sums = partial.data() + (chunk * KK + i * p.K) * width + c;
+            const int64_t next = p.dilation * width;
+            int64_t j = 0;
+            for (; j + 5 <= p.K; j += 5)
+              weight_block<A, 5>(line + j * next, g + c, p, cols, width, rows, sums + j * width);
+            for (; j + 3 <= p.K; j += 3)
+              weight_block<A, 3>(line + j * next, g + c, p, cols, width, rows, sums + j * width);
+            for (; j < p.K; ++j)
+              weight_block<A, 1>(line + j * next, g + c, p, cols, width, rows, sums + j * width);
+          }
+      }
+  });
+  for (int64_t c = 0; c < p.C; ++c)
+    for (int64_t t = 0; t < KK; ++t) {
+      double sum = 0;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[(chunk * KK + t) * width + c];
+      grad_weight[c * KK + t] = A(sum);
+    }
+}
+
+template <class F>
+int with_dtype(int64_t is_double, const F& f) {
+  try {
+    if (is_double)
+      f(double());
+    else
+      f(float());
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+}  // namespace
+
+// Images are channels-last and dense. Each function returns 0, or 1 when out of memory. `packed` is read in the order
+// of the constructors above; fast_cell_cpu.py writes it.
+extern "C" {
+
+int fast_cell_mix(int64_t is_double, int64_t pixels, int64_t training, const int64_t* packed) {
+  return with_dtype(is_double, [&](auto zero) { mix<decltype(zero)>(pixels, training, Reader(packed)); });
+}
+
+int fast_cell_mix_backward(int64_t is_double, int64_t pixels, int64_t training, const int64_t* packed) {
+  return with_dtype(is_double, [&](auto zero) { mix_backward<decltype(zero)>(pixels, training, Reader(packed)); });
+}
+
+int fast_cell_depthwise(int64_t is_double, const Depthwise* p, const void* input, const void* weight, void* output) {
+  return with_dtype(is_double, [&](auto zero) {
+    using A = decltype(zero);
+    const auto taps = turned_taps((const A*)weight, *p, round_up(p->C, kLanes<A>), false);
+    depthwise(*p, (const A*)input, 1, taps, (A*)output, p->H, p->W, p->Ho(), p->Wo());
+  });
+}
+
+// Writes the gradients whose address is not null.
+int fast_cell_depthwise_backward(int64_t is_double, const Depthwise* p, const void* grad, const void* input,
+                                 const void* weight, void* grad_input, void* grad_weight) {
+  return with_dtype(is_double, [&](auto zero) {
+    using A = decltype(zero);
+    if (grad_input) {  // the flipped convolution of the gradient, spread out by the stride
+      const auto taps = turned_taps((const A*)weight, *p, round_up(p->C, kLanes<A>), true);
+      Depthwise turned = *p;
+      turned.stride = 1;
+      depthwise(turned, (const A*)grad, p->stride, taps, (A*)grad_input, p->Ho(), p->Wo(), p->H, p->W);
+    }
+    if (grad_weight) depthwise_grad_weight(*p, (const A*)grad, (const A*)input, (A*)grad_weight);
+  });
+}
+}

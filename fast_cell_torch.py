@@ -1,0 +1,82 @@
+"""The four functions of fast_cell.py in plain PyTorch, for every device and dtype, differentiable any number of times.
+
+Batch norms here are those of a supernet: no parameters, default constants.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from involution import involution2d_fused
+
+EPS, MOMENTUM = nn.BatchNorm2d(1).eps, nn.BatchNorm2d(1).momentum
+
+
+def heads(x, weights, norms):
+    """[relu(norm_k(weight_k * x))] of x (N, C, H, W) and 1x1 convolutions (C_k, C, 1, 1)."""
+    hidden = F.relu(_normalized(F.conv2d(x, torch.cat(weights)), norms))
+    return hidden.split([len(weight) for weight in weights], dim=1)
+
+
+def involutions(x, pooled, layers):
+    """[layer(x)] of `Involution2d` layers of one stride; `pooled` is x after their pooling."""
+    firsts = [layer.conv1 for layer in layers]
+    hidden = heads(pooled, [first.conv.weight for first in firsts], [first.bn for first in firsts])
+    spans = [layer.conv2.conv for layer in layers]
+    return [
+        involution2d_fused(x, h, span.weight, span.bias, layer.kernel_size, layer.stride, layer.dilation)
+        for h, span, layer in zip(hidden, spans, layers, strict=True)
+    ]
+
+
+def depthwise(x, weight, stride, dilation):
+    """Depthwise convolution of x (N, C, H, W) with weight (C, 1, K, K), padded to (N, C, ceil(H/s), ceil(W/s))."""
+    return F.conv2d(x, weight, None, stride, dilation * (weight.shape[-1] // 2), dilation, groups=x.shape[1])
+
+
+def mix(plain, plain_alphas, linear, linear_alphas):
+    """A node: sum_t alpha_t x_t + sum_k alpha_k norm_k(weight_k * z_k).
+
+    Args:
+        plain: terms whose input x_t is (N, C, H, W); plain_alphas: (terms,).
+        linear: groups of terms whose inputs z_k (N, K, H, W) are equally wide; linear_alphas: (terms,) of each group.
+    """
+    node = 0
+    for terms, alphas in zip(linear, linear_alphas, strict=True):
+        convolved = F.conv2d(
+            torch.cat([term.input for term in terms], 1), torch.cat([term.weight for term in terms]), groups=len(terms)
+        )
+        # the alphas stand where a batch norm has its weight
+        C = len(terms[0].weight)
+        weighted = _normalized(convolved, [term.norm for term in terms], alphas.repeat_interleave(C))
+        node = node + weighted.unflatten(1, (len(terms), C)).sum(1)
+    for term, alpha in zip(plain, plain_alphas, strict=True):
+        node = node + alpha * term.input
+    return node
+
+
+def batch_norm(x, weight=None):
+    """x (N, C, H, W) normalised by its own statistics; and those: mean and unbiased variance, (C,)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    mean, var = x.new_zeros(2, x.shape[1], dtype=dtype)
+    return F.batch_norm(x, mean, var, weight, None, True, 1.0, EPS), mean, var
+
+
+@torch.no_grad()
+def track(norms, means, variances):
+    """Update running statistics by those of a batch, as nn.BatchNorm2d does."""
+    torch._foreach_lerp_([norm.running_mean for norm in norms], means, MOMENTUM)
+    torch._foreach_lerp_([norm.running_var for norm in norms], variances, MOMENTUM)
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+
+
+def _normalized(x, norms, weight=None):
+    """Batch norms side by side: x (N, sum of their channels, H, W)."""
+    if not norms[0].training:
+        mean = torch.cat([norm.running_mean for norm in norms])
+        var = torch.cat([norm.running_var for norm in norms])
+        return F.batch_norm(x, mean, var, weight, None, False, 0.0, EPS)
+    x, mean, var = batch_norm(x, weight)
+    widths = [norm.num_features for norm in norms]
+    track(norms, mean.split(widths), var.split(widths))
+    return x

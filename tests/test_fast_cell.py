@@ -1,0 +1,181 @@
+"""The fast cell against the plain one, edge by edge: float64, every gradient, and the running statistics."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+
+import fast_cell
+import fast_cell_torch
+import operations
+from genotypes import SEARCH_SPACES
+from model_search import Network
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def backend(request, monkeypatch):
+    """Run with each backend; C++ is left out where it cannot be built."""
+    if request.param == "torch":
+        monkeypatch.setattr(fast_cell, "choose_backend", lambda x: fast_cell_torch)
+    elif fast_cell.choose_backend(torch.zeros(1)) is fast_cell_torch:
+        pytest.skip("no C++ compiler here")
+    return request.param
+
+
+def make(primitives, C=8, layers=3, steps=3, **kwargs):
+    """A float64 supernet with a reduction cell after a normal one; alphas and running statistics at random."""
+    torch.manual_seed(0)
+    net = Network(C, 5, layers, nn.CrossEntropyLoss(), steps=steps, multiplier=2, primitives=primitives, **kwargs)
+    with torch.no_grad():
+        for alpha in net.arch_parameters():
+            alpha.normal_()
+        for name, buffer in net.named_buffers():
+            if "running" in name:
+                buffer.uniform_(0.5, 1.5)
+    return net.double().to(memory_format=torch.channels_last)
+
+
+def results(net, input, target):
+    """Everything that a step can see: loss, logits, gradients by name, and buffers."""
+    logits = net(input)
+    loss = net._criterion(logits, target)
+    inputs = {**dict(net.named_parameters()), "normal": net.alphas_normal, "reduce": net.alphas_reduce}
+    grads = torch.autograd.grad(loss, inputs.values(), allow_unused=True, materialize_grads=True)
+    return {"logits": logits, **{f"grad {name}": g for name, g in zip(inputs, grads, strict=True)},
+            **{name: buffer.clone() for name, buffer in net.named_buffers()}}  # fmt: skip
+
+
+def assert_equal_to_plain(net, size=8, batch=4):
+    plain = copy.deepcopy(net)
+    plain.fast = False
+    input, target = (
+        torch.randn(batch, 3, *size if isinstance(size, tuple) else (size, size)).double(),
+        torch.arange(batch),
+    )
+    expected = results(plain, input, target)
+    for name, value in results(net, input, target).items():
+        scale = max(1e-3, expected[name].abs().max().item())
+        assert (value - expected[name]).abs().max().item() <= 1e-9 * scale, name
+
+
+@pytest.mark.parametrize("space", SEARCH_SPACES)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_equal_to_the_plain_cell(backend, space, training):
+    assert_equal_to_plain(make(SEARCH_SPACES[space]).train(training))
+
+
+@pytest.mark.parametrize("space", ["involution", "darts"])
+@pytest.mark.parametrize("size", [7, (5, 10)], ids=["odd", "not square"])
+def test_sizes_that_a_stride_does_not_divide(backend, space, size):
+    assert_equal_to_plain(make(SEARCH_SPACES[space]), size)
+
+
+@pytest.mark.parametrize("C", [1, 3, 6, 20], ids=lambda C: f"C={C}")
+def test_channels_that_fill_no_vector(backend, C):
+    assert_equal_to_plain(make(SEARCH_SPACES["mixed"], C, steps=2))
+
+
+class Blur(nn.Module):
+    """A primitive that only this test knows; it has weights, a batch norm and a non-linearity of its own."""
+
+    def __init__(self, C, stride, affine):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(C, C, 3, stride, 1), nn.BatchNorm2d(C, affine=affine)
+
+    def forward(self, x):
+        return torch.tanh(self.bn(self.conv(x)))
+
+
+def test_a_new_primitive(backend, monkeypatch):
+    monkeypatch.setitem(operations.OPS, "blur", Blur)
+    monkeypatch.setitem(operations.OPS, "blur_pool", lambda C, stride, affine: nn.LPPool2d(1, 3, stride))
+    assert_equal_to_plain(make(["none", "blur", "sep_invo_3x3", "conv_7x1_1x7", "sep_conv_7x7"]))
+    assert_equal_to_plain(make(["none", "blur"]))
+
+
+def test_operations_that_are_not_as_they_were_made(backend):
+    """Another batch norm, one that is frozen, a swapped layer."""
+    net = make(["skip_connect", "avg_pool_3x3", "sep_invo_3x3", "dil_conv_3x3"])
+    first, second, third = (net.cells[0]._ops[k]._ops for k in range(3))
+    first[2].op[3] = nn.BatchNorm2d(8, momentum=0.5).double()
+    second[3].op[0] = nn.Tanh()
+    second[1][1] = nn.BatchNorm2d(8, eps=0.1).double()
+    third[2].op[3].eval()
+    third[1][1].eval()
+    assert_equal_to_plain(net)
+
+
+def test_hooks_are_called(backend):
+    net, seen = make(["skip_connect", "max_pool_3x3", "sep_invo_3x3"]), []
+    hooked = net.cells[0]._ops[0]._ops[2].op[1], net.cells[1]._ops[1], net.cells[2]
+    for module in hooked:
+        module.register_forward_hook(lambda module, args, output: seen.append(module))
+    assert_equal_to_plain(net)
+    assert [m for m in seen if m in hooked] == list(hooked)
+
+
+def test_no_gradient_for_the_weights(backend):
+    """As in the finite differences of the architect."""
+    net = make(SEARCH_SPACES["mixed"], steps=2)
+    plain = copy.deepcopy(net)
+    plain.fast = False
+    input, target = torch.randn(4, 3, 8, 8).double(), torch.arange(4)
+    grads = []
+    for each in (net, plain):
+        for weight in each.parameters():
+            weight.requires_grad_(False)
+        grads.append(torch.autograd.grad(each._loss(input, target), each.arch_parameters()))
+    for fast, expected in zip(*grads, strict=True):
+        assert torch.allclose(fast, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_float32_is_as_exact_as_the_plain_cell():
+    net = make(SEARCH_SPACES["mixed"], C=16)
+    input, target = torch.randn(8, 3, 16, 16).double(), torch.arange(8) % 5
+    expected, errors = results(copy.deepcopy(net), input, target), {}
+    for fast in (True, False):
+        other = copy.deepcopy(net).float()
+        other.fast = fast
+        actual = results(other, input.float(), target)
+        differences = {name: (actual[name] - value).double().norm() for name, value in expected.items()}
+        errors[fast] = sum(d / (expected[name].double().norm() + 1e-3) for name, d in differences.items())
+    assert errors[True] < 1.5 * errors[False]
+
+
+def test_a_second_derivative_is_refused_on_the_cpu():
+    if fast_cell.choose_backend(torch.zeros(1)) is fast_cell_torch:
+        pytest.skip("no C++ compiler here")
+    net = make(SEARCH_SPACES["mixed"], steps=2)
+    loss = net._loss(torch.randn(4, 3, 8, 8).double(), torch.arange(4))
+    with pytest.raises(RuntimeError, match="network.fast = False"):
+        torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
+
+
+def test_a_single_value_of_a_channel_has_no_statistics(backend):
+    with pytest.raises(ValueError, match="more than (1|one) value"):
+        make(["sep_invo_3x3"])(torch.randn(1, 3, 2, 2).double())
+
+
+def test_without_a_compiler(monkeypatch, caplog):
+    import fast_cell_cpu
+
+    def fail():
+        raise fast_cell_cpu.BuildError("no compiler")
+
+    monkeypatch.setattr(fast_cell_cpu, "library", fail)
+    monkeypatch.setattr(fast_cell.involution, "backend", lambda: "cpu")
+    fast_cell._cpu_backend.cache_clear()
+    try:
+        assert fast_cell.choose_backend(torch.zeros(1)) is fast_cell_torch
+        assert "no C++ backend (no compiler)" in caplog.text
+    finally:
+        fast_cell._cpu_backend.cache_clear()
+
+
+@pytest.mark.parametrize("backend, dtype", [("torch", torch.float32), ("cpu", torch.bfloat16)])
+def test_backend_follows_the_involutions_and_the_dtype(monkeypatch, backend, dtype):
+    monkeypatch.setenv("INVOLUTION_BACKEND", backend)
+    if backend == "cpu":
+        monkeypatch.setattr(fast_cell.involution, "backend", lambda: "cpu")
+    assert fast_cell.choose_backend(torch.zeros(1, dtype=dtype)) is fast_cell_torch
