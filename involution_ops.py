@@ -105,10 +105,10 @@ def _one_by_one(operator, info, in_dims, *args):
     """torch.func.vmap by a loop: an operator has a batch of its own, and span gradients are sums over it."""
     results = []
     for b in range(info.batch_size):
-        results.append(operator(*(a if d is None else a.select(d, b) for a, d in zip(args, in_dims))))
+        results.append(operator(*(a if d is None else a.select(d, b) for a, d in zip(args, in_dims, strict=True))))
     if isinstance(results[0], torch.Tensor):
         return torch.stack(results), 0
-    return tuple(torch.stack(column) for column in zip(*results)), (0,) * len(results[0])
+    return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])
 
 
 def _memory_format(image):
@@ -167,9 +167,7 @@ def _backward(grad_output, input, weight, stride, dilation):
 
 
 def _empty_backward(grad_output, input, weight, stride, dilation):
-    to_weight = _empty_grad_weight(
-        grad_output, input, math.isqrt(weight.shape[2]), weight.shape[1], stride, dilation
-    )
+    to_weight = _empty_grad_weight(grad_output, input, math.isqrt(weight.shape[2]), weight.shape[1], stride, dilation)
     return _empty(input, *input.shape), to_weight
 
 

@@ -121,7 +121,7 @@ def check_agreement(cases, grad_output, dtype):
                 with backend_of(name):
                     output = run(*arguments)
                     results.append([output, *torch.autograd.grad(output, arguments, grad_output)])
-            for ours, theirs in zip(*results):
+            for ours, theirs in zip(*results, strict=True):
                 scale = theirs.abs().max().float()
                 torch.testing.assert_close(ours.float() / scale, theirs.float() / scale, **tolerance)
 
@@ -194,7 +194,7 @@ def measure(N, C, size, K, device, dtype, rounds):
     rows = []
     for name, (function, inputs, _) in cases.items():
         row = {"C": C, "size": size, "K": K, "provider": name}
-        for mode, samples in zip(("forward", "backward", "full"), zip(*times[name])):
+        for mode, samples in zip(("forward", "backward", "full"), zip(*times[name], strict=True), strict=True):
             low, median, high = statistics.quantiles(samples, n=4)
             row[mode], row[mode + " spread"] = median * 1e3, (low * 1e3, high * 1e3)
         with backend_of(name):
@@ -244,9 +244,7 @@ def machine(device, dtype, args):
         name = torch.cuda.get_device_name(device)
     else:
         info = Path("/proc/cpuinfo")
-        models = (
-            [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-        )
+        models = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
         name = models[0].split(":")[1].strip() if models else platform.processor() or platform.machine()
         name += f", {torch.get_num_threads()} threads, PyTorch's {torch.backends.cpu.get_cpu_capability()}"
     return (
@@ -268,8 +266,7 @@ def markdown(rows, peers):
             cells.append(f"{row[mode]:.2f} ({low:.2f}–{high:.2f})")
         cells.append(f"{row['memory']:.1f}")
         ratios = [
-            f"{full[row['C'], row['K'], peer] / row['full']:.1f} {peer}"
-            for peer in peers.get(row["provider"], ())
+            f"{full[row['C'], row['K'], peer] / row['full']:.1f} {peer}" for peer in peers.get(row["provider"], ())
         ]
         cells.append(", ".join(ratios))
         lines.append("| " + " | ".join(cells) + " |")
@@ -292,7 +289,7 @@ def limits_table(rows, used, args, bandwidth, rate):
         if row["provider"] in (used, "fused"):
             limits = [1e3 * limit for limit in pass_limits(row, args.batch, element, bandwidth, rate)]
             cells = [f"{row['C']}, {row['size']}×{row['size']}", str(row["K"]), row["provider"]]
-            for limit, mode in zip(limits, ("forward", "backward")):
+            for limit, mode in zip(limits, ("forward", "backward"), strict=True):
                 cells += [f"{limit:.2f}", f"{row[mode] / limit:.1f}"]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -307,13 +304,11 @@ def plot(rows, path):
     shapes = list(dict.fromkeys((row["C"], row["size"]) for row in rows))
     names = list(dict.fromkeys(row["provider"] for row in rows))
     figure, panels = plt.subplots(1, len(shapes), figsize=(5 * len(shapes), 4), sharey=True, squeeze=False)
-    for panel, (C, size) in zip(panels[0], shapes):
+    for panel, (C, size) in zip(panels[0], shapes, strict=True):
         for name in names:
             points = [(row["K"], row["full"]) for row in rows if (row["C"], row["provider"]) == (C, name)]
-            panel.plot(*zip(*points), marker="o", label=name, linestyle="--" if "unfold" in name else "-")
-        panel.set(
-            title=f"C = {C}, {size}×{size}", xlabel="K", yscale="log", xticks=sorted({r["K"] for r in rows})
-        )
+            panel.plot(*zip(*points, strict=True), marker="o", label=name, linestyle="--" if "unfold" in name else "-")
+        panel.set(title=f"C = {C}, {size}×{size}", xlabel="K", yscale="log", xticks=sorted({r["K"] for r in rows}))
         panel.grid(alpha=0.3, which="both")
     panels[0][0].set_ylabel("forward + backward, ms")
     panels[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

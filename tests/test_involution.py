@@ -224,7 +224,7 @@ def test_thread_counts_agree(cpu_backend, batch):
         torch.set_num_threads(count)
         results.append(run(involution2d, [input, weight], grad_output))
         results[-1] += run(lambda *a: involution2d_fused(*a, K), [input, *spans], grad_output)
-    assert all(torch.equal(one, two) for one, two in zip(*results))
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
 @pytest.mark.slow
@@ -276,7 +276,7 @@ def test_two_derivatives_elementwise(each_backend):
 def test_gradient_of_one_operand_alone(each_backend):
     input, weight, grad_output, *_ = (t.requires_grad_() for t in operands((2, 8, 2, 5, 5, 3, 2, 1)))
     both = torch.autograd.grad(involution2d(input, weight, 2), (input, weight), grad_output)
-    for operand, expected in zip((input, weight), both):
+    for operand, expected in zip((input, weight), both, strict=True):
         output = involution2d(*(t if t is operand else t.detach() for t in (input, weight)), 2)
         torch.testing.assert_close(torch.autograd.grad(output, operand, grad_output)[0], expected)
 
@@ -414,7 +414,7 @@ def test_compile_without_a_graph_break(monkeypatch, name):
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     parameters = list(module.parameters())
     results = [torch.autograd.grad(f(x).square().sum(), parameters) for f in (module, compiled)]
-    for eager, graph in zip(*results):
+    for eager, graph in zip(*results, strict=True):
         torch.testing.assert_close(eager, graph)
     torch._dynamo.reset()
 
