@@ -60,11 +60,12 @@ class Architect:
 
     def _unrolled_grads(self, train, valid, eta, network_optimizer):
         alphas, weights = self.model.arch_parameters(), list(self.model.parameters())
-        with _weights_kept(weights):
+        with _weights_kept(weights) as put_back:
             self._virtual_step(weights, train, eta, network_optimizer)
             grads = _grad(self.model._loss(*valid), alphas + weights)  # at w'
-        dalpha, vector = grads[: len(alphas)], grads[len(alphas) :]
-        implicit = self._hessian_vector_product(weights, vector, *train)
+            put_back()
+            dalpha, vector = grads[: len(alphas)], grads[len(alphas) :]
+            implicit = self._hessian_vector_product(weights, vector, put_back, *train)
         return [g - eta * h for g, h in zip(dalpha, implicit, strict=True)]
 
     @torch.no_grad()
@@ -79,16 +80,16 @@ class Architect:
                 grad.add_(momentum, alpha=self.network_momentum)
         torch._foreach_sub_(weights, grads, alpha=float(eta))
 
-    def _hessian_vector_product(self, weights, vector, input, target):
+    def _hessian_vector_product(self, weights, vector, put_back, input, target):
         """∇²_{α,w} L_train · vector by a central difference around w."""
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
         epsilon = float(_R / norm) if norm > 0 else _R  # a zero vector has a zero product
         grads = []
         for sign in (1, -1):
-            with _weights_kept(weights):
-                with torch.no_grad():
-                    torch._foreach_add_(weights, vector, alpha=sign * epsilon)
-                grads.append(self._alpha_grads(input, target))  # at w±
+            with torch.no_grad():
+                torch._foreach_add_(weights, vector, alpha=sign * epsilon)
+            grads.append(self._alpha_grads(input, target))  # at w±
+            put_back()
         return [(plus - minus) / (2 * epsilon) for plus, minus in zip(*grads, strict=True)]
 
     def _alpha_grads(self, input, target):
@@ -110,13 +111,17 @@ def _grad(loss, inputs):
 
 @contextmanager
 def _weights_kept(weights):
-    """Put the weights back, bit for bit, on leaving."""
+    """Put the weights back, bit for bit, on leaving, and whenever the function that is handed out is called."""
     saved = [w.detach().clone() for w in weights]
+
+    @torch.no_grad()
+    def put_back():
+        torch._foreach_copy_(weights, saved)
+
     try:
-        yield
+        yield put_back
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(weights, saved)
+        put_back()
 
 
 @contextmanager

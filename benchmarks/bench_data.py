@@ -1,0 +1,125 @@
+"""Augmented training images a second: data.Batches against torchvision's transforms in a DataLoader with two workers.
+
+python benchmarks/bench_data.py                                        # batches of 64 images of 32x32, with cutout
+python benchmarks/bench_data.py --write benchmarks/RESULTS_DATA.part.md
+
+Both make the same distribution: pad 4, random crop, random flip, normalisation, cutout 16. The loader's workers start
+before the clock does. Both take turns; a rate is the median over the rounds, with the smallest and the largest.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data
+
+WORKERS = 2
+
+
+class Cutout:
+    """Cut a square out of an image (3, S, S), as the original DARTS code's transform does."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, image):
+        S = image.shape[1]
+        y, x = torch.randint(S, (2,)).tolist()
+        half = self.length // 2
+        image[:, max(0, y - half) : y + half, max(0, x - half) : x + half] = 0
+        return image
+
+
+class ImageSet(torch.utils.data.Dataset):
+    def __init__(self, images, normalization):
+        self.pixels, self.labels = images.pixels.numpy(), images.labels.tolist()
+        steps = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+        self.transform = transforms.Compose([*steps, transforms.Normalize(*normalization), Cutout(16)])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+def of_batches(batches, count):
+    """A function that makes `count` batches and says how many images a second that was; a new epoch each time."""
+    epochs = iter(range(10**6))
+
+    def rate():
+        epoch, start = next(epochs), time.perf_counter()
+        images = sum(len(batches.batch(epoch, step)[1]) for step in range(count))
+        return images / (time.perf_counter() - start)
+
+    return rate
+
+
+def of_loader(loader, count):
+    """The same of a DataLoader."""
+
+    def rate():
+        batches = iter(loader)
+        next(batches)  # the workers are at work by now
+        start = time.perf_counter()
+        images = sum(len(next(batches)[1]) for _ in range(count))
+        return images / (time.perf_counter() - start)
+
+    return rate
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Augmented training images a second.")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=60, help="a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table")
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_args()
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (25_000, 32, 32, 3), dtype=torch.uint8)  # half of CIFAR-10, as in a search
+    images = data.Images(pixels, torch.randint(10, (len(pixels),)), [str(k) for k in range(10)])
+    normalization = data.Normalization.of("cifar10", images)
+    batches = data.Batches(images, args.batch_size, normalization, data.Augmentation(4, True, 16))
+    loader = torch.utils.data.DataLoader(
+        ImageSet(images, normalization), args.batch_size, shuffle=True, num_workers=WORKERS, persistent_workers=True
+    )
+    rates = {
+        "data.Batches": of_batches(batches, args.batches),
+        f"torchvision, {WORKERS} workers": of_loader(loader, args.batches),
+    }
+    found = {name: [] for name in rates}
+    for round in range(1 + args.rounds):
+        for name, rate in rates.items():
+            value = rate()
+            if round:
+                found[name].append(value)
+    ours, theirs = (statistics.median(values) for values in found.values())
+    lines = [
+        f"Batches of {args.batch_size} images of 32x32 with cutout; {torch.get_num_threads()} threads, PyTorch "
+        f"{torch.__version__}, load average {os.getloadavg()[0]:.1f}.",
+        "",
+        "| input pipeline | images/s |",
+        "| --- | --- |",
+        *(f"| {name} | {statistics.median(v):,.0f} ({min(v):,.0f}–{max(v):,.0f}) |" for name, v in found.items()),
+        f"| ratio | **{ours / theirs:.1f}×** |",
+    ]
+    print("\n".join(lines))
+    if args.write:
+        args.write.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
