@@ -26,7 +26,7 @@ demo: .venv/installed
 	echo "pictures:  $$search/figures (curves and the two cells), $$train/figures (curves)"
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
