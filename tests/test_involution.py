@@ -181,6 +181,27 @@ def test_strided_views_are_read_in_place(each_backend):
     assert_close(actual, run(fused_reference(3, 1, 1), [input, *spans], expanded), torch.float64)
 
 
+@pytest.mark.parametrize("K", [3, 5, 7])
+@pytest.mark.parametrize("size", [(1, 8), (8, 8), (5, 7), (2, 9), (19, 13)], ids=str)
+@pytest.mark.parametrize("width", [8, 16, 24])  # of a group: one, two and three vectors of eight
+def test_channels_last_without_copies(cpu_backend, K, size, width):
+    """The loops that read images and kernels where they lie: strips that overlap, borders on all sides, NaN around."""
+    N, G = 2, 3
+    case = (N, G * width, G, *size, K, 1, 1)
+    input, weight, grad_output, *_ = operands(case, torch.float32, torch.channels_last)
+    around = [F.pad(t, [2, 2, 2, 2], value=torch.nan) for t in (input, weight.flatten(1, 2), grad_output)]
+    views = [t.contiguous(memory_format=torch.channels_last)[..., 2:-2, 2:-2] for t in around]
+    exact = [t.double() for t in (input, weight, grad_output)]
+    expected = run(involution2d_reference, exact[:2], exact[2])
+    assert_close(run(involution2d, [input, weight], grad_output), expected, torch.float32)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        actual = run(involution2d, [views[0], views[1].unflatten(1, (G, K * K))], views[2])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(actual, expected, torch.float32)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_output_has_the_layout_of_the_input(each_backend, layout):
     input, weight, *_ = operands((2, 16, 1, 6, 6, 3, 1, 1), torch.float32, layout)
