@@ -124,11 +124,17 @@ struct Problem {
   int64_t blocks() const { return (Ho() + block_rows() - 1) / block_rows(); }
 };
 
+struct Argument {  // a tensor as Python passes it: strides in elements, unused ones zero
+  void* data;
+  int64_t strides[5];
+};
+
 template <class T>
 struct Image {  // (N, C, H, W) with strides in elements
   T* data;
   int64_t n, c, h, w;
-  Image(const void* pointer, const int64_t* s) : data((T*)pointer), n(s[0]), c(s[1]), h(s[2]), w(s[3]) {}
+  Image(const Argument& a)
+      : data((T*)a.data), n(a.strides[0]), c(a.strides[1]), h(a.strides[2]), w(a.strides[3]) {}
   T* at(int64_t in, int64_t ic, int64_t ih, int64_t iw) const { return data + in * n + ic * c + ih * h + iw * w; }
 };
 
@@ -140,8 +146,8 @@ template <class T>
 struct Kernels {  // (N, G, K*K, Ho, Wo) with strides in elements
   T* data;
   int64_t n, g, k, h, w;
-  Kernels(const void* pointer, const int64_t* s)
-      : data((T*)pointer), n(s[0]), g(s[1]), k(s[2]), h(s[3]), w(s[4]) {}
+  Kernels(const Argument& a)
+      : data((T*)a.data), n(a.strides[0]), g(a.strides[1]), k(a.strides[2]), h(a.strides[3]), w(a.strides[4]) {}
   T* at(int64_t in, int64_t ig, int64_t ih, int64_t iw) const { return data + in * n + ig * g + ih * h + iw * w; }
   // K*K short runs, far apart: the hardware does not foresee those of the next tile
   void prefetch(const Problem& p, int64_t in, int64_t ig, const Tile& t) const {
@@ -1145,54 +1151,41 @@ int with_dtype(int64_t dtype, const F& f) {
 
 }  // namespace
 
-// Each function takes the nine numbers of Problem and a dtype (0 float32, 1 bfloat16, 2 float64), then a pointer and
-// strides in elements for each tensor; span weight and bias and their gradients are contiguous. A gradient that is not
-// wanted is null. Returns 0, or 1 when out of memory.
+// Each function takes the nine numbers of Problem, a dtype (0 float32, 1 bfloat16, 2 float64) and its tensors in the
+// order of the names below. Span weight and bias and their gradients are contiguous. A gradient that is not wanted is
+// null, with any strides. Returns 0, or 1 when out of memory.
 extern "C" {
 
-int involution_forward(const Problem* p, int64_t dtype, const void* input, const int64_t* input_strides,
-                       const void* weight, const int64_t* weight_strides, void* output,
-                       const int64_t* output_strides) {
+// input, weight, output
+int involution_forward(const Problem* p, int64_t dtype, const Argument* t) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const GivenKernels<typename AccumulatorOf<T>::type, T> source{*p, {weight, weight_strides}};
-    forward<T>(*p, Image<T>(input, input_strides), source, Image<T>(output, output_strides));
+    const GivenKernels<typename AccumulatorOf<T>::type, T> source{*p, t[1]};
+    forward<T>(*p, Image<T>(t[0]), source, Image<T>(t[2]));
   });
 }
 
-int involution_backward(const Problem* p, int64_t dtype, const void* grad_output, const int64_t* grad_strides,
-                        const void* input, const int64_t* input_strides, const void* weight,
-                        const int64_t* weight_strides, void* grad_input, const int64_t* grad_input_strides,
-                        void* grad_weight, const int64_t* grad_weight_strides) {
+// grad_output, input, weight, grad_input, grad_weight
+int involution_backward(const Problem* p, int64_t dtype, const Argument* t) {
+  return with_dtype(dtype, [&](auto zero) { backward<decltype(zero)>(*p, t[0], t[1], t[2], t[3], t[4]); });
+}
+
+// input, hidden, span_weight, span_bias, output
+int involution_fused_forward(const Problem* p, int64_t dtype, const Argument* t) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    backward<T>(*p, {grad_output, grad_strides}, {input, input_strides}, {weight, weight_strides},
-                {grad_input, grad_input_strides}, {grad_weight, grad_weight_strides});
+    const auto span = join_span<T>(*p, (const T*)t[2].data, (const T*)t[3].data);
+    const SpannedKernels<typename AccumulatorOf<T>::type, T> source{*p, t[1], span.data()};
+    forward<T>(*p, Image<T>(t[0]), source, Image<T>(t[4]));
   });
 }
 
-int involution_fused_forward(const Problem* p, int64_t dtype, const void* input, const int64_t* input_strides,
-                             const void* hidden, const int64_t* hidden_strides, const void* span_weight,
-                             const void* span_bias, void* output, const int64_t* output_strides) {
+// grad_output, input, hidden, span_weight, span_bias, grad_input, grad_hidden, grad_span_weight, grad_span_bias
+int involution_fused_backward(const Problem* p, int64_t dtype, const Argument* t) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto span = join_span<T>(*p, (const T*)span_weight, (const T*)span_bias);
-    const SpannedKernels<typename AccumulatorOf<T>::type, T> source{*p, {hidden, hidden_strides}, span.data()};
-    forward<T>(*p, Image<T>(input, input_strides), source, Image<T>(output, output_strides));
-  });
-}
-
-int involution_fused_backward(const Problem* p, int64_t dtype, const void* grad_output, const int64_t* grad_strides,
-                              const void* input, const int64_t* input_strides, const void* hidden,
-                              const int64_t* hidden_strides, const void* span_weight, const void* span_bias,
-                              void* grad_input, const int64_t* grad_input_strides, void* grad_hidden,
-                              const int64_t* grad_hidden_strides, void* grad_span_weight, void* grad_span_bias) {
-  return with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const auto span = join_span<T>(*p, (const T*)span_weight, (const T*)span_bias);
-    fused_backward<T>(*p, {grad_output, grad_strides}, {input, input_strides}, {hidden, hidden_strides}, span,
-                      {grad_input, grad_input_strides}, {grad_hidden, grad_hidden_strides}, (T*)grad_span_weight,
-                      (T*)grad_span_bias);
+    const auto span = join_span<T>(*p, (const T*)t[3].data, (const T*)t[4].data);
+    fused_backward<T>(*p, t[0], t[1], t[2], span, t[5], t[6], (T*)t[7].data, (T*)t[8].data);
   });
 }
 }

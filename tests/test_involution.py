@@ -479,6 +479,29 @@ def test_flops_are_counted():
     assert counter.get_total_flops() == 3 * one_pass + 4 * span
 
 
+def test_the_shortcut_is_the_operator_where_nobody_watches(cpu_backend):
+    N, C, G, H, W, K = case = 2, 16, 2, 8, 6, 3
+    inputs = [t.requires_grad_() for t in operands((*case, 1, 1), torch.float32, torch.channels_last)]
+    (input, weight), grad_output, spans = inputs[:2], inputs[2].detach(), inputs[3:]
+    for shortcut, operator, arguments in (
+        (involution2d, torch.ops.darts_involution.forward, (input, weight)),
+        (
+            lambda *a: involution2d_fused(*a, K),
+            lambda *a: torch.ops.darts_involution.fused_forward(*a[:4], K, *a[4:]),
+            (input, *spans),
+        ),
+    ):
+        outputs = shortcut(*arguments), operator(*arguments, 1, 1)
+        assert "Shortcut" in outputs[0].grad_fn.name() and "Shortcut" not in outputs[1].grad_fn.name()
+        gradients = [torch.autograd.grad(output, arguments, grad_output, retain_graph=True) for output in outputs]
+        for one, two in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True):
+            assert torch.equal(one, two) and one.stride() == two.stride()
+    output = involution2d(input, weight)
+    with FlopCounterMode(display=False) as counter:  # one who looks at the backward pass only
+        output.sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * N * C * K * K * H * W
+
+
 # ------------------------------------------------------------------------------------- choice of backend, building
 
 
