@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import involution_ops
 from involution_ops import backend
 from involution_torch import shifted, span, taps
 
@@ -61,7 +62,7 @@ def involution2d(input, weight, stride=1, dilation=1):
     _check(input, weight, stride, dilation)
     if _reference_forced():
         return involution2d_reference(input, weight, stride, dilation)
-    return torch.ops.darts_involution.forward(input, weight, stride, dilation)
+    return involution_ops.involution(input, weight, stride, dilation)
 
 
 def involution2d_fused(input, hidden, span_weight, span_bias, kernel_size, stride=1, dilation=1):
@@ -88,9 +89,7 @@ def involution2d_fused(input, hidden, span_weight, span_bias, kernel_size, strid
     if _reference_forced():
         weight = span(hidden, span_weight, span_bias, kernel_size)
         return involution2d_reference(input, weight, stride, dilation)
-    return torch.ops.darts_involution.fused_forward(
-        input, hidden, span_weight, span_bias, kernel_size, stride, dilation
-    )
+    return involution_ops.involution_fused(input, hidden, span_weight, span_bias, kernel_size, stride, dilation)
 
 
 def _reference_forced():

@@ -7,6 +7,10 @@
 // no inner loop asks where the border is; the scratch copy also takes in any layout and dtype. Every image, or block
 // of rows when there are few images, is one piece of work for PyTorch's threads; what is summed and in which order
 // never depends on the number of threads. bfloat16 is computed in float32.
+//
+// Channels-last float32 images with given channels-last kernels need none of this at stride and dilation 1, K = 3, 5
+// or 7 and one to three vectors of channels a group: they are read and written where they are, both gradients in one
+// sweep over the rows, grad_weight with channels in registers and eight taps' sums made together.
 
 #include <ATen/Parallel.h>
 
@@ -120,11 +124,17 @@ struct Problem {
   int64_t blocks() const { return (Ho() + block_rows() - 1) / block_rows(); }
 };
 
+struct Argument {  // a tensor as Python passes it: strides in elements, unused ones zero
+  void* data;
+  int64_t strides[5];
+};
+
 template <class T>
 struct Image {  // (N, C, H, W) with strides in elements
   T* data;
   int64_t n, c, h, w;
-  Image(const void* pointer, const int64_t* s) : data((T*)pointer), n(s[0]), c(s[1]), h(s[2]), w(s[3]) {}
+  Image(const Argument& a)
+      : data((T*)a.data), n(a.strides[0]), c(a.strides[1]), h(a.strides[2]), w(a.strides[3]) {}
   T* at(int64_t in, int64_t ic, int64_t ih, int64_t iw) const { return data + in * n + ic * c + ih * h + iw * w; }
 };
 
@@ -136,8 +146,8 @@ template <class T>
 struct Kernels {  // (N, G, K*K, Ho, Wo) with strides in elements
   T* data;
   int64_t n, g, k, h, w;
-  Kernels(const void* pointer, const int64_t* s)
-      : data((T*)pointer), n(s[0]), g(s[1]), k(s[2]), h(s[3]), w(s[4]) {}
+  Kernels(const Argument& a)
+      : data((T*)a.data), n(a.strides[0]), g(a.strides[1]), k(a.strides[2]), h(a.strides[3]), w(a.strides[4]) {}
   T* at(int64_t in, int64_t ig, int64_t ih, int64_t iw) const { return data + in * n + ig * g + ih * h + iw * w; }
   // K*K short runs, far apart: the hardware does not foresee those of the next tile
   void prefetch(const Problem& p, int64_t in, int64_t ig, const Tile& t) const {
@@ -445,32 +455,43 @@ inline void for_strips(int64_t width, const F& f) {
     for (int64_t phase = 0; phase < X; ++phase) f(x + phase);
 }
 
+// sum[s] += sum_{i,m} tap(i, m - s) * image[i][m]: P pixels' sums over tap rows [i_begin, i_end), V vectors of channels.
+// Neighbouring sums share columns, so that each is loaded once for a strip. The columns before m_begin and from m_end
+// on, which lie outside the image, are left out; only the first and the last K / 2 can.
+template <class A, int K, int V, int P, class Taps>
+inline void gather_strip(const A* image, int64_t row, int64_t col, const Taps& tap, int i_begin, int i_end,
+                         int64_t m_begin, int64_t m_end, Vec<A> (&sum)[P][V]) {
+  constexpr int L = kLanes<A>;
+  for (int i = i_begin; i < i_end; ++i) {
+    const A* line = image + i * row;
+#pragma GCC unroll 16
+    for (int m = 0; m < P + K - 1; ++m) {
+      if ((m < K / 2 && m < m_begin) || (m >= P + K / 2 && m >= m_end)) continue;
+      Vec<A> column[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) column[v] = load(line + m * col + v * L);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) in_register(column[v]);
+#pragma GCC unroll 8
+      for (int s = 0; s < P; ++s) {
+        if (m - s < 0 || m - s >= K) continue;
+        const A value = tap(i, m, s);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[s][v] += column[v] * value;
+      }
+    }
+  }
+}
+
 // One row of a tile: out[x] = sum_{i,j} w[i*K + j][x] * image[x*stride + (i, j)*dilation], V vectors of channels.
-// X = dilation / stride: pixels X apart read columns one tap apart, so that a column is loaded once for a strip.
+// X = dilation / stride: pixels X apart read columns one tap apart.
 template <class A, int K, int V, int X>
 void forward_row(const A* image, const A* w, A* out, int64_t width, const Steps& steps) {
   constexpr int L = kLanes<A>, P = kStrip<V, X>;
   for_strips<P, X>(width, [&](int64_t x) {
     Vec<A> sum[P][V] = {};
-    for (int i = 0; i < K; ++i) {
-      const A* line = image + i * steps.row + x * steps.pixel;
-      const A* taps = w + i * K * kPitch + x;
-#pragma GCC unroll 16
-      for (int m = 0; m < P + K - 1; ++m) {
-        Vec<A> column[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) column[v] = load(line + m * steps.col + v * L);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) in_register(column[v]);
-#pragma GCC unroll 8
-        for (int s = 0; s < P; ++s) {
-          if (m - s < 0 || m - s >= K) continue;
-          const A tap = taps[(m - s) * kPitch + s * X];
-#pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) sum[s][v] += column[v] * tap;
-        }
-      }
-    }
+    const auto tap = [&](int i, int m, int s) { return w[(i * K + m - s) * kPitch + x + s * X]; };
+    gather_strip<A, K, V, P>(image + x * steps.pixel, steps.row, steps.col, tap, 0, K, 0, P + K - 1, sum);
 #pragma GCC unroll 8
     for (int s = 0; s < P; ++s)
 #pragma GCC unroll 4
@@ -590,6 +611,116 @@ void weight_row_any(const A* planes, const Planes& layout, int64_t tap_row, cons
       }
 }
 
+// ------------------------------------------------------------------------------------- inner loops without copies
+
+// Channels-last float images and kernels of stride and dilation 1 are read and written where they are, row by row.
+// A pixel's channels are one to three vectors, its taps neighbours in memory.
+template <class A>
+struct Row {  // of an image or of kernels: its pixel x lies at data + x * pixel, the row below at data + row
+  A* data;
+  int64_t row, pixel;
+};
+
+struct Extent {  // where a row lies in its image
+  int64_t y, H, W;
+};
+
+// out[x] = sum_{i,j} w[x][i, j] * image[(i, j) around x]; transposed, the taps with which the pixels around read x:
+// out[x] = sum_{i,j} w[(i, j) around x][K-1-i, K-1-j] * image[(i, j) around x]
+template <class A, int K, int V, bool kTransposed>
+void gather_in_place(const Row<A>& image, const Row<A>& w, const Row<A>& out, const Extent& e) {
+  constexpr int L = kLanes<A>, P = kStrip<V, 1>, R = K / 2;
+  const int i_begin = int(std::max<int64_t>(0, R - e.y)), i_end = int(std::min<int64_t>(K, e.H + R - e.y));
+  for (int64_t next = 0; next < e.W; next += P) {
+    const int64_t x = std::min(next, e.W - P);  // the last strip may repeat pixels of the one before
+    Vec<A> sum[P][V] = {};
+    const auto tap = [&](int i, int m, int s) {
+      if constexpr (kTransposed)
+        return w.data[(i - R) * w.row + (x + m - R) * w.pixel + (K - 1 - i) * K + K - 1 - (m - s)];
+      else
+        return w.data[(x + s) * w.pixel + i * K + m - s];
+    };
+    gather_strip<A, K, V, P>(image.data - R * image.row + (x - R) * image.pixel, image.row, image.pixel, tap, i_begin,
+                             i_end, R - x, e.W + R - x, sum);
+#pragma GCC unroll 8
+    for (int s = 0; s < P; ++s)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(out.data + (x + s) * out.pixel + v * L, sum[s][v]);
+  }
+}
+
+#if defined(INVOLUTION_SHUFFLES) && defined(__AVX__)
+#define INVOLUTION_IN_PLACE
+typedef float Eight __attribute__((vector_size(32)));
+
+inline Eight fold(Eight v) { return v; }
+#if defined(__AVX512F__)
+inline Eight fold(Vec<float> v) {
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+#endif
+
+// The sums over each of eight vectors, as one vector
+inline Eight sums_of(const Eight (&v)[8]) {
+  Eight two[4], four[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    two[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13) +
+             __builtin_shufflevector(v[2 * i], v[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    four[i] = __builtin_shufflevector(two[2 * i], two[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+              __builtin_shufflevector(two[2 * i], two[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+  return __builtin_shufflevector(four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+inline float sum_of(Eight v) {
+  const Half four = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// gw[x][i, j] = sum_c grad[x][c] * image[(i, j) around x][c]
+template <class A, int K, int V>
+void weight_in_place(const Row<A>& image, const Row<A>& grad, const Row<A>& gw, const Extent& e) {
+  constexpr int L = kLanes<A>, R = K / 2, KK = K * K;
+  static_assert(KK % 8 == 1, "an odd square is one more than a multiple of eight");
+  static const A zeros[V * L] = {};
+  const auto pixel = [&](int64_t x, auto inside) {
+    Vec<A> g[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) g[v] = load(grad.data + x * grad.pixel + v * L);
+    const A* corner = image.data - R * image.row + (x - R) * image.pixel;
+    const auto product = [&](int k) {
+      const int i = k / K, j = k % K;
+      const A* from = corner + i * image.row + j * image.pixel;
+      if constexpr (!inside)
+        if (uint64_t(e.y + i - R) >= uint64_t(e.H) || uint64_t(x + j - R) >= uint64_t(e.W)) from = zeros;
+      Vec<A> sum = g[0] * load(from);
+#pragma GCC unroll 4
+      for (int v = 1; v < V; ++v) sum += g[v] * load(from + v * L);
+      return fold(sum);
+    };
+    A* out = gw.data + x * gw.pixel;
+#pragma GCC unroll 8
+    for (int k = 0; k + 8 < KK; k += 8) {
+      Eight products[8];
+#pragma GCC unroll 8
+      for (int t = 0; t < 8; ++t) products[t] = product(k + t);
+      const Eight sums = sums_of(products);
+      std::memcpy(out + k, &sums, sizeof(sums));
+    }
+    out[KK - 1] = sum_of(product(KK - 1));
+  };
+  const bool rows_inside = e.y >= R && e.y + R < e.H;
+  const int64_t begin = rows_inside ? R : e.W, end = rows_inside ? e.W - R : e.W;
+  for (int64_t x = 0; x < begin; ++x) pixel(x, std::false_type());
+  for (int64_t x = begin; x < end; ++x) pixel(x, std::true_type());
+  for (int64_t x = end; x < e.W; ++x) pixel(x, std::false_type());
+}
+#endif
+
 // ------------------------------------------------------------------------------------ choice of the inner loop
 
 template <class A>
@@ -614,6 +745,39 @@ PixelLoops<A> choose_loops(const Problem& p) {
     if (p.K == 5 && X == 2) return {forward_row<A, 5, V, 2>, scatter_row<A, 5, V, 2>};
   }
   return {forward_row_any<A, V>, scatter_row_any<A, V>};
+}
+
+template <class A>
+using InPlace = void (*)(const Row<A>&, const Row<A>&, const Row<A>&, const Extent&);
+
+template <class A>
+struct InPlaceLoops {  // null where copies are needed
+  InPlace<A> forward = nullptr, grad_input = nullptr, grad_weight = nullptr;
+};
+
+template <class A>
+InPlaceLoops<A> choose_in_place(const Problem& p) {
+#if defined(INVOLUTION_IN_PLACE)
+  if constexpr (std::is_same_v<A, float>) {
+    constexpr int L = kLanes<A>;
+    const auto with = [&](auto K, auto V) -> InPlaceLoops<A> {
+      if (p.W < std::max(kStrip<V, 1>, K())) return {};
+      return {gather_in_place<A, K, V, false>, gather_in_place<A, K, V, true>, weight_in_place<A, K, V>};
+    };
+    const auto with_taps = [&](auto V) -> InPlaceLoops<A> {
+      if (p.K == 3) return with(std::integral_constant<int, 3>(), V);
+      if (p.K == 5) return with(std::integral_constant<int, 5>(), V);
+      if (p.K == 7) return with(std::integral_constant<int, 7>(), V);
+      return {};
+    };
+    if (p.stride == 1 && p.dilation == 1) {
+      if (p.Cg() == L) return with_taps(std::integral_constant<int, 1>());
+      if (p.Cg() == 2 * L) return with_taps(std::integral_constant<int, 2>());
+      if (p.Cg() == 3 * L) return with_taps(std::integral_constant<int, 3>());
+    }
+  }
+#endif
+  return {};
 }
 
 // A group's channels in blocks of one to three vectors
@@ -704,8 +868,38 @@ std::vector<typename AccumulatorOf<T>::type> join_span(const Problem& p, const T
 
 // ---------------------------------------------------------------------------------------------------- passes
 
+// Row y of group g of image n, for the loops that make no copies
+template <class T>
+Row<T> row_of(const Image<T>& image, const Problem& p, int64_t n, int64_t g, int64_t y) {
+  return {image.at(n, g * p.Cg(), y, 0), image.h, image.w};
+}
+
+template <class T>
+Row<T> row_of(const Kernels<T>& kernels, const Problem&, int64_t n, int64_t g, int64_t y) {
+  return {kernels.at(n, g, y, 0), kernels.h, kernels.w};
+}
+
+// f(n, g, y) for every row, in the order of channels-last memory
+template <class F>
+void for_rows(const Problem& p, const F& f) {
+  at::parallel_for(0, p.N * p.blocks(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t y0 = unit % p.blocks() * p.block_rows();
+      for (int64_t y = y0; y < std::min(p.Ho(), y0 + p.block_rows()); ++y)
+        for (int64_t g = 0; g < p.G; ++g) f(unit / p.blocks(), g, y);
+    }
+  });
+}
+
 template <class T, class Source, class A = typename AccumulatorOf<T>::type>
 void forward(const Problem& p, const Image<T>& input, const Source& source, const Image<T>& output) {
+  if constexpr (std::is_same_v<Source, GivenKernels<A, T>> && std::is_same_v<T, A>) {
+    const auto loop = choose_in_place<A>(p).forward;
+    if (loop && input.c == 1 && source.weight.k == 1 && output.c == 1)
+      return for_rows(p, [&](int64_t n, int64_t g, int64_t y) {
+        loop(row_of(input, p, n, g, y), row_of(source.weight, p, n, g, y), row_of(output, p, n, g, y), {y, p.H, p.W});
+      });
+  }
   const auto blocks = channel_blocks<A>(p);
   const int64_t width = blocks.back().channel + blocks.back().width;
   const int64_t cols = p.padded_cols(), image = p.padded_rows(p.block_rows()) * cols;
@@ -841,6 +1035,20 @@ class WeightGradient {  // of one block of rows and one group at a time; hands e
 template <class T, class A = typename AccumulatorOf<T>::type>
 void backward(const Problem& p, const Image<T>& grad_output, const Image<T>& input, const Kernels<T>& weight,
               const Image<T>& grad_input, const Kernels<T>& grad_weight) {
+  if constexpr (std::is_same_v<T, A>) {
+    const auto loops = choose_in_place<A>(p);
+    const bool input_ready = !grad_input.data || (weight.k == 1 && grad_input.c == 1);
+    const bool weight_ready = !grad_weight.data || (input.c == 1 && grad_weight.k == 1);
+    if (loops.forward && grad_output.c == 1 && input_ready && weight_ready)
+      return for_rows(p, [&](int64_t n, int64_t g, int64_t y) {
+        const Row<A> grad = row_of(grad_output, p, n, g, y);
+        const Extent extent{y, p.H, p.W};
+        if (grad_input.data)
+          loops.grad_input(grad, row_of(weight, p, n, g, y), row_of(grad_input, p, n, g, y), extent);
+        if (grad_weight.data)
+          loops.grad_weight(row_of(input, p, n, g, y), grad, row_of(grad_weight, p, n, g, y), extent);
+      });
+  }
   const GivenKernels<A, T> source{p, weight};
   at::parallel_for(0, p.N * p.blocks(), 1, [&](int64_t begin, int64_t end) {
     InputGradient<T, GivenKernels<A, T>> to_input(p, grad_output, source, grad_input);
@@ -943,54 +1151,41 @@ int with_dtype(int64_t dtype, const F& f) {
 
 }  // namespace
 
-// Each function takes the nine numbers of Problem and a dtype (0 float32, 1 bfloat16, 2 float64), then a pointer and
-// strides in elements for each tensor; span weight and bias and their gradients are contiguous. A gradient that is not
-// wanted is null. Returns 0, or 1 when out of memory.
+// Each function takes the nine numbers of Problem, a dtype (0 float32, 1 bfloat16, 2 float64) and its tensors in the
+// order of the names below. Span weight and bias and their gradients are contiguous. A gradient that is not wanted is
+// null, with any strides. Returns 0, or 1 when out of memory.
 extern "C" {
 
-int involution_forward(const Problem* p, int64_t dtype, const void* input, const int64_t* input_strides,
-                       const void* weight, const int64_t* weight_strides, void* output,
-                       const int64_t* output_strides) {
+// input, weight, output
+int involution_forward(const Problem* p, int64_t dtype, const Argument* t) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const GivenKernels<typename AccumulatorOf<T>::type, T> source{*p, {weight, weight_strides}};
-    forward<T>(*p, Image<T>(input, input_strides), source, Image<T>(output, output_strides));
+    const GivenKernels<typename AccumulatorOf<T>::type, T> source{*p, t[1]};
+    forward<T>(*p, Image<T>(t[0]), source, Image<T>(t[2]));
   });
 }
 
-int involution_backward(const Problem* p, int64_t dtype, const void* grad_output, const int64_t* grad_strides,
-                        const void* input, const int64_t* input_strides, const void* weight,
-                        const int64_t* weight_strides, void* grad_input, const int64_t* grad_input_strides,
-                        void* grad_weight, const int64_t* grad_weight_strides) {
+// grad_output, input, weight, grad_input, grad_weight
+int involution_backward(const Problem* p, int64_t dtype, const Argument* t) {
+  return with_dtype(dtype, [&](auto zero) { backward<decltype(zero)>(*p, t[0], t[1], t[2], t[3], t[4]); });
+}
+
+// input, hidden, span_weight, span_bias, output
+int involution_fused_forward(const Problem* p, int64_t dtype, const Argument* t) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    backward<T>(*p, {grad_output, grad_strides}, {input, input_strides}, {weight, weight_strides},
-                {grad_input, grad_input_strides}, {grad_weight, grad_weight_strides});
+    const auto span = join_span<T>(*p, (const T*)t[2].data, (const T*)t[3].data);
+    const SpannedKernels<typename AccumulatorOf<T>::type, T> source{*p, t[1], span.data()};
+    forward<T>(*p, Image<T>(t[0]), source, Image<T>(t[4]));
   });
 }
 
-int involution_fused_forward(const Problem* p, int64_t dtype, const void* input, const int64_t* input_strides,
-                             const void* hidden, const int64_t* hidden_strides, const void* span_weight,
-                             const void* span_bias, void* output, const int64_t* output_strides) {
+// grad_output, input, hidden, span_weight, span_bias, grad_input, grad_hidden, grad_span_weight, grad_span_bias
+int involution_fused_backward(const Problem* p, int64_t dtype, const Argument* t) {
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto span = join_span<T>(*p, (const T*)span_weight, (const T*)span_bias);
-    const SpannedKernels<typename AccumulatorOf<T>::type, T> source{*p, {hidden, hidden_strides}, span.data()};
-    forward<T>(*p, Image<T>(input, input_strides), source, Image<T>(output, output_strides));
-  });
-}
-
-int involution_fused_backward(const Problem* p, int64_t dtype, const void* grad_output, const int64_t* grad_strides,
-                              const void* input, const int64_t* input_strides, const void* hidden,
-                              const int64_t* hidden_strides, const void* span_weight, const void* span_bias,
-                              void* grad_input, const int64_t* grad_input_strides, void* grad_hidden,
-                              const int64_t* grad_hidden_strides, void* grad_span_weight, void* grad_span_bias) {
-  return with_dtype(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const auto span = join_span<T>(*p, (const T*)span_weight, (const T*)span_bias);
-    fused_backward<T>(*p, {grad_output, grad_strides}, {input, input_strides}, {hidden, hidden_strides}, span,
-                      {grad_input, grad_input_strides}, {grad_hidden, grad_hidden_strides}, (T*)grad_span_weight,
-                      (T*)grad_span_bias);
+    const auto span = join_span<T>(*p, (const T*)t[3].data, (const T*)t[4].data);
+    fused_backward<T>(*p, t[0], t[1], t[2], span, t[5], t[6], (T*)t[7].data, (T*)t[8].data);
   });
 }
 }

@@ -25,10 +25,7 @@ import torch
 SOURCE = Path(__file__).with_name("involution_cpu.cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared"]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-SPAN_POSITIONS = {
-    "fused_forward": (2, 3),
-    "fused_backward": (3, 4, 7, 8),
-}  # of the tensors passed without strides
+NO_TENSOR = (0,) * 6  # its address and five strides
 
 
 class BuildError(RuntimeError):
@@ -124,7 +121,7 @@ def grad_input(grad_output, weight, H, W, stride, dilation):
 
 
 def grad_weight(grad_output, input, K, G, stride, dilation):
-    to_weight = _empty_like(input, input.shape[0], G * K * K, *grad_output.shape[2:]).unflatten(1, (G, K * K))
+    to_weight = _empty_kernels(input, input.shape[0], G, K * K, *grad_output.shape[2:])
     problem = (*input.shape, G, K, stride, dilation, 0)
     _call("backward", problem, grad_output, input, None, None, to_weight)
     return to_weight
@@ -134,7 +131,7 @@ def backward(grad_output, input, weight, stride, dilation):
     """grad_input and grad_weight in one pass."""
     (N, G, KK, Ho, Wo), K = weight.shape, math.isqrt(weight.shape[2])
     to_input = _empty_like(input, *input.shape)
-    to_weight = _empty_like(input, N, G * KK, Ho, Wo).unflatten(1, (G, KK))
+    to_weight = _empty_kernels(input, N, G, KK, Ho, Wo)
     problem = (*input.shape, G, K, stride, dilation, 0)
     _call("backward", problem, grad_output, input, weight, to_input, to_weight)
     return to_input, to_weight
@@ -164,20 +161,39 @@ def _fused_problem(input, span_weight, K, stride, dilation):
     return (*input.shape, span_weight.shape[0] // (K * K), K, stride, dilation, span_weight.shape[1])
 
 
+def _channels_last(image):
+    return not image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last)
+
+
 def _empty_like(image, *shape):
     """An uninitialised tensor of `image`'s dtype that is channels-last where `image` is."""
-    last = not image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if last else torch.contiguous_format
+    memory_format = torch.channels_last if _channels_last(image) else torch.contiguous_format
     return torch.empty(shape, dtype=image.dtype, memory_format=memory_format)
 
 
+def _empty_kernels(image, N, G, KK, Ho, Wo):
+    """The same for (N, G, K*K, Ho, Wo), whose channels are the taps of all groups."""
+    if not _channels_last(image):
+        return torch.empty((N, G, KK, Ho, Wo), dtype=image.dtype)
+    taps = G * KK
+    return torch.empty_strided((N, G, KK, Ho, Wo), (Ho * Wo * taps, KK, 1, Wo * taps, taps), dtype=image.dtype)
+
+
+@functools.cache
+def _function(name):
+    return getattr(library(), f"involution_{name}")
+
+
 def _call(name, problem, *tensors):
-    """Call involution_NAME of the library; None is a tensor not wanted. The span's vectors go without strides."""
-    arguments = [(ctypes.c_int64 * 9)(*problem), ctypes.c_int64(DTYPES[tensors[0].dtype])]
-    for position, tensor in enumerate(tensors):
-        dim = 5 if tensor is None else tensor.dim()
-        arguments.append(None if tensor is None else ctypes.c_void_p(tensor.data_ptr()))
-        if position not in SPAN_POSITIONS.get(name, ()):
-            arguments.append((ctypes.c_int64 * dim)(*(tensor.stride() if tensor is not None else ())))
-    if getattr(library(), f"involution_{name}")(*arguments):
+    """Call involution_NAME of the library; None is a tensor not wanted."""
+    arguments = []  # six numbers a tensor, as one array: what costs time in ctypes is every object
+    for tensor in tensors:
+        if tensor is None:
+            arguments += NO_TENSOR
+        else:
+            arguments.append(tensor.data_ptr())
+            arguments += tensor.stride()
+            arguments += NO_TENSOR[tensor.dim() + 1 :]
+    numbers = (ctypes.c_int64 * 9)(*problem), ctypes.c_int64(DTYPES[tensors[0].dtype])
+    if _function(name)(*numbers, (ctypes.c_int64 * len(arguments))(*arguments)):
         raise MemoryError(f"involution_{name} could not allocate its scratch memory")

@@ -181,6 +181,27 @@ def test_strided_views_are_read_in_place(each_backend):
     assert_close(actual, run(fused_reference(3, 1, 1), [input, *spans], expanded), torch.float64)
 
 
+@pytest.mark.parametrize("K", [3, 5, 7])
+@pytest.mark.parametrize("size", [(1, 8), (8, 8), (5, 7), (2, 9), (19, 13)], ids=str)
+@pytest.mark.parametrize("width", [8, 16, 24])  # of a group: one, two and three vectors of eight
+def test_channels_last_without_copies(cpu_backend, K, size, width):
+    """The loops that read images and kernels where they lie: strips that overlap, borders on all sides, NaN around."""
+    N, G = 2, 3
+    case = (N, G * width, G, *size, K, 1, 1)
+    input, weight, grad_output, *_ = operands(case, torch.float32, torch.channels_last)
+    around = [F.pad(t, [2, 2, 2, 2], value=torch.nan) for t in (input, weight.flatten(1, 2), grad_output)]
+    views = [t.contiguous(memory_format=torch.channels_last)[..., 2:-2, 2:-2] for t in around]
+    exact = [t.double() for t in (input, weight, grad_output)]
+    expected = run(involution2d_reference, exact[:2], exact[2])
+    assert_close(run(involution2d, [input, weight], grad_output), expected, torch.float32)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        actual = run(involution2d, [views[0], views[1].unflatten(1, (G, K * K))], views[2])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(actual, expected, torch.float32)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_output_has_the_layout_of_the_input(each_backend, layout):
     input, weight, *_ = operands((2, 16, 1, 6, 6, 3, 1, 1), torch.float32, layout)
@@ -456,6 +477,29 @@ def test_flops_are_counted():
     with FlopCounterMode(display=False) as counter:
         involution2d_fused(input, *spans, K).sum().backward()
     assert counter.get_total_flops() == 3 * one_pass + 4 * span
+
+
+def test_the_shortcut_is_the_operator_where_nobody_watches(cpu_backend):
+    N, C, G, H, W, K = case = 2, 16, 2, 8, 6, 3
+    inputs = [t.requires_grad_() for t in operands((*case, 1, 1), torch.float32, torch.channels_last)]
+    (input, weight), grad_output, spans = inputs[:2], inputs[2].detach(), inputs[3:]
+    for shortcut, operator, arguments in (
+        (involution2d, torch.ops.darts_involution.forward, (input, weight)),
+        (
+            lambda *a: involution2d_fused(*a, K),
+            lambda *a: torch.ops.darts_involution.fused_forward(*a[:4], K, *a[4:]),
+            (input, *spans),
+        ),
+    ):
+        outputs = shortcut(*arguments), operator(*arguments, 1, 1)
+        assert "Shortcut" in outputs[0].grad_fn.name() and "Shortcut" not in outputs[1].grad_fn.name()
+        gradients = [torch.autograd.grad(output, arguments, grad_output, retain_graph=True) for output in outputs]
+        for one, two in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True):
+            assert torch.equal(one, two) and one.stride() == two.stride()
+    output = involution2d(input, weight)
+    with FlopCounterMode(display=False) as counter:  # one who looks at the backward pass only
+        output.sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * N * C * K * K * H * W
 
 
 # ------------------------------------------------------------------------------------- choice of backend, building
