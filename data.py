@@ -6,6 +6,7 @@ step) alone, so that an interrupted run can go on at any step.
 """
 
 import logging
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,6 @@ from utils import UserError
 
 logger = logging.getLogger("darts.data")
 
-DATASETS = ("cifar10", "cifar100", "folder", "digits")
 _NATIVE_SIZE = {"cifar10": 32, "cifar100": 32, "folder": 32, "digits": 8}  # pixels
 _STATISTICS = {  # mean and standard deviation of the training images, as the original DARTS code has them
     "cifar10": ((0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)),
@@ -47,11 +47,12 @@ class Normalization(NamedTuple):
     std: tuple
 
     @classmethod
-    def of(cls, dataset, images):
-        """The published statistics of a data set, else those of the given training images."""
+    def of(cls, dataset, load):
+        """The published statistics of a data set, else those of the training images that `load()` returns."""
         if dataset in _STATISTICS:
             return cls(*_STATISTICS[dataset])
-        chunks = images.pixels.split(1024)
+        images = load()
+        chunks = images.pixels.cpu().split(1024)  # in float64, which not every device has
         count = images.pixels[..., 0].numel()
         mean = sum(chunk.double().sum((0, 1, 2)) for chunk in chunks) / count
         variance = sum((chunk.double() - mean).square().sum((0, 1, 2)) for chunk in chunks) / count
@@ -160,7 +161,7 @@ def load(dataset, root, train, image_size=None, subset=None, seed=0, device="cpu
         subset: at most this many images, drawn with `seed`; None is all.
 
     Raises:
-        UserError: images that are missing, broken or not downloadable, or a subset larger than the set.
+        UserError: images that are missing, broken or not downloadable.
     """
     size = image_size or _NATIVE_SIZE[dataset]
     if dataset == "folder":
@@ -212,16 +213,17 @@ def _load_cifar(dataset, root, train):
 
     cls = CIFAR10 if dataset == "cifar10" else CIFAR100
     root = Path(root)
-    is_new = not root.exists()
+    new_folders = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         images = cls(root, train=train, download=False)
     except RuntimeError:  # not there
         logger.info("%s is not in %s: downloading it", cls.__name__, root)
         try:
             images = cls(root, train=train, download=True)
-        except (OSError, RuntimeError) as error:
-            if is_new and root.is_dir() and not any(root.iterdir()):
-                root.rmdir()
+        except (OSError, RuntimeError, HTTPException) as error:
+            for folder in new_folders:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
             raise UserError(
                 f"{cls.__name__} is not in {root} and cannot be downloaded ({error}); put it there, or use "
                 "--dataset digits (no download) or --dataset folder --data FOLDER (your own images)"
@@ -241,7 +243,7 @@ def _load_folder(root, train, size, subset, seed):
 
 def _scan_folder(root, train):
     """Class names, and (path, label) of every image below `root/train`, or below `root/test` or `root/val`."""
-    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder; --dataset folder needs {root}/train and {root}/test")
@@ -249,27 +251,36 @@ def _scan_folder(root, train):
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
         raise UserError(f"--data {root}: the folder {' or '.join(names)} is missing in it")
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if not classes:
-        raise UserError(f"{folder} holds no class folders: images belong in {folder}/<class>/")
-    try:
-        samples = ImageFolder(folder).samples
-    except FileNotFoundError:
-        images = ImageFolder(folder, allow_empty=True)
-        full = {label for _, label in images.samples}
-        empty = [name for label, name in enumerate(images.classes) if label not in full]
-        raise UserError(f"the class folder {folder / empty[0]} holds no image file") from None
-    if not train:
-        expected, _ = _scan_folder(root, train=True)
-        if classes != expected:
-            differing = sorted(set(classes) ^ set(expected))
-            raise UserError(f"{folder} and {root}/train must hold the same classes; they differ in {differing[0]!r}")
+    # names that start with a dot are what file managers and notebooks leave behind
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    if len(classes) < 2:
+        raise UserError(f"{folder} needs two class folders or more, with images in {folder}/CLASS/; got {len(classes)}")
+    samples = make_dataset(
+        folder,
+        {name: label for label, name in enumerate(classes)},
+        is_valid_file=lambda path: path.lower().endswith(IMG_EXTENSIONS) and Path(path).name[0] != ".",
+        allow_empty=True,
+    )
+    empty = set(range(len(classes))) - {label for _, label in samples}
+    if empty:
+        raise UserError(f"the class folder {folder / classes[min(empty)]} holds no image file")
     return classes, samples
+
+
+def check_classes(images, expected):
+    """Raise UserError unless the images have the expected class names (those of the training images)."""
+    if list(images.classes) != list(expected):
+        differing = sorted(set(images.classes) ^ set(expected))
+        raise UserError(
+            f"the test images must have the classes of the training images; they differ in {differing[0]!r}"
+        )
 
 
 def _read_image(path, size):
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip to 8
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")
             return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.BILINEAR))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

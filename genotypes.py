@@ -215,17 +215,24 @@ def to_json(genotype):
 def _exists(text):
     try:
         return Path(text).exists()
+    except PermissionError:
+        return True  # reading it says so
     except (OSError, ValueError):  # a name too long, or with a null byte
         return False
 
 
 def _read_file(path):
-    if path.is_dir():
-        path = path / "genotype.json"
-    if not path.is_file():
-        raise ValueError(f"{path.parent} has no genotype.json: is it the folder of a run?")
-    with path.open(errors="replace") as file:
-        text = file.read(_LONGEST_TEXT + 1).strip()
+    try:
+        if path.is_dir():
+            path = path / "genotype.json"
+        if not path.is_file():
+            raise ValueError(f"{path.parent} has no genotype.json: is it the folder of a run?")
+        with path.open(errors="replace") as file:
+            text = file.read(_LONGEST_TEXT + 1).strip()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    if not text:
+        raise ValueError(f"{path} is empty: it holds no genotype")
     try:
         return _parse_json(text) if text.startswith("{") else _parse_expression(text)
     except ValueError as error:
@@ -251,7 +258,7 @@ def _parse_expression(text):
     if len(text) > _LONGEST_TEXT:
         raise ValueError(f"a genotype text has at most {_LONGEST_TEXT} characters, got {len(text)} or more")
     text = re.sub("[‘’‚‛′`]", "'", re.sub("[“”„‟″]", '"', text))
-    text = text.replace("\u00a0", " ").strip()
+    text = re.sub(r"^\w+\s*=\s*(?=Genotype)", "", text.replace("\u00a0", " ").strip())  # a whole line of a log
     if len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]:
         text = text[1:-1].strip()
     try:

@@ -128,15 +128,17 @@ class FactorizedReduce(nn.Module):
 
     def __init__(self, C_in, C_out, affine=True):
         super().__init__()
-        self.conv_1 = nn.Conv2d(C_in, C_out // 2, 1, stride=2, bias=False)
-        self.conv_2 = nn.Conv2d(C_in, C_out - C_out // 2, 1, stride=2, bias=False)
+        # the stride is taken by slices: oneDNN's strided 1x1 convolution of few channels-last channels writes out of
+        # bounds (PyTorch 2.14 on a CPU, backward, fewer than eight input channels)
+        self.conv_1 = nn.Conv2d(C_in, C_out // 2, 1, bias=False)
+        self.conv_2 = nn.Conv2d(C_in, C_out - C_out // 2, 1, bias=False)
         self.bn = nn.BatchNorm2d(C_out, affine=affine)
 
     def forward(self, x):
         x = F.relu(x)
         H, W = x.shape[2:]
         shifted = F.pad(x, (-1, W % 2, -1, H % 2))  # zeros past the edge of an odd-sized image
-        return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
+        return self.bn(torch.cat([self.conv_1(x[:, :, ::2, ::2]), self.conv_2(shifted[:, :, ::2, ::2])], dim=1))
 
 
 def drop_path(x, drop_prob):

@@ -9,12 +9,14 @@ runs/search-NAME-TIMESTAMP/      or train-…
     figures/                     curves.png, normal.png, reduction.png, and the .gv sources
 """
 
+import argparse
 import csv
 import io
 import json
 import logging
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,7 +28,9 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import genotypes
 import involution
+import visualize
 from utils import AverageMeter, UserError, load_checkpoint, load_weights, number, replacing, user_value, write_text
 
 logger = logging.getLogger("darts.run")
@@ -42,9 +46,20 @@ _SAVE_EVERY = 300  # seconds between two checkpoints within an epoch
 def add_arguments(parser, seed):
     group = parser.add_argument_group("run")
     group.add_argument("--save", default="EXP", type=user_value(_run_name), help="name of the run folder, in runs/")
-    group.add_argument("--resume", metavar="RUN_FOLDER", help="go on with an interrupted run, with its own settings")
+    group.add_argument(
+        "--resume",
+        metavar="RUN_FOLDER",
+        type=user_value(_not_empty),
+        help="go on with an interrupted run, with its own settings",
+    )
     group.add_argument("--seed", type=number(int, low=0, high=2**63 - 1), default=seed, help="random seed")
     group.add_argument("--report_freq", type=number(int, low=1), default=50, help="steps between two report lines")
+
+
+def _not_empty(text):
+    if not text:
+        raise ValueError("must be the path of a run folder, got ''")
+    return text
 
 
 def _run_name(text):
@@ -64,9 +79,12 @@ def parse_args(parser, argv=None):
         return args
     given = parser.given(argv)
     saved = _read_config(Path(args.resume), parser.prog)
+    actions = {action.dest: action for action in parser._actions}
     for name, value in saved.items():
-        if not hasattr(args, name):
+        if name not in actions:
             raise UserError(f"--resume {args.resume}: the run has a setting {name!r} that this version does not know")
+        if not _is_setting(actions[name], value):
+            raise UserError(f"--resume {args.resume}: config.json is damaged: {name} is {value!r}")
         if name in PORTABLE and name in given:
             continue
         if name in given and given[name] != value and name != "resume":
@@ -77,6 +95,16 @@ def parse_args(parser, argv=None):
         if name != "resume":
             setattr(args, name, value)
     return args
+
+
+def _is_setting(action, value):
+    """Whether the command line can give `action` this value."""
+    if value is None or isinstance(value, bool):
+        return type(value) is type(action.default)
+    try:
+        return (action.type or str)(str(value)) == value and (action.choices is None or value in action.choices)
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
 
 
 def _read_config(folder, script):
@@ -117,9 +145,10 @@ class Run:
         self.meter = AverageMeter()
         self.history = []  # a dict of numbers for every finished epoch
         self._signal = None
-        self.folder = Path(args.resume) if args.resume else _new_folder(kind, args.save)
+        self._said_why_no_drawing = False
+        self.folder = Path(args.resume) if args.resume is not None else _new_folder(kind, args.save)
         self.checkpoint = self.folder / "checkpoint.pt"
-        if args.resume:
+        if args.resume is not None:
             self._restore()
         else:
             write_text(self.folder / "config.json", json.dumps(_config(args, device), indent=2) + "\n")
@@ -146,7 +175,6 @@ class Run:
 
     def steps(self, batches):
         """Yield the augmented batches that are left of this epoch, with a progress bar or report lines."""
-        self.batches = len(batches)
         label = f"epoch {self.epoch + 1}/{self.args.epochs}"
         bar = tqdm(total=len(batches), initial=self.step, desc=label, disable=not sys.stdout.isatty(), leave=False)
         with bar:
@@ -169,19 +197,22 @@ class Run:
         """
         loss = loss.item()
         if not math.isfinite(loss):
-            lr = self.parts["optimizer"].param_groups[0]["lr"]
-            raise UserError(
-                f"the loss became {loss} in epoch {self.epoch + 1}, step {self.step + 1}, at learning rate {lr:.3g}; "
-                f"the last good checkpoint is {self.checkpoint}; try a lower --learning_rate"
-            )
+            raise self._diverged(f"the loss became {loss}", self.step + 1)
         self.meter.update(loss, logits, target)
+
+    def _diverged(self, what, step):
+        lr = self.parts["optimizer"].param_groups[0]["lr"]
+        return UserError(
+            f"{what} in epoch {self.epoch + 1}, step {step}, at learning rate {lr:.3g}; "
+            f"the last good checkpoint is {self.checkpoint}; try a lower --learning_rate"
+        )
 
     def stop_if_asked(self):
         """After SIGINT or SIGTERM: save, say how to go on, exit with 128 + signal."""
         if self._signal is not None:
             self.save()
             logger.info("stopped in epoch %d after step %d; go on with:", self.epoch + 1, self.step)
-            logger.info("  python %s --resume %s", Path(sys.argv[0]).name, self.folder)
+            logger.info("  %s", command(Path(sys.argv[0]).name, "--resume", self.folder))
             sys.exit(128 + self._signal)
 
     def end_epoch(self, row):
@@ -190,6 +221,17 @@ class Run:
         self.epoch, self.step, self.meter = self.epoch + 1, 0, AverageMeter()
         self.save()
         self.write_history()
+
+    def report(self, genotype):
+        """Log the genotype as a line that --arch takes; write genotype.json and the drawings of the two cells."""
+        logger.info("genotype = %s", genotypes.format(genotype))
+        write_text(self.folder / "genotype.json", genotypes.to_json(genotype))
+        try:
+            visualize.draw(genotype, self.folder / "figures")
+        except visualize.DrawingError as error:
+            if not self._said_why_no_drawing:
+                logger.warning("%s", error)
+            self._said_why_no_drawing = True
 
     def write_history(self):
         text = io.StringIO()
@@ -200,6 +242,14 @@ class Run:
         plot_curves(self.history, self.folder / "figures" / "curves.png")
 
     def save(self):
+        """Replace checkpoint.pt.
+
+        Raises:
+            UserError: the weights are not finite; the old checkpoint stays.
+        """
+        weights = [*self.parts["model"].state_dict().values()]
+        if not all(w.isfinite().all() for w in weights):
+            raise self._diverged("the weights became infinite or NaN", self.step)
         state = self.facts | {name: part.state_dict() for name, part in self.parts.items()}
         state.update(
             args=vars(self.args) | {"resume": None},
@@ -251,6 +301,13 @@ def _new_folder(kind, name):
         (folder / "figures").mkdir()
         return folder
     raise UserError(f"cannot make a new run folder runs/{stamp}: too many of that name")
+
+
+def command(script, *arguments):
+    """The line that runs one of our scripts, in this folder and with this Python."""
+    python = os.path.relpath(sys.executable)
+    script = os.path.relpath(Path(__file__).with_name(script))
+    return shlex.join([sys.executable if python.startswith("..") else python, script, *map(str, arguments)])
 
 
 def _config(args, device):

@@ -5,6 +5,7 @@ python test.py --model_path weights.pt --arch DARTS_V2 --auxiliary      # a publ
 """
 
 import argparse
+import functools
 import logging
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import data
 import genotypes
 import utils
 from model import NetworkCIFAR
-from train import infer
+from train import add_network_arguments, infer
 
 logger = logging.getLogger("darts.test")
 
@@ -24,20 +25,12 @@ def build_parser():
     parser = utils.ArgumentParser(
         description="Evaluate a trained network. A run of train.py brings its own settings; those given here win."
     )
-    parser.add_argument("--model_path", required=True, help="a run folder, its checkpoint.pt, or a state dict")
-    parser.add_argument("--batch_size", type=utils.number(int, low=1), default=96, help="images at once")
-    utils.add_data_arguments(parser)
-    parser.add_argument("--seed", type=utils.number(int, low=0), default=0, help="draws the --subset")
-    group = parser.add_argument_group("network (for a state dict)")
-    group.add_argument(
-        "--arch",
-        type=utils.user_value(lambda text: genotypes.format(genotypes.parse(text))),
-        default="DARTS",
-        help=f"a name ({', '.join(genotypes.NAMED)}), a Genotype(...) expression, a run folder or a genotype file",
-    )
-    group.add_argument("--init_channels", type=utils.number(int, low=1), default=36, help="channels of the first cells")
-    group.add_argument("--layers", type=utils.number(int, low=1), default=20, help="number of cells")
-    group.add_argument("--auxiliary", action="store_true", help="the network has an auxiliary head")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model_path", required=True, help="a run folder, its checkpoint.pt, or a state dict")
+    add_network_arguments(parser)
+    group = utils.add_data_arguments(parser)
+    group.add_argument("--batch_size", type=utils.number(int, low=1), default=96, help="images at once")
+    group.add_argument("--seed", type=utils.number(int, low=0), default=0, help="draws the --subset")
     utils.add_device_arguments(parser)
     return parser
 
@@ -55,7 +48,7 @@ def load_run(parser, argv=None):
         raise utils.UserError(f"{path} holds a {type(state).__name__}, not a checkpoint or a state dict")
     if "arch_optimizer" in state:
         raise utils.UserError(f"{path} is a search: train what it found (python train.py --arch {path.parent}) first")
-    if not {"model", "args", "normalization"} <= set(state):
+    if not {"model", "args", "normalization", "classes"} <= set(state):
         return args, state, {}
     settings = vars(args) | {k: v for k, v in state["args"].items() if hasattr(args, k)}
     return argparse.Namespace(**(settings | parser.given(argv))), state["model"], state
@@ -66,10 +59,13 @@ def main():
     device = utils.pick_device(args)
     images = data.load(args.dataset, args.data, False, args.image_size, args.subset, args.seed, device)
     if state:
+        data.check_classes(images, state["classes"])
         normalization = data.Normalization(*state["normalization"])
+        if state["epoch"] == 0:
+            logger.warning("%s comes from the first epoch of its run: it is hardly trained", args.model_path)
     else:
-        train_images = data.load(args.dataset, args.data, True, args.image_size, args.subset, args.seed, device)
-        normalization = data.Normalization.of(args.dataset, train_images)
+        load_train = functools.partial(data.load, args.dataset, args.data, True, args.image_size)
+        normalization = data.Normalization.of(args.dataset, load_train)
     genotype = genotypes.parse(args.arch)
     model = NetworkCIFAR(args.init_channels, len(images.classes), args.layers, args.auxiliary, genotype)
     utils.load_weights(model, weights, args.model_path)

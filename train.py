@@ -15,7 +15,6 @@ import data
 import genotypes
 import run_folder
 import utils
-import visualize
 from model import AuxiliaryHeadCIFAR, NetworkCIFAR
 
 logger = logging.getLogger("darts.train")
@@ -54,6 +53,7 @@ def load_data(args, device):
         data.load(args.dataset, args.data, train, args.image_size, args.subset, args.seed, device)
         for train in (True, False)
     )
+    data.check_classes(test_images, images.classes)
     size = images.pixels.shape[1]
     if args.batch_size > len(images):
         raise utils.UserError(f"--batch_size {args.batch_size} is larger than the {len(images)} training images")
@@ -63,7 +63,7 @@ def load_data(args, device):
             f"--auxiliary needs images of at least {smallest} pixels with --layers {args.layers}, got {size}; "
             f"leave --auxiliary out or use --image_size {smallest}"
         )
-    normalization = data.Normalization.of(args.dataset, images)
+    normalization = data.Normalization.of(args.dataset, lambda: images)
     augmentation = data.Augmentation.of(args.dataset, size, args.cutout_length if args.cutout else 0)
     train_batches = data.Batches(images, args.batch_size, normalization, augmentation, key=(args.seed, 0))
     test_batches = data.Batches(test_images, args.batch_size, normalization, augmentation=None)
@@ -76,20 +76,7 @@ def smallest_image(layers):
     return (AuxiliaryHeadCIFAR.smallest - 1) * 2**reductions + 1
 
 
-def parse_args(argv=None):
-    parser = utils.ArgumentParser(description="Train a genotype from scratch.")
-    utils.add_data_arguments(parser)
-    group = parser.add_argument_group("augmentation and regularization")
-    group.add_argument("--cutout", action="store_true", help="cut a square out of every training image")
-    group.add_argument("--cutout_length", type=utils.number(int, low=1), default=16, help="its side, in pixels")
-    group.add_argument(
-        "--drop_path_prob",
-        type=utils.number(float, low=0, below=1),
-        default=0.2,
-        help="probability of dropping a path, reached linearly over the epochs",
-    )
-    group.add_argument("--auxiliary", action="store_true", help="add the auxiliary head")
-    group.add_argument("--auxiliary_weight", type=utils.number(float, low=0), default=0.4, help="of its loss")
+def add_network_arguments(parser):
     group = parser.add_argument_group("network")
     group.add_argument(
         "--arch",
@@ -97,8 +84,27 @@ def parse_args(argv=None):
         default="DARTS",
         help=f"a name ({', '.join(genotypes.NAMED)}), a Genotype(...) expression, a run folder or a genotype file",
     )
-    group.add_argument("--init_channels", type=utils.number(int, low=1), default=36, help="channels of the first cells")
-    group.add_argument("--layers", type=utils.number(int, low=1), default=20, help="number of cells")
+    group.add_argument(
+        "--init_channels", type=utils.number(int, low=1, high=4096), default=36, help="channels of the first cells"
+    )
+    group.add_argument("--layers", type=utils.number(int, low=1, high=1000), default=20, help="number of cells")
+    group.add_argument("--auxiliary", action="store_true", help="with the auxiliary head, used in training only")
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(description="Train a genotype from scratch.")
+    utils.add_data_arguments(parser)
+    group = parser.add_argument_group("augmentation and regularization")
+    group.add_argument("--cutout", action="store_true", help="cut a square out of every training image")
+    group.add_argument("--cutout_length", type=utils.number(int, low=2), default=16, help="its side, in pixels")
+    group.add_argument(
+        "--drop_path_prob",
+        type=utils.number(float, low=0, below=1),
+        default=0.2,
+        help="probability of dropping a path, reached linearly over the epochs",
+    )
+    group.add_argument("--auxiliary_weight", type=utils.number(float, low=0), default=0.4, help="of its loss")
+    add_network_arguments(parser)
     group = parser.add_argument_group("weights")
     group.add_argument("--epochs", type=utils.number(int, low=1), default=600, help="passes over the training images")
     group.add_argument("--batch_size", type=utils.number(int, low=2), default=96, help="images a step")
@@ -126,9 +132,8 @@ def main():
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
 
-    with run_folder.Run("train", args, device, parts, normalization=tuple(normalization)) as run:
-        utils.write_text(run.folder / "genotype.json", genotypes.to_json(genotype))
-        visualize.draw(genotype, run.folder / "figures")
+    with run_folder.Run("train", args, device, parts, normalization=tuple(normalization), classes=classes) as run:
+        run.report(genotype)
         logger.info("network of %.2f M weights", utils.count_parameters_in_MB(model))
         while run.epoch < args.epochs:
             lr = optimizer.param_groups[0]["lr"]
@@ -140,7 +145,7 @@ def main():
             row = dict(epoch=run.epoch + 1, lr=lr, train_loss=run.meter.loss, train_acc=run.meter.top1)
             scheduler.step()
             run.end_epoch(row | dict(valid_loss=valid.loss, valid_acc=valid.top1))
-        logger.info("trained; now: python test.py --model_path %s", run.folder)
+        logger.info("trained; now: %s", run_folder.command("test.py", "--model_path", run.folder))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import data
 import genotypes
 import run_folder
 import utils
-import visualize
 from architect import Architect
 from model_search import Network
 
@@ -53,7 +52,7 @@ def infer(run, batches, model):
 def load_data(args, device):
     """Batches for the weights and for the alphas: two halves of the training images; test images are not read."""
     images = data.load(args.dataset, args.data, True, args.image_size, args.subset, args.seed, device)
-    normalization = data.Normalization.of(args.dataset, images)
+    normalization = data.Normalization.of(args.dataset, lambda: images)
     cutout_length = args.cutout_length if args.cutout else 0
     augmentation = data.Augmentation.of(args.dataset, images.pixels.shape[1], cutout_length)
     parts = data.split(images, args.train_portion, args.seed)
@@ -65,14 +64,6 @@ def load_data(args, device):
         for stream, part in enumerate(parts)
     )
     return train_batches, search_batches, images.classes
-
-
-def report(run, genotype):
-    """Write what has been found so far: genotype.json and the two cells."""
-    utils.write_text(run.folder / "genotype.json", genotypes.to_json(genotype))
-    logger.info("genotype = %s", genotypes.format(genotype))
-    if not visualize.draw(genotype, run.folder / "figures") and len(run.history) == 1:
-        logger.warning("%s/figures holds the cells as .gv only: %s", run.folder, visualize.INSTALL_DOT)
 
 
 def count_skips(genotype):
@@ -93,7 +84,7 @@ def parse_args(argv=None):
     utils.add_data_arguments(parser)
     group = parser.add_argument_group("augmentation and split")
     group.add_argument("--cutout", action="store_true", help="cut a square out of every training image")
-    group.add_argument("--cutout_length", type=utils.number(int, low=1), default=16, help="its side, in pixels")
+    group.add_argument("--cutout_length", type=utils.number(int, low=2), default=16, help="its side, in pixels")
     group.add_argument(
         "--train_portion",
         type=utils.number(float, above=0, below=1),
@@ -101,8 +92,15 @@ def parse_args(argv=None):
         help="share of the training images that trains the weights; the rest trains the alphas",
     )
     group = parser.add_argument_group("supernet")
-    group.add_argument("--init_channels", type=utils.number(int, low=1), default=16, help="channels of the first cells")
-    group.add_argument("--layers", type=utils.number(int, low=1), default=8, help="number of cells")
+    group.add_argument(
+        "--init_channels", type=utils.number(int, low=1, high=4096), default=16, help="channels of the first cells"
+    )
+    group.add_argument(
+        "--layers",
+        type=utils.number(int, low=3, high=1000),  # with fewer cells, none is a normal one
+        default=8,
+        help="number of cells, two of which reduce",
+    )
     group.add_argument("--search_space", choices=genotypes.SEARCH_SPACES, default="involution", help="primitives")
     group = parser.add_argument_group("weights")
     group.add_argument("--epochs", type=utils.number(int, low=1), default=50, help="passes over the training images")
@@ -139,7 +137,7 @@ def main():
     with run_folder.Run("search", args, device, parts) as run:
         logger.info("supernet of %.2f M weights, %s space", utils.count_parameters_in_MB(model), args.search_space)
         if run.history:
-            report(run, model.genotype())  # a kill may have come before this was written
+            run.report(genotypes.parse(run.history[-1]["genotype"]))  # a kill may have come before
         while run.epoch < args.epochs:
             lr = optimizer.param_groups[0]["lr"]
             train(run, train_batches, search_batches, model, architect, optimizer, args)
@@ -150,8 +148,8 @@ def main():
             row.update(valid_loss=valid.loss, valid_acc=valid.top1, skip_connects=count_skips(genotype))
             scheduler.step()
             run.end_epoch(row | {"genotype": genotypes.format(genotype)})
-            report(run, genotype)
-        logger.info("searched; now: python train.py --arch %s", run.folder)
+            run.report(genotype)
+        logger.info("searched; now: %s", run_folder.command("train.py", "--arch", run.folder))
 
 
 if __name__ == "__main__":

@@ -25,11 +25,16 @@ class UserError(ValueError):
 # --------------------------------------------------------------------------------------------- command lines
 
 
+class _DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Shows defaults in --help; a wrong argument gets one line and exit code 2."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(*args, formatter_class=_DefaultsFormatter, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -43,18 +48,20 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
     """An argparse type: an int or float within [low, high] and, where given, strictly within (above, below)."""
+    if kind is int and high == math.inf:
+        high = 10**9
 
     def convert(text):
-        bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
+        bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < 10**9)
         bounds += [f"above {above}"] * (above is not None) + [f"below {below}"] * (below is not None)
         rule = " ".join(["must be", "an integer" if kind is int else "a number", " and ".join(bounds)]).rstrip()
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{rule}, got {text!r}") from None
+            raise argparse.ArgumentTypeError(f"{rule}, got {text[:40]!r}") from None
         within = low <= value <= high and (above is None or value > above) and (below is None or value < below)
-        if not within or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{rule}, got {text}")
+        if not within or (kind is float and not math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{rule}, got {text[:40]}")
         return value
 
     return convert
@@ -82,7 +89,9 @@ def add_data_arguments(parser):
         help="folder: your own images in DATA/train/CLASS/* and DATA/test/CLASS/*; digits: 8x8 scans, no download",
     )
     group.add_argument(
-        "--image_size", type=number(int, low=1), help="pixels; images are resized to it (unset: 8 for digits, else 32)"
+        "--image_size",
+        type=number(int, low=1, high=1024),
+        help="pixels; images are resized to it (default: 8 for digits, else 32)",
     )
     group.add_argument("--subset", metavar="N", type=number(int, low=2), help="use at most N images of each set")
     return group
@@ -90,8 +99,8 @@ def add_data_arguments(parser):
 
 def add_device_arguments(parser):
     group = parser.add_argument_group("device")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    group.add_argument("--gpu", type=number(int, low=0), help="CUDA device id (unset: 0)")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, else cpu")
+    group.add_argument("--gpu", type=number(int, low=0), help="CUDA device id (default: 0)")
 
 
 def run_script(main):
@@ -106,11 +115,14 @@ def run_script(main):
     except UserError as error:
         message = " ".join(str(error).split())
         sys.exit(_fail(f"{script}: error: {message}", 2))
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        sys.exit(_fail(f"{script}: error: out of memory: lower --batch_size or --init_channels ({reason})", 2))
+    except OSError as error:
+        sys.exit(_fail(f"{script}: error: {error.filename or 'a file'}: {error.strerror or error}", 2))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        sys.exit(_fail(f"{script}: error: out of memory; lower --batch_size, --init_channels or --image_size", 2))
     except KeyboardInterrupt:
-        sys.exit(_fail(f"{script}: stopped at once; what was saved last is what --resume goes on with", 130))
+        sys.exit(_fail(f"{script}: stopped at once; --resume goes on from the last checkpoint of a run", 130))
 
 
 def _fail(message, code):
@@ -149,6 +161,8 @@ def _pick_device(args):
         raise UserError("--device mps: PyTorch sees no MPS device here; use --device cpu (or auto)")
     if args.device == "auto" and not has_cuda and args.gpu is not None:
         logger.warning("--gpu %d: no CUDA device here, going on with the CPU", args.gpu)
+    elif args.device in ("cpu", "mps") and args.gpu is not None:
+        logger.warning("--gpu %d has no effect with --device %s", args.gpu, args.device)
     if args.device == "cuda" or (args.device == "auto" and has_cuda):
         index = args.gpu or 0
         if index >= torch.cuda.device_count():

@@ -19,6 +19,10 @@ INSTALL_DOT = "install Graphviz's dot program to draw cells (apt install graphvi
 _INPUT, _NODE, _OUTPUT = "#b9d9c0", "#b6d3ea", "#f0dca0"  # fill colours
 
 
+class DrawingError(utils.UserError):
+    """Graphviz cannot draw: not installed, or not able to make this kind of picture."""
+
+
 def cell_graph(edges, concat):
     """A cell as a graphviz.Digraph: its inputs, its own nodes, and the nodes that make its output.
 
@@ -46,9 +50,12 @@ def draw(genotype, folder, format="png"):
     """Write `normal.*` and `reduction.*` into a folder: the graphviz source (.gv) and the picture.
 
     Returns:
-        The paths of the two pictures; none where there is no `dot` program.
+        The paths of the two pictures.
+
+    Raises:
+        DrawingError: graphviz cannot draw here; both sources are written all the same.
     """
-    pictures = []
+    pictures, failure = [], None
     for name, edges, concat in (
         ("normal", genotype.normal, genotype.normal_concat),
         ("reduction", genotype.reduce, genotype.reduce_concat),
@@ -58,15 +65,19 @@ def draw(genotype, folder, format="png"):
             graph.graph_attr["dpi"] = "110"
         utils.write_text(Path(folder) / f"{name}.gv", graph.source)
         try:
-            picture = graph.pipe(format=format)
-        except graphviz.ExecutableNotFound:
+            picture = graph.pipe(format=format, quiet=True)
+        except (graphviz.ExecutableNotFound, PermissionError):
+            failure = INSTALL_DOT
             continue
         except graphviz.CalledProcessError as error:
-            raise utils.UserError(f"dot failed on {folder}/{name}.gv: {error}") from None
+            failure = f"dot failed on {folder}/{name}.gv with exit code {error.returncode}"
+            continue
         path = Path(folder) / f"{name}.{format}"
         with utils.replacing(path) as temporary:
             temporary.write_bytes(picture)
         pictures.append(path)
+    if failure:
+        raise DrawingError(f"{folder} holds the cells as normal.gv and reduction.gv only: {failure}")
     return pictures
 
 
@@ -89,8 +100,6 @@ def main():
         pictures = draw(args.genotype, args.output, args.format)
     except OSError as error:
         raise utils.UserError(f"cannot write to --output {args.output}: {error.strerror}") from None
-    if not pictures:
-        raise utils.UserError(f"wrote {args.output}/normal.gv and reduction.gv only: {INSTALL_DOT}")
     for path in pictures:
         print(path)
 
