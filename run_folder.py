@@ -135,7 +135,7 @@ class Run:
 
     Args:
         kind: "search" or "train".
-        parts: name -> object with `state_dict` and `load_state_dict`; needs `model` and `optimizer`.
+        parts: name -> object with `state_dict` and `load_state_dict`; needs `model`, `optimizer` and `scheduler`.
         facts: further plain values to keep in the checkpoint, for those who read it.
     """
 
@@ -215,9 +215,28 @@ class Run:
             logger.info("  %s", command(Path(sys.argv[0]).name, "--resume", self.folder))
             sys.exit(128 + self._signal)
 
-    def end_epoch(self, row):
-        """Keep an epoch's numbers, save, and write metrics.csv and the curves."""
-        self.history.append(row)
+    def end_epoch(self, valid, **more):
+        """Log and keep an epoch's numbers, step the scheduler, save, and write metrics.csv and the curves.
+
+        Args:
+            valid: AverageMeter of the validation images.
+            more: further columns of metrics.csv.
+
+        Raises:
+            UserError: not one validation image has finite logits; the old checkpoint stays.
+        """
+        lr = self.parts["optimizer"].param_groups[0]["lr"]
+        logger.info(
+            "epoch %d/%d lr %.3e | train %s | valid %s", self.epoch + 1, self.args.epochs, lr, self.meter, valid
+        )
+        if valid.finite_images == 0:
+            raise self._diverged("no validation image has finite logits any more", self.step)
+        if valid.finite_images < valid.images:
+            lost = valid.images - valid.finite_images
+            logger.warning("%d of %d validation images have logits that are not finite", lost, valid.images)
+        row = dict(epoch=self.epoch + 1, lr=lr, train_loss=self.meter.loss, train_acc=self.meter.top1)
+        self.history.append(row | dict(valid_loss=valid.loss, valid_acc=valid.top1) | more)
+        self.parts["scheduler"].step()
         self.epoch, self.step, self.meter = self.epoch + 1, 0, AverageMeter()
         self.save()
         self.write_history()

@@ -136,15 +136,11 @@ def main():
         run.report(genotype)
         logger.info("network of %.2f M weights", utils.count_parameters_in_MB(model))
         while run.epoch < args.epochs:
-            lr = optimizer.param_groups[0]["lr"]
             model.drop_path_prob = args.drop_path_prob * run.epoch / args.epochs
             train(run, train_batches, model, criterion, optimizer, args)
-            valid = infer(test_batches, model, criterion, run.stop_if_asked)
-            logger.info("epoch %d/%d lr %.3e | train %s | test %s", run.epoch + 1, args.epochs, lr, run.meter, valid)
+            valid = infer(test_batches, model, criterion, run.stop_if_asked)  # as DARTS: the test images
+            run.end_epoch(valid)
             logger.info("genotype = %s", genotypes.format(genotype))
-            row = dict(epoch=run.epoch + 1, lr=lr, train_loss=run.meter.loss, train_acc=run.meter.top1)
-            scheduler.step()
-            run.end_epoch(row | dict(valid_loss=valid.loss, valid_acc=valid.top1))
         logger.info("trained; now: %s", run_folder.command("test.py", "--model_path", run.folder))
 
 

@@ -139,15 +139,10 @@ def main():
         if run.history:
             run.report(genotypes.parse(run.history[-1]["genotype"]))  # a kill may have come before
         while run.epoch < args.epochs:
-            lr = optimizer.param_groups[0]["lr"]
             train(run, train_batches, search_batches, model, architect, optimizer, args)
             valid = infer(run, search_batches, model)
-            logger.info("epoch %d/%d lr %.3e | train %s | valid %s", run.epoch + 1, args.epochs, lr, run.meter, valid)
             genotype = model.genotype()
-            row = dict(epoch=run.epoch + 1, lr=lr, train_loss=run.meter.loss, train_acc=run.meter.top1)
-            row.update(valid_loss=valid.loss, valid_acc=valid.top1, skip_connects=count_skips(genotype))
-            scheduler.step()
-            run.end_epoch(row | {"genotype": genotypes.format(genotype)})
+            run.end_epoch(valid, skip_connects=count_skips(genotype), genotype=genotypes.format(genotype))
             run.report(genotype)
         logger.info("searched; now: %s", run_folder.command("train.py", "--arch", run.folder))
 

@@ -177,10 +177,10 @@ def _pick_device(args):
 
 
 class AverageMeter:
-    """Loss, top-1 and top-5 accuracy (percent), averaged over images."""
+    """Loss, top-1 and top-5 accuracy (percent), averaged over images; how many of them have finite logits."""
 
-    def __init__(self, sums=(0, 0.0, 0.0, 0.0)):
-        self.sums = list(sums)  # images, loss, top-1, top-5
+    def __init__(self, sums=(0, 0.0, 0.0, 0.0, 0)):
+        self.sums = list(sums)  # images, loss, top-1, top-5, images with finite logits
 
     def update(self, loss, logits, target):
         """Add a batch: its mean loss (a number), logits (N, classes), target (N,)."""
@@ -188,6 +188,15 @@ class AverageMeter:
         top1, top5 = accuracy(logits, target, topk=(1, 5))
         for k, value in enumerate((1, loss, top1, top5)):
             self.sums[k] += value * n
+        self.sums[4] += int(logits.isfinite().all(dim=1).sum())
+
+    @property
+    def images(self):
+        return self.sums[0]
+
+    @property
+    def finite_images(self):
+        return self.sums[4]
 
     @property
     def loss(self):
@@ -207,9 +216,12 @@ class AverageMeter:
 
 @torch.no_grad()
 def accuracy(logits, target, topk=(1,)):
-    """Percentages of the batch whose target is among the k largest logits (all of them, if there are fewer)."""
+    """Percentages of the batch whose target is among the k largest logits (all of them, if there are fewer).
+
+    Logits that are not all finite have no largest ones: a miss.
+    """
     ranked = logits.topk(min(max(topk), logits.shape[1]), dim=1).indices
-    hits = ranked.eq(target[:, None]).cpu()
+    hits = (ranked.eq(target[:, None]) & logits.isfinite().all(dim=1, keepdim=True)).cpu()
     return [100 * hits[:, :k].any(dim=1).double().mean().item() for k in topk]
 
 

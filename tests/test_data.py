@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 from utils import UserError
@@ -98,7 +99,7 @@ def test_evaluation_images_are_plain_and_in_order():
 def test_normalization_of_own_images():
     torch.manual_seed(0)
     images = data.Images(torch.randint(256, (50, 4, 4, 3), dtype=torch.uint8), torch.zeros(50).long(), ["a"])
-    ((input, _),) = data.Batches(images, 50, data.Normalization.of("folder", images), None)
+    ((input, _),) = data.Batches(images, 50, data.Normalization.of("folder", lambda: images), None)
     assert torch.allclose(input.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
     assert torch.allclose(input.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-4)
 
@@ -167,7 +168,8 @@ def test_split_is_a_partition():
         (lambda root: shutil.rmtree(root), "no such folder"),
         (lambda root: shutil.rmtree(root / "train"), "the folder train is missing"),
         (lambda root: [p.unlink() for p in (root / "train" / "green").iterdir()], "train/green holds no image file"),
-        (lambda root: [shutil.rmtree(p) for p in (root / "train").iterdir()], "holds no class folders"),
+        (lambda root: [shutil.rmtree(p) for p in (root / "train").iterdir()], "needs two class folders or more"),
+        (lambda root: [shutil.rmtree(root / "train" / p) for p in ("red", "blue")], "in %s/CLASS/; got 1"),
         (lambda root: (root / "train" / "red" / "003.png").write_bytes(b"\x89PNG no"), "train/red/003.png"),
         (lambda root: (root / "train" / "red" / "003.png").write_bytes(b""), "train/red/003.png"),
     ],
@@ -178,7 +180,22 @@ def test_damaged_folders_are_named(image_folder, tmp_path, damage, says):
     damage(root)
     with pytest.raises(UserError) as caught:
         data.load("folder", root, True)
-    assert says in str(caught.value)
+    assert says.replace("%s", str(root / "train")) in str(caught.value)
+
+
+def test_what_file_managers_leave_behind_is_skipped(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "train" / "red" / "._000.png").write_bytes(b"not an image")
+    assert len(data.load("folder", tmp_path, True)) == 24
+
+
+def test_sixteen_bits_are_scaled_not_clipped(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "train" / "blue" / "000.png")
+    pixels = data.load("folder", tmp_path, True, image_size=8).pixels[0]
+    assert torch.equal(pixels[..., 0], torch.from_numpy((ramp >> 8).astype(np.uint8)))
 
 
 def test_a_truncated_image_is_named(image_folder, tmp_path):
@@ -192,5 +209,6 @@ def test_a_truncated_image_is_named(image_folder, tmp_path):
 def test_test_classes_must_be_the_training_classes(image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "test" / "red").rename(tmp_path / "test" / "rot")
+    train, test = (data.load("folder", tmp_path, part) for part in (True, False))
     with pytest.raises(UserError, match="differ in 'red'"):
-        data.load("folder", tmp_path, False)
+        data.check_classes(test, train.classes)

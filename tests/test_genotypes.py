@@ -94,6 +94,7 @@ def test_search_spaces():
         L10_IN_CURLY_QUOTES.replace("‘", "“").replace("’", "”"),
         '"' + L10_IN_CURLY_QUOTES.strip() + '"',
         "'" + L10_IN_CURLY_QUOTES.strip() + "'",
+        "genotype = " + L10_IN_CURLY_QUOTES.strip(),
         L10_IN_CURLY_QUOTES.replace(", ", ",                   "),
         L10_IN_CURLY_QUOTES.replace("invo2d", "invo"),
         L10_IN_CURLY_QUOTES.replace("‘invo2d", "‘sep_invo").replace("dil_invo2d", "dil_involution"),
@@ -213,7 +214,7 @@ def test_nothing_is_ever_executed(attack, tmp_path):
             json.dumps({**dict.fromkeys(Genotype._fields, [["none", 0], ["none", 1]]), "normal_concat": [[2]]}),
             "node [2]",
         ),
-        ("", "malformed"),
+        ("", "is empty: it holds no genotype"),
         ("\x00\x01\xff", "malformed"),
     ],
 )

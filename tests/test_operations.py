@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from genotypes import known_primitives
 from operations import OPS, FactorizedReduce, drop_path
@@ -31,6 +32,15 @@ def test_output_size_and_gradient(primitive, stride, H, W):
 @pytest.mark.parametrize("C", [16, 36, 72, 144])
 def test_involutions_take_the_channels_of_the_published_networks(C):
     assert OPS["sep_invo_5x5"](C, 2, True)(torch.randn(2, C, 5, 5)).shape == (2, C, 3, 3)
+
+
+@pytest.mark.parametrize("C", [1, 3, 8])
+def test_factorized_reduce_is_the_two_strided_convolutions_of_the_original(C):
+    torch.manual_seed(0)
+    op = FactorizedReduce(C, 2 * C)
+    x = torch.randn(2, C, 8, 8)
+    convs = [F.conv2d(v, c.weight, stride=2) for v, c in ((x.relu(), op.conv_1), (x.relu()[:, :, 1:, 1:], op.conv_2))]
+    assert torch.allclose(op(x), op.bn(torch.cat(convs, dim=1)), atol=1e-6)
 
 
 def test_affine_reaches_every_batch_norm():

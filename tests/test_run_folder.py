@@ -30,7 +30,8 @@ def make_run(kind="train", **kwargs):
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    return run_folder.Run(kind, settings(**kwargs), torch.device("cpu"), dict(model=model, optimizer=optimizer))
+    parts = dict(model=model, optimizer=optimizer, scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2))
+    return run_folder.Run(kind, settings(**kwargs), torch.device("cpu"), parts)
 
 
 def make_batches():
@@ -39,8 +40,8 @@ def make_batches():
     return data.Batches(images, 2, plain, data.Augmentation(0, False, 0))
 
 
-def row(epoch):
-    return dict(epoch=epoch, train_loss=1 / 3, train_acc=50.0, valid_loss=1.0, valid_acc=40.0)
+def meter(images=10, loss=1.0, top1=40.0, finite=10):
+    return utils.AverageMeter((images, loss * images, top1 * images, 100.0 * images, finite))
 
 
 def record(run, loss=1.0):
@@ -50,15 +51,16 @@ def record(run, loss=1.0):
 def test_a_folder_and_its_files():
     run = make_run(kind="search")
     assert run.folder.parent.name == "runs" and run.folder.name.startswith("search-EXP-2")
-    run.end_epoch(row(1))
+    run.meter = meter(3, 1 / 3, 50.0)
+    run.end_epoch(meter(), note="x")
     names = {path.name for path in run.folder.iterdir()}
     assert names == {"config.json", "log.txt", "metrics.csv", "checkpoint.pt", "figures"}
     config = json.loads((run.folder / "config.json").read_text())
     assert config["args"]["epochs"] == 2 and config["versions"]["torch"] == torch.__version__
     assert config["device"] == "cpu" and config["involution_backend"]
     assert (run.folder / "metrics.csv").read_text().splitlines() == [
-        "epoch,train_loss,train_acc,valid_loss,valid_acc",
-        "1,0.3333333333333333,50.0,1.0,40.0",
+        "epoch,lr,train_loss,train_acc,valid_loss,valid_acc,note",
+        "1,0.1,0.3333333333333333,50.0,1.0,40.0,x",
     ]
     assert (run.folder / "figures" / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -70,7 +72,7 @@ def test_runs_of_the_same_second_get_folders_of_their_own(monkeypatch):
 
 def test_everything_is_restored():
     run = make_run()
-    run.end_epoch(row(1))
+    run.end_epoch(meter())
     for _ in zip(range(2), run.steps(make_batches()), strict=False):
         loss = run.parts["model"](torch.randn(4, 3)).sum()
         loss.backward()
@@ -115,6 +117,7 @@ def test_a_signal_finishes_the_step_and_saves(number, caplog):
     assert caught.value.code == 128 + number
     assert utils.load_checkpoint(run.checkpoint)["step"] == 2
     assert f"--resume {run.folder}" in caplog.text
+    assert caplog.text.index("stopped in epoch 1 after step 2") < caplog.text.index("--resume")
     assert signal.getsignal(number) != run._on_signal
 
 
@@ -169,6 +172,10 @@ def test_resume_with_other_settings_names_the_setting(saved):
             lambda folder: (folder / "config.json").write_text('{"script": "train.py", "args": {"new": 1}}'),
             "a setting 'new' that this version does not know",
         ),
+        (
+            lambda folder: (folder / "config.json").write_text('{"script": "train.py", "args": {"epochs": "2"}}'),
+            "config.json is damaged: epochs is '2'",
+        ),
     ],
 )
 def test_resume_of_a_damaged_run(saved, damage, says):
@@ -190,3 +197,23 @@ def test_a_run_name_is_a_name(name, capsys):
     with pytest.raises(SystemExit):
         parse("--save", name)
     assert "must be a name, not a path" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_not_saved():
+    run = make_run()
+    before = run.checkpoint.read_bytes()
+    with torch.no_grad():
+        run.parts["model"].weight[0, 0] = float("inf")
+    with pytest.raises(utils.UserError, match="the weights became infinite or NaN in epoch 1"):
+        run.save()
+    assert run.checkpoint.read_bytes() == before
+
+
+def test_validation_images_without_finite_logits_are_told(caplog):
+    run = make_run()
+    run.end_epoch(meter(loss=float("nan"), finite=7))
+    assert "3 of 10 validation images have logits that are not finite" in caplog.text
+    before = run.checkpoint.read_bytes()
+    with pytest.raises(utils.UserError, match="no validation image has finite logits any more in epoch 2"):
+        run.end_epoch(meter(loss=float("nan"), finite=0))
+    assert run.checkpoint.read_bytes() == before and len(run.history) == 1

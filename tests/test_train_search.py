@@ -1,6 +1,7 @@
 """train_search.py as people run it: the command line, exact resume, bad input."""
 
 import csv
+import os
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import torch
 import genotypes
 from conftest import assert_one_clear_line, only_run, start_script
 
-TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 2 --epochs 2 --report_freq 1".split()
+TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 3 --epochs 2 --report_freq 1".split()
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_a_killed_search_resumes_exactly(uninterrupted, tmp_path, line):
 def test_an_interrupted_search_says_how_to_resume_and_resumes_exactly(uninterrupted, tmp_path, number):
     code, folder = start_and_signal(tmp_path, number, "epoch 1/2 step 1/3")
     assert code == 128 + number
-    assert f"python train_search.py --resume {folder.relative_to(tmp_path)}" in (folder / "log.txt").read_text()
+    assert f"train_search.py --resume {folder.relative_to(tmp_path)}" in (folder / "log.txt").read_text()
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] > 0
     result = start_script(tmp_path, "train_search.py", "--resume", folder, run=subprocess.run)
     assert result.returncode == 0, result.stderr
@@ -119,6 +120,7 @@ def test_without_dot_the_search_goes_on_and_says_so_once(tmp_path, monkeypatch):
     result = start_script(tmp_path, "train_search.py", *TINY, run=subprocess.run)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("install Graphviz") == 1
+    assert "searched" in result.stdout
     figures = {path.name for path in (only_run(tmp_path, "search") / "figures").iterdir()}
     assert figures == {"curves.png", "normal.gv", "reduction.gv"}
 
@@ -127,8 +129,8 @@ def test_without_dot_the_search_goes_on_and_says_so_once(tmp_path, monkeypatch):
     "arguments, says",
     [
         (["--epochs", 0], "--epochs: must be an integer at least 1, got 0"),
-        (["--layers", -3], "--layers: must be an integer at least 1, got -3"),
-        (["--init_channels", "many"], "--init_channels: must be an integer at least 1, got 'many'"),
+        (["--layers", 2], "--layers: must be an integer at least 3 and at most 1000, got 2"),
+        (["--init_channels", "many"], "--init_channels: must be an integer at least 1 and at most 4096, got 'many'"),
         (["--batch_size", 0], "--batch_size: must be an integer at least 2, got 0"),
         (["--batch_size", 64], "--batch_size 64 is larger than the train_portion: 48 images"),
         (["--train_portion", 1], "--train_portion: must be a number above 0 and below 1, got 1"),
@@ -139,6 +141,8 @@ def test_without_dot_the_search_goes_on_and_says_so_once(tmp_path, monkeypatch):
         (["--dataset", "folder", "--data", "missing"], "--data missing: no such folder"),
         (["--cutout"], "--cutout_length 16 can cover a whole image of 8x8 pixels"),
         (["--resume", "nothing"], "--resume nothing: no such folder"),
+        (["--resume", ""], "must be the path of a run folder"),
+        (["--epochs", "1" + 400 * "0"], "--epochs: must be an integer at least 1"),
         (["--device", "cuda"], "--device cpu"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
@@ -152,7 +156,7 @@ def test_bad_input(script, tmp_path, arguments, says):
 
 def test_a_failed_download_names_the_way_out(script, tmp_path, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody answers there
-    result = script("train_search.py", "--unrolled")
+    result = script("train_search.py", "--unrolled", "--data", "a/b/c")
     assert_one_clear_line(result, "cannot be downloaded", "--dataset digits", "--dataset folder")
     assert not list(tmp_path.iterdir())
 
@@ -164,8 +168,8 @@ def test_a_loss_that_turns_nan_stops_the_search(script, tmp_path):
 
 
 def test_a_run_of_other_settings_is_not_resumed(script, uninterrupted):
-    result = script("train_search.py", "--resume", uninterrupted[0], "--layers", 3)
-    assert_one_clear_line(result, "--layers is 2 in that run, not 3")
+    result = script("train_search.py", "--resume", uninterrupted[0], "--layers", 4)
+    assert_one_clear_line(result, "--layers is 3 in that run, not 4")
 
 
 def test_a_truncated_checkpoint_is_not_resumed(script, uninterrupted, tmp_path):
@@ -182,3 +186,21 @@ def test_help_shows_groups_and_defaults(script):
     text = script("train_search.py", "--help").stdout
     for part in ("supernet:", "alphas:", "(default: 0.0003)", "--unrolled", "(default: 64)"):
         assert part in text
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_few_channels(script, channels):
+    """PyTorch's strided 1x1 convolution of few channels-last channels corrupts memory: a crash is what is tested."""
+    result = script("train_search.py", *TINY, "--epochs", 1, "--init_channels", channels)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_dot_program_that_fails_is_one_warning(tmp_path, monkeypatch):
+    dot = tmp_path / "bin" / "dot"
+    dot.parent.mkdir()
+    dot.write_text("#!/bin/sh\nexit 1\n")
+    dot.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{dot.parent}:{os.environ['PATH']}")
+    result = start_script(tmp_path, "train_search.py", *TINY, run=subprocess.run)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("dot failed on") == 1

@@ -23,6 +23,15 @@ def test_meter_averages_over_images():
     assert utils.AverageMeter(meter.sums).loss == 1.5
 
 
+def test_logits_that_are_not_finite_are_misses():
+    logits = torch.tensor([[float("nan")] * 3, [9.0, 0, float("inf")], [9.0, 0, 0]])
+    target = torch.tensor([0, 0, 0])
+    assert utils.accuracy(logits, target)[0] == pytest.approx(100 / 3)
+    meter = utils.AverageMeter()
+    meter.update(float("nan"), logits, target)
+    assert (meter.images, meter.finite_images) == (3, 1)
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
@@ -43,6 +52,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         (utils.number(float, above=0, below=1), "0.5", "1", "must be a number above 0 and below 1, got 1"),
         (utils.number(float, low=0), "0", "nan", "must be a number at least 0, got nan"),
         (utils.number(float), "-1e3", "inf", "must be a number, got inf"),
+        (utils.number(int, high=9), "9", "1" + 400 * "0", f"must be an integer at most 9, got 1{39 * '0'}"),
     ],
 )
 def test_numbers(convert, good, bad, says):
