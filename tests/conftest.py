@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from involution import Involution2d
+
 ROOT = Path(__file__).parent.parent
 
 # tests are small: threads would spend their time waiting for each other, above all on a busy machine
@@ -27,6 +29,14 @@ def start_script(folder, name, *arguments, run=subprocess.Popen):
     command = [sys.executable, str(ROOT / name), *(str(argument) for argument in arguments)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return run(command, cwd=folder, **pipes)
+
+
+def vary_kernels(network):
+    """Give the involutions of a network kernels that differ from pixel to pixel, as after some training."""
+    for module in network.modules():
+        if isinstance(module, Involution2d):
+            torch.nn.init.normal_(module.conv2.conv.weight, std=0.3)
+    return network
 
 
 def assert_one_clear_line(result, *says):

@@ -8,6 +8,7 @@ from torch.func import functional_call
 
 import architect
 from architect import Architect
+from conftest import vary_kernels
 from genotypes import SEARCH_SPACES
 from model_search import Network
 
@@ -20,6 +21,7 @@ def make_search(space, warm_up=3, seed=0):
     torch.manual_seed(seed)
     criterion = torch.nn.CrossEntropyLoss()
     model = Network(4, 3, 3, criterion, steps=2, multiplier=2, primitives=SEARCH_SPACES[space]).double()
+    vary_kernels(model)
     with torch.no_grad():
         for alpha in model.arch_parameters():
             alpha.normal_()

@@ -9,6 +9,7 @@ import torch.nn as nn
 import fast_cell
 import fast_cell_torch
 import operations
+from conftest import vary_kernels
 from genotypes import SEARCH_SPACES
 from model_search import Network
 
@@ -27,6 +28,7 @@ def make(primitives, C=8, layers=3, steps=3, **kwargs):
     """A float64 supernet with a reduction cell after a normal one; alphas and running statistics at random."""
     torch.manual_seed(0)
     net = Network(C, 5, layers, nn.CrossEntropyLoss(), steps=steps, multiplier=2, primitives=primitives, **kwargs)
+    vary_kernels(net)
     with torch.no_grad():
         for alpha in net.arch_parameters():
             alpha.normal_()

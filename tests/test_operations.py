@@ -66,3 +66,12 @@ def test_drop_path_keeps_the_mean_and_drops_whole_images():
     assert (out == out[:, :1, :1, :1]).all()
     assert out.mean().item() == pytest.approx(1, abs=0.05)
     assert torch.equal(x, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("primitive", [p for p in OPS if "invo" in p])
+def test_an_involution_starts_with_one_kernel_for_all_pixels(primitive):
+    torch.manual_seed(0)
+    op = OPS[primitive](8, 1, True).op[:2]  # without 1x1 convolution and batch norm
+    x = torch.rand(1, 8, 16, 16)
+    assert torch.allclose(op(2 * x), 2 * op(x), atol=1e-6)
+    assert op[1].conv2.conv.bias.any()
