@@ -18,12 +18,16 @@ demo: .venv/installed
 	$(BIN)/python train.py $(DIGITS) --arch $$search --epochs 15 --layers 5 --init_channels 16 --batch_size 64; \
 	train=$$(newest train); \
 	echo "== 3/4 test $$train"; \
-	result=$$($(BIN)/python test.py --model_path $$train | tail -n 1); \
-	echo "== 4/4 draw"; \
-	$(BIN)/python visualize.py $$search --format png --output $$search/figures || true; \
+	result=$$($(BIN)/python test.py --model_path $$train); \
+	echo "== 4/4 draw $$search"; \
+	if command -v dot > /dev/null; then \
+		$(BIN)/python visualize.py $$search --output $$search/figures; \
+	else \
+		echo "no dot program: install Graphviz to have the cells drawn (their .gv sources are in $$search/figures)"; \
+	fi; \
 	echo; echo "genotype:  $$(grep -o 'Genotype(.*' $$search/log.txt | tail -n 1)"; \
-	echo "accuracy:  $$(echo "$$result" | cut -d' ' -f2-)"; \
-	echo "pictures:  $$search/figures (curves and the two cells), $$train/figures (curves)"
+	echo "accuracy:  $$(echo "$$result" | tail -n 1 | cut -d' ' -f2-)"; \
+	echo "pictures:  $$search/figures (curves, the two cells), $$train/figures (curves)"
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile

@@ -8,6 +8,7 @@ Providers, channels-last, kernels given unless said otherwise:
     unfold: the textbook way, F.unfold into (N, C*K*K, H*W), product and sum; autograd's backward.
     torch: the plain PyTorch passes of involution_torch.py.
     cpu, triton: the backend in use on the device.
+    cuda peer: a straight CUDA kernel that reads given kernels (cuda_peer.py), on NCHW tensors.
     fused: kernels made from hidden features (C/4) inside the pass, as in Involution2d.
     depthwise: PyTorch's depthwise convolution of the same size, the yardstick: as many multiply-adds, a K*K kernel
         for each channel instead of one for each pixel.
@@ -35,6 +36,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cuda_peer
 
 import involution
 from involution import Involution2d, involution2d, involution2d_fused
@@ -88,10 +91,14 @@ def providers(N, C, size, K, device, dtype):
         return unfold(x, F.conv2d(features, span_weight, span_bias).unflatten(1, (G, K * K)))
 
     spans = (x, features, span_weight, span_bias)
+    straight = {}
+    if device.type == "cuda" and dtype in cuda_peer.TYPES:  # its tensors in the layout that it reads in place
+        straight["cuda peer"] = cuda_peer.involution2d, (leaf(x.contiguous()), leaf(weight.contiguous())), "unfold"
     return {
         "unfold": (unfold, (x, weight), None),
         "torch": (involution2d, (x, weight), "unfold"),
         used: (involution2d, (x, weight), "unfold"),
+        **straight,
         "fused unfold": (unfused, spans, None),
         "fused": (lambda *a: involution2d_fused(*a, K), spans, "fused unfold"),
         "depthwise": (lambda x, w: F.conv2d(x, w, padding=K // 2, groups=C), (x, depthwise), None),
@@ -344,7 +351,10 @@ def parse_args():
     parser.add_argument("--rounds", type=int, default=15, help="measurements of every provider")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for bench_involution.md and .png")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/RESULTS.md too")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2: one measurement has no spread")
+    return args
 
 
 def main():
@@ -362,6 +372,8 @@ def main():
     used = involution.backend(device)
     peers = {"torch": ["unfold"], used: ["unfold", "depthwise"], "fused": ["fused unfold", "depthwise"]}
     peers["module"] = ["module unfold"]
+    if any(row["provider"] == "cuda peer" for row in rows):
+        peers[used].append("cuda peer")
     text = f"{machine(device, dtype, args)}\n\n{markdown(rows, peers)}"
     text += f"\n\n{limits_table(rows, used, args, *limits)}"
     args.out.mkdir(parents=True, exist_ok=True)

@@ -237,9 +237,10 @@ def test_empty_batch(each_backend):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 37])
-def test_thread_counts_agree(cpu_backend, batch):
-    K, s, d = 5, 1, 1
-    input, weight, grad_output, *spans = operands((batch, 36, 2, 30, 21, K, s, d), torch.float32)
+@pytest.mark.parametrize("C, G", [(36, 2), (32, 2)], ids=["through scratch memory", "in place"])
+def test_thread_counts_agree(cpu_backend, batch, C, G):
+    case, K = (batch, C, G, 30, 21, 5, 1, 1), 5
+    input, weight, grad_output, *spans = operands(case, torch.float32, torch.channels_last)
     results = []
     for count in (1, 2):
         torch.set_num_threads(count)
