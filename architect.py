@@ -15,6 +15,8 @@ from contextlib import contextmanager
 
 import torch
 
+from gradients import Gradients, buffers_kept
+
 _R = 0.01  # ε = _R / ‖v‖, as in the paper
 
 
@@ -25,10 +27,13 @@ class Architect:
         model: a `model_search.Network`.
         args: has `momentum`, `weight_decay` (those of the network's SGD), `arch_learning_rate`,
             `arch_weight_decay`.
+        gradients: how to compute them, by default `Gradients(model)`. In mixed precision, the two gradients of the
+            finite difference are not: their difference is smaller than bfloat16's rounding.
     """
 
-    def __init__(self, model, args):
+    def __init__(self, model, args, gradients=None):
         self.model = model
+        self.gradients = gradients or Gradients(model)
         self.network_momentum = args.momentum
         self.network_weight_decay = args.weight_decay
         self.optimizer = torch.optim.Adam(
@@ -47,32 +52,32 @@ class Architect:
             network_optimizer: the SGD of the weights, for its momentum buffers.
             unrolled: second order if true, else first order.
         """
-        with _buffers_kept(self.model):
+        train, valid = (input_train, target_train), (input_valid, target_valid)
+        with buffers_kept(self.model):
             if unrolled:
-                grads = self._unrolled_grads(
-                    (input_train, target_train), (input_valid, target_valid), eta, network_optimizer
-                )
+                grads = self._unrolled_grads(train, valid, eta, network_optimizer)
             else:
-                grads = self._alpha_grads(input_valid, target_valid)
+                grads = [grad.clone() for grad in self.gradients("alphas", *valid)[2]]
         for alpha, grad in zip(self.model.arch_parameters(), grads, strict=True):
             alpha.grad = grad
         self.optimizer.step()
 
     def _unrolled_grads(self, train, valid, eta, network_optimizer):
-        alphas, weights = self.model.arch_parameters(), list(self.model.parameters())
+        weights = self.gradients.weights
         with _weights_kept(weights) as put_back:
-            self._virtual_step(weights, train, eta, network_optimizer)
-            grads = _grad(self.model._loss(*valid), alphas + weights)  # at w'
+            self._virtual_step(train, eta, network_optimizer)
+            grads = self.gradients("both", *valid)[2]  # at w'
             put_back()
-            dalpha, vector = grads[: len(alphas)], grads[len(alphas) :]
-            implicit = self._hessian_vector_product(weights, vector, put_back, *train)
+            dalpha, vector = grads[: -len(weights)], grads[-len(weights) :]
+            implicit = self._hessian_vector_product(vector, put_back, train)
         return [g - eta * h for g, h in zip(dalpha, implicit, strict=True)]
 
     @torch.no_grad()
-    def _virtual_step(self, weights, train, eta, network_optimizer):
+    def _virtual_step(self, train, eta, network_optimizer):
         """w <- w', in place."""
+        weights = self.gradients.weights
         with torch.enable_grad():
-            grads = _grad(self.model._loss(*train), weights)
+            grads = self.gradients("weights", *train)[2]
         torch._foreach_add_(grads, weights, alpha=self.network_weight_decay)
         for w, grad in zip(weights, grads, strict=True):
             momentum = network_optimizer.state.get(w, {}).get("momentum_buffer")
@@ -80,33 +85,19 @@ class Architect:
                 grad.add_(momentum, alpha=self.network_momentum)
         torch._foreach_sub_(weights, grads, alpha=float(eta))
 
-    def _hessian_vector_product(self, weights, vector, put_back, input, target):
+    @torch.no_grad()
+    def _hessian_vector_product(self, vector, put_back, train):
         """∇²_{α,w} L_train · vector by a central difference around w."""
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
         epsilon = float(_R / norm) if norm > 0 else _R  # a zero vector has a zero product
-        grads = []
+        product = [torch.zeros_like(alpha) for alpha in self.gradients.alphas]
         for sign in (1, -1):
-            with torch.no_grad():
-                torch._foreach_add_(weights, vector, alpha=sign * epsilon)
-            grads.append(self._alpha_grads(input, target))  # at w±
+            torch._foreach_add_(self.gradients.weights, vector, alpha=sign * epsilon)
+            with torch.enable_grad():
+                grads = self.gradients("alphas", *train, precise=True)[2]  # at w±
             put_back()
-        return [(plus - minus) / (2 * epsilon) for plus, minus in zip(*grads, strict=True)]
-
-    def _alpha_grads(self, input, target):
-        """∇_α of the loss alone: nothing is kept or computed for the gradients of the weights."""
-        weights = [w for w in self.model.parameters() if w.requires_grad]
-        for w in weights:
-            w.requires_grad_(False)
-        try:
-            return _grad(self.model._loss(input, target), self.model.arch_parameters())
-        finally:
-            for w in weights:
-                w.requires_grad_(True)
-
-
-def _grad(loss, inputs):
-    # a shallow supernet may have no normal cell: its alphas then have a zero gradient
-    return list(torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True))
+            torch._foreach_add_(product, grads, alpha=sign)
+        return [difference / (2 * epsilon) for difference in product]
 
 
 @contextmanager
@@ -122,15 +113,3 @@ def _weights_kept(weights):
         yield put_back
     finally:
         put_back()
-
-
-@contextmanager
-def _buffers_kept(model):
-    """Put all buffers (batch norm's running statistics) back on leaving."""
-    buffers = list(model.buffers())
-    saved = [b.clone() for b in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(buffers, saved)

@@ -88,8 +88,9 @@ def _sum(terms, alphas, backend):
     for term in terms:
         (plain if term[2].weight is None else linear[term[2].input.shape[1]]).append(term)
     groups = [plain, *linear.values()]
-    order = [j * alphas.shape[1] + k for group in groups for j, k, _ in group]
-    alphas = alphas.flatten()[torch.tensor(order, device=alphas.device)].split([len(group) for group in groups])
+    values = alphas.flatten().unbind()  # not an index, whose copy to a GPU would wait for it
+    alphas = torch.stack([values[j * alphas.shape[1] + k] for group in groups for j, k, _ in group])
+    alphas = alphas.split([len(group) for group in groups])
     groups = [[term for _, _, term in group] for group in groups]
     return backend.mix(groups[0], alphas[0], groups[1:], alphas[1:])
 

@@ -48,7 +48,7 @@ def mix(plain, plain_alphas, linear, linear_alphas):
         )
         # the alphas stand where a batch norm has its weight
         C = len(terms[0].weight)
-        weighted = _normalized(convolved, [term.norm for term in terms], alphas.repeat_interleave(C))
+        weighted = _normalized(convolved, [term.norm for term in terms], alphas[:, None].expand(-1, C).flatten())
         node = node + weighted.unflatten(1, (len(terms), C)).sum(1)
     for term, alpha in zip(plain, plain_alphas, strict=True):
         node = node + alpha * term.input

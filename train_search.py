@@ -15,26 +15,27 @@ import genotypes
 import run_folder
 import utils
 from architect import Architect
+from gradients import Gradients
 from model_search import Network
 
 logger = logging.getLogger("darts.search")
 
 
-def train(run, train_batches, search_batches, model, architect, optimizer, args):
+def train(run, train_batches, search_batches, architect, optimizer, args):
     """The steps that are left of an epoch: alphas on the search images, then weights on the training images."""
-    model.train()
+    gradients, weights = architect.gradients, architect.gradients.weights
+    architect.model.train()
     lr = optimizer.param_groups[0]["lr"]
     for input, target in run.steps(train_batches):
         input_search, target_search = search_batches.batch(run.epoch, run.step)
         architect.step(input, target, input_search, target_search, lr, optimizer, args.unrolled)
 
-        optimizer.zero_grad()
-        logits = model(input)
-        loss = model._criterion(logits, target)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        loss, logits, grads = gradients("weights", input, target)
+        for w, grad in zip(weights, grads, strict=True):
+            w.grad = grad
+        nn.utils.clip_grad_norm_(weights, args.grad_clip)
         optimizer.step()
-        run.record(loss.detach(), logits.detach(), target)
+        run.record(loss, logits, target)
 
 
 @torch.no_grad()
@@ -114,7 +115,9 @@ def parse_args(argv=None):
     group.add_argument("--unrolled", action="store_true", help="second order: look one step of the weights ahead")
     group.add_argument("--arch_learning_rate", type=utils.number(float, above=0), default=3e-4, help="of Adam")
     group.add_argument("--arch_weight_decay", type=utils.number(float, low=0), default=1e-3, help="of Adam")
-    utils.add_device_arguments(parser)
+    group = utils.add_device_arguments(parser)
+    group.add_argument("--amp", action="store_true", help="bfloat16 but for the finite differences and validation")
+    group.add_argument("--cuda_graph", action="store_true", help="replay a step as CUDA graphs: no launch overhead")
     run_folder.add_arguments(parser, seed=2)
     return run_folder.parse_args(parser, argv)
 
@@ -122,6 +125,8 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     device = utils.pick_device(args)
+    if args.cuda_graph and device.type != "cuda":
+        raise utils.UserError(f"--cuda_graph needs a CUDA device, and this run is on {device.type}: leave it out")
     torch.manual_seed(args.seed)
     train_batches, search_batches, classes = load_data(args, device)
     primitives = genotypes.SEARCH_SPACES[args.search_space]
@@ -131,7 +136,7 @@ def main():
         model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=args.learning_rate_min)
-    architect = Architect(model, args)
+    architect = Architect(model, args, Gradients(model, args.amp, args.cuda_graph))
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, arch_optimizer=architect.optimizer)
 
     with run_folder.Run("search", args, device, parts) as run:
@@ -139,7 +144,7 @@ def main():
         if run.history:
             run.report(genotypes.parse(run.history[-1]["genotype"]))  # a kill may have come before
         while run.epoch < args.epochs:
-            train(run, train_batches, search_batches, model, architect, optimizer, args)
+            train(run, train_batches, search_batches, architect, optimizer, args)
             valid = infer(run, search_batches, model)
             genotype = model.genotype()
             run.end_epoch(valid, skip_connects=count_skips(genotype), genotype=genotypes.format(genotype))

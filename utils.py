@@ -101,6 +101,7 @@ def add_device_arguments(parser):
     group = parser.add_argument_group("device")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, else cpu")
     group.add_argument("--gpu", type=number(int, low=0), help="CUDA device id (default: 0)")
+    return group
 
 
 def run_script(main):
