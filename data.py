@@ -95,10 +95,10 @@ class Batches:
     def __init__(self, images, batch_size, normalization, augmentation, key=(0, 0)):
         self.images, self.batch_size, self.augmentation, self.key = images, batch_size, augmentation, key
         pad = augmentation.pad if augmentation else 0
-        # a pixel is one number of four bytes: it is found and copied four times as fast as its three colours
-        padded = torch.nn.functional.pad(images.pixels, (0, 1, pad, pad, pad, pad))
-        self._padded = padded.view(torch.int32)[..., 0]  # (N, P, P)
         device, S = images.pixels.device, images.pixels.shape[1]
+        padded = torch.nn.functional.pad(images.pixels, (0, 0, pad, pad, pad, pad))
+        # what a row of a crop may be: 3 S bytes from any place on (a view, of no memory)
+        self._rows, self._P = padded.flatten().unfold(0, 3 * S, 1), S + 2 * pad
         mean, std = (torch.tensor(values, device=device) for values in normalization)
         self._scale, self._shift = (values.repeat(S) for values in (1 / (255 * std), -mean / std))
         self._order = (None, None)
@@ -133,22 +133,22 @@ class Batches:
         if aug.cutout_length:
             centre = torch.randint(S, (2, B, 1), generator=generator).to(input.device)
             offset = torch.arange(S, device=input.device) - centre  # (2, B, S)
-            inside = (offset >= -(aug.cutout_length // 2)) & (offset < aug.cutout_length // 2)
-            rows, columns = inside[0, :, :, None].float(), inside[1].repeat_interleave(3, dim=1)[:, None].float()
-            input.permute(0, 2, 3, 1).flatten(2).mul_(1 - rows * columns)  # (B, S, 3 S)
+            outside = (offset < -(aug.cutout_length // 2)) | (offset >= aug.cutout_length // 2)
+            rows, columns = outside.float()
+            kept = torch.maximum(rows[:, :, None], columns.repeat_interleave(3, dim=1)[:, None])  # (B, S, 3 S)
+            input.permute(0, 2, 3, 1).flatten(2).mul_(kept)
         return input, target
 
     def _crop(self, indices, y, x, flip):
         """Normalised S x S crops at (y, x) of the padded images, mirrored where `flip` says so."""
-        device, S, P = self._padded.device, self.images.pixels.shape[1], self._padded.shape[1]
-        indices, y, x, flip = (values.to(device)[:, None] for values in (indices, y, x, flip))
-        span = torch.arange(S, device=device)
-        rows = indices * P + y + span  # (B, S)
-        columns = x + torch.where(flip, S - 1 - span, span)  # (B, S)
-        places = rows[:, :, None] * P + columns[:, None, :]
-        pixels = self._padded.flatten().index_select(0, places.flatten()).view(torch.uint8).view(-1, S, S, 4)
+        device, S, P = self._rows.device, self.images.pixels.shape[1], self._P
+        flipped = flip.nonzero()[:, 0].to(device)
+        indices, y, x = (values.to(device)[:, None] for values in (indices, y, x))
+        starts = (indices * P + y + torch.arange(S, device=device)) * P + x  # (B, S)
+        pixels = self._rows.index_select(0, 3 * starts.flatten()).view(-1, S, S, 3)
+        pixels.index_copy_(0, flipped, pixels.index_select(0, flipped).flip(2))
         # all colours of a row at once: a vector of three would be too short
-        input = pixels[..., :3].float().flatten(2).mul_(self._scale).add_(self._shift).unflatten(2, (-1, 3))
+        input = torch.addcmul(self._shift, pixels.flatten(2).float(), self._scale).unflatten(2, (-1, 3))
         return input.permute(0, 3, 1, 2), self.images.labels[indices[:, 0]]
 
 

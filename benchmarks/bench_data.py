@@ -8,6 +8,7 @@ before the clock does. Both take turns; a rate is the median over the rounds, wi
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
@@ -52,35 +53,39 @@ class ImageSet(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
 
 
-def of_batches(batches, count):
-    """A function that makes `count` batches and says how many images a second that was; a new epoch each time."""
+def of_batches(batches, seconds):
+    """A function that makes batches for some time and says how many images a second that was; each time, an epoch."""
     epochs = iter(range(10**6))
 
     def rate():
-        epoch, start = next(epochs), time.perf_counter()
-        images = sum(len(batches.batch(epoch, step)[1]) for step in range(count))
-        return images / (time.perf_counter() - start)
+        epoch = next(epochs)
+        return images_a_second((batches.batch(epoch, step) for step in range(10**9)), seconds)
 
     return rate
 
 
-def of_loader(loader, count):
-    """The same of a DataLoader."""
+def of_loader(loader, seconds):
+    """The same of a DataLoader, whose workers have finished what the last call asked them for."""
 
     def rate():
-        batches = iter(loader)
-        next(batches)  # the workers are at work by now
-        start = time.perf_counter()
-        images = sum(len(next(batches)[1]) for _ in range(count))
-        return images / (time.perf_counter() - start)
+        time.sleep(0.5)
+        return images_a_second(itertools.chain.from_iterable(itertools.repeat(loader)), seconds)
 
     return rate
+
+
+def images_a_second(batches, seconds):
+    next(batches)  # workers are at work, caches warm
+    images, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < seconds:
+        images += len(next(batches)[1])
+    return images / passed
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Augmented training images a second.")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=60, help="a round")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each, a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table")
     return parser.parse_args(argv)
@@ -97,8 +102,8 @@ def main():
         ImageSet(images, normalization), args.batch_size, shuffle=True, num_workers=WORKERS, persistent_workers=True
     )
     rates = {
-        "data.Batches": of_batches(batches, args.batches),
-        f"torchvision, {WORKERS} workers": of_loader(loader, args.batches),
+        "data.Batches": of_batches(batches, args.seconds),
+        f"torchvision, {WORKERS} workers": of_loader(loader, args.seconds),
     }
     found = {name: [] for name in rates}
     for round in range(1 + args.rounds):
