@@ -1,7 +1,7 @@
 """Augmented training images a second: data.Batches against torchvision's transforms in a DataLoader with two workers.
 
 python benchmarks/bench_data.py                                        # batches of 64 images of 32x32, with cutout
-python benchmarks/bench_data.py --write benchmarks/RESULTS_DATA.part.md
+python benchmarks/bench_data.py --update                               # and the table into RESULTS.md
 
 Both make the same distribution: pad 4, random crop, random flip, normalisation, cutout 16. The loader's workers start
 before the clock does. Both take turns; a rate is the median over the rounds, with the smallest and the largest.
@@ -9,7 +9,6 @@ before the clock does. Both take turns; a rate is the median over the rounds, wi
 
 import argparse
 import itertools
-import os
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
+import report
 
 WORKERS = 2
 
@@ -87,7 +87,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each, a round")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table")
+    report.add_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -113,17 +113,15 @@ def main():
                 found[name].append(value)
     ours, theirs = (statistics.median(values) for values in found.values())
     lines = [
-        f"Batches of {args.batch_size} images of 32x32 with cutout; {torch.get_num_threads()} threads, PyTorch "
-        f"{torch.__version__}, load average {os.getloadavg()[0]:.1f}.",
+        f"{report.machine()}; {torch.get_num_threads()} threads; batches of {args.batch_size} images of 32x32 with "
+        f"cutout; median of {args.rounds} rounds (least–most).",
         "",
         "| input pipeline | images/s |",
         "| --- | --- |",
         *(f"| {name} | {statistics.median(v):,.0f} ({min(v):,.0f}–{max(v):,.0f}) |" for name, v in found.items()),
         f"| ratio | **{ours / theirs:.1f}×** |",
     ]
-    print("\n".join(lines))
-    if args.write:
-        args.write.write_text("\n".join(lines) + "\n")
+    report.save("bench_data", "\n".join(lines), args.out, args.update)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 """Time and memory of a search step: the weight update, and the first-order and second-order update of the alphas.
 
 python benchmarks/bench_search.py                               # fast cells against plain ones, three settings
-python benchmarks/bench_search.py --against main                # and against another commit, in the same run
-python benchmarks/bench_search.py --growth                      # step time as batch, channels and layers grow
+python benchmarks/bench_search.py --against HEAD~1              # and against another commit, in the same run
+python benchmarks/bench_search.py --growth --update             # and as batch, channels and layers grow; to RESULTS.md
 python benchmarks/bench_search.py --profile                     # one step by operator
-python benchmarks/bench_search.py --growth --write benchmarks/RESULTS_SEARCH.part.md
+python benchmarks/bench_search.py --device cuda --batch_size 64 256      # eager, mixed precision, CUDA graphs
 
-Every provider is a process of its own, which says what its memory was; they take turns, one step each, after a first
-step that is not counted. A time is the median over the rounds, with the smallest and the largest.
+Every variant is a process of its own, which says what its memory was. They take turns, one step each, after a first
+step that is not counted; on a GPU, whose memory they could not share, one comes after the other. A time is the median
+over the rounds, with the smallest and the largest.
 """
 
 import argparse
 import contextlib
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -31,6 +31,15 @@ SETTINGS = (  # space, without, batch size
     ("darts", "", 64),
 )
 GROWTH = {"batch_size": (16, 32, 64, 128), "init_channels": (8, 16, 32), "layers": (4, 8, 16)}
+VARIANTS = {
+    "cpu": {"fast": {}, "plain": {"fast": False}},
+    "cuda": {
+        "eager": {},
+        "amp": {"amp": True},
+        "CUDA graphs": {"cuda_graph": True},
+        "amp, CUDA graphs": {"amp": True, "cuda_graph": True},
+    },
+}
 
 
 # ------------------------------------------------------------------------------------------------- one process
@@ -42,36 +51,35 @@ def make_step(setting):
 
     from architect import Architect
     from genotypes import SEARCH_SPACES
+    from gradients import Gradients
     from model_search import Network
 
     torch.manual_seed(0)
     if setting["threads"]:
         torch.set_num_threads(setting["threads"])
+    device, B, S = setting["device"], setting["batch_size"], setting["image_size"]
     primitives = [p for p in SEARCH_SPACES[setting["space"]] if p != setting["without"]]
     net = Network(setting["init_channels"], 10, setting["layers"], torch.nn.CrossEntropyLoss(), primitives=primitives)
     net.fast = setting["fast"]
-    net.to(setting["device"], memory_format=torch.channels_last)
+    net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
     args = argparse.Namespace(momentum=0.9, weight_decay=3e-4, arch_learning_rate=3e-4, arch_weight_decay=1e-3)
-    architect = Architect(net, args)
-    shape = setting["batch_size"], 3, setting["image_size"], setting["image_size"]
-    batches = [
-        (
-            torch.randn(shape).to(setting["device"], memory_format=torch.channels_last),
-            torch.randint(10, shape[:1]).to(setting["device"]),
-        )
+    architect = Architect(net, args, Gradients(net, setting["amp"], setting["cuda_graph"]))
+    train, valid = (
+        (torch.randn(B, 3, S, S).to(device, memory_format=torch.channels_last), torch.randint(10, (B,)).to(device))
         for _ in range(2)
-    ]
+    )
 
     def step(phase):
         if phase == "weights":
-            optimizer.zero_grad()
-            net._loss(*batches[0]).backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+            weights = architect.gradients.weights
+            for w, grad in zip(weights, architect.gradients("weights", *train)[2], strict=True):
+                w.grad = grad
+            torch.nn.utils.clip_grad_norm_(weights, 5.0)
             optimizer.step()
         else:
-            architect.step(*batches[0], *batches[1], 0.025, optimizer, unrolled=phase == "second order")
-        if setting["device"] == "cuda":
+            architect.step(*train, *valid, 0.025, optimizer, unrolled=phase == "second order")
+        if device == "cuda":
             torch.cuda.synchronize()
 
     return step
@@ -89,7 +97,7 @@ def work(setting):
             step(phase)
             answer[phase] = time.perf_counter() - wall, time.process_time() - cpu
         if setting["device"] == "cuda":
-            answer["memory"] = torch.cuda.max_memory_allocated() / 1e9
+            answer["memory"] = torch.cuda.max_memory_reserved() / 1e9
         else:
             answer["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # of kilobytes
         print(json.dumps(answer), flush=True)
@@ -99,9 +107,9 @@ def profile(setting):
     import torch.profiler
 
     step = make_step(setting)
-    for phase in ("weights", "second order"):
+    for phase in PHASES[::2]:
         step(phase)
-    for phase in ("weights", "second order"):
+    for phase in PHASES[::2]:
         with torch.profiler.profile() as profiler:
             step(phase)
         print(f"\n{phase}: {setting}\n")
@@ -111,15 +119,13 @@ def profile(setting):
 # ----------------------------------------------------------------------------------------------- all processes
 
 
-class Provider:
+class Worker:
     """A process that holds a supernet and does a step when asked."""
 
     def __init__(self, tree, setting):
-        # a thread that waits for others must not spin on a core that they need
-        environment = os.environ | {"PYTHONPATH": str(tree), "OMP_WAIT_POLICY": "PASSIVE"}
         command = [sys.executable, __file__, "--worker", json.dumps(setting)]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen(command, env=environment, **pipes)
+        self.process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(tree)}, **pipes)
         self.answers = []
 
     def step(self):
@@ -130,7 +136,8 @@ class Provider:
         self.answers.append(json.loads(line))
 
     def close(self):
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
     def seconds(self, phase, clock=0):
@@ -139,17 +146,19 @@ class Provider:
         return statistics.median(times), min(times), max(times)
 
 
-def measure(trees, setting, rounds):
-    """{name: Provider} after a first step and `rounds` interleaved ones; trees are {name: (folder, fast)}."""
-    providers = {name: Provider(tree, setting | {"fast": fast}) for name, (tree, fast) in trees.items()}
+def measure(variants, setting, rounds):
+    """{name: Worker} after a first step and `rounds` more; variants are {name: (folder, changes of the setting)}."""
+    if setting["device"] == "cuda" and len(variants) > 1:
+        return {name: measure({name: variant}, setting, rounds)[name] for name, variant in variants.items()}
+    workers = {name: Worker(tree, setting | changes) for name, (tree, changes) in variants.items()}
     try:
         for _ in range(1 + rounds):
-            for provider in providers.values():
-                provider.step()
+            for worker in workers.values():
+                worker.step()
     finally:
-        for provider in providers.values():
-            provider.close()
-    return providers
+        for worker in workers.values():
+            worker.close()
+    return workers
 
 
 @contextlib.contextmanager
@@ -164,22 +173,24 @@ def worktree(ref):
             subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", tree], check=True)
 
 
-def step_table(trees, base, settings, rounds):
+def step_table(variants, base, settings, rounds):
     lines = [
-        "| supernet | batch | cells | weights | first order | second order | weights + second order | CPU time of it "
-        "| peak memory |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| supernet | batch | variant | weights | first order | second order | weights + second order | CPU time of it "
+        "| against weights + first order | peak memory |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for space, without, batch_size in settings:
         setting = base | {"space": space, "without": without, "batch_size": batch_size}
-        for name, provider in measure(trees, setting, rounds).items():
-            steps = ["{:.2f} s ({:.2f}–{:.2f})".format(*provider.seconds(phase)) for phase in PHASES]
-            total, cpu = (sum(provider.seconds(phase, clock)[0] for phase in PHASES[::2]) for clock in (0, 1))
+        for name, worker in measure(variants, setting, rounds).items():
+            steps = ["{:.3g} s ({:.3g}–{:.3g})".format(*worker.seconds(phase)) for phase in PHASES]
+            weights, first, second = (worker.seconds(phase)[0] for phase in PHASES)
+            cpu = sum(worker.seconds(phase, clock=1)[0] for phase in PHASES[::2])
             label = f"{space} without {without}" if without else space
-            memory = provider.answers[-1]["memory"]
-            cells = f"| {label} | {batch_size} | {name} | {' | '.join(steps)} | **{total:.2f} s** | {cpu:.2f} s "
-            lines.append(cells + f"| {memory:.2f} GB |")
-            print(lines[-1], flush=True)
+            lines.append(
+                f"| {label} | {batch_size} | {name} | {' | '.join(steps)} | **{weights + second:.3g} s** | {cpu:.3g} s "
+                f"| {(weights + second) / (weights + first):.1f}× | {worker.answers[-1]['memory']:.2f} GB |"
+            )
+            print(lines[-1], file=sys.stderr, flush=True)
     return lines
 
 
@@ -193,94 +204,84 @@ def growth_table(base, rounds, figure):
     for name, sizes in GROWTH.items():
         for size in sizes:
             setting = base | {"batch_size": 16} | {name: size, "phases": PHASES[::2]}
-            (provider,) = measure({"fast": (ROOT, True)}, setting, rounds).values()
-            total = sum(provider.seconds(phase)[0] for phase in PHASES[::2])
+            (worker,) = measure({"": (ROOT, {})}, setting, rounds).values()
+            total = sum(worker.seconds(phase)[0] for phase in PHASES[::2])
             curves.setdefault(name, []).append(total)
             share = total / size / (curves[name][0] / sizes[0])
-            memory = provider.answers[-1]["memory"]
-            lines.append(f"| {name} | {size} | {total:.2f} s | {share:.2f} | {memory:.2f} GB |")
-            print(lines[-1], flush=True)
-    if figure:
-        plot(curves, figure)
+            lines.append(f"| {name} | {size} | {total:.2f} s | {share:.2f} | {worker.answers[-1]['memory']:.2f} GB |")
+            print(lines[-1], file=sys.stderr, flush=True)
+    plot(curves, figure)
     return lines
 
 
 def plot(curves, path):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(curves), figsize=(11, 3.2))
-    for axis, (name, times) in zip(axes, curves.items(), strict=True):
+    figure = Figure(figsize=(11, 3.2))
+    for axis, (name, times) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
         sizes = GROWTH[name]
         axis.plot(sizes, times, "o-", label="measured")
         axis.plot(sizes, [times[0] * size / sizes[0] for size in sizes], ":", color="grey", label="linear")
         axis.set(xlabel=name, ylabel="seconds a step", xscale="log", yscale="log")
         axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.set_yticks(times, [f"{seconds:.2g}" for seconds in times])
         axis.minorticks_off()
         axis.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
 
 
-def describe_machine(base):
-    import torch
+def parse_args():
+    import report
 
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        names = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        processor = names[0].split(":", 1)[1].strip()
-    threads = base["threads"] or torch.get_num_threads()
-    device = torch.cuda.get_device_name() if base["device"] == "cuda" else f"{processor}, {threads} threads"
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    return f"{device}; PyTorch {torch.__version__}, Python {platform.python_version()}; load average {load:.1f}"
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Time and memory of a search step.")
+    parser = argparse.ArgumentParser(
+        description="Time and memory of a search step.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--device", choices=VARIANTS, default="cpu")
     parser.add_argument("--init_channels", type=int, default=16)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--image_size", type=int, default=32, help="pixels")
-    parser.add_argument("--batch_size", type=int, help="of all settings (default: 16 or 64, by setting)")
+    parser.add_argument("--batch_size", type=int, nargs="*", help="of the default space, in place of the settings")
     parser.add_argument("--rounds", type=int, default=5, help="steps that are measured")
     parser.add_argument("--threads", type=int, default=0, help="0 for PyTorch's choice")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--settings", type=int, nargs="*", choices=range(len(SETTINGS)), help="of the step table")
-    parser.add_argument("--against", metavar="REF", help="a commit to compare with")
-    parser.add_argument("--no_plain", action="store_true", help="leave the plain cells out")
+    parser.add_argument("--variants", nargs="*", choices=[name for names in VARIANTS.values() for name in names])
+    parser.add_argument("--against", metavar="REF", help="a commit to compare with, one that has gradients.py")
     parser.add_argument("--growth", action="store_true", help="the growth table too")
     parser.add_argument("--profile", action="store_true", help="one step by operator instead of tables")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the tables, and a plot beside them")
-    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    report.add_arguments(parser)
+    return parser.parse_args()
 
 
 def main():
+    import report
+
     args = parse_args()
-    if args.worker:
-        return work(args.worker)
     base = {name: getattr(args, name) for name in ("init_channels", "layers", "image_size", "threads", "device")}
-    base |= {"space": "involution", "without": "", "phases": PHASES, "fast": True}
+    base |= {"space": "involution", "without": "", "phases": PHASES, "fast": True, "amp": False, "cuda_graph": False}
     settings = [SETTINGS[k] for k in args.settings] if args.settings is not None else SETTINGS
-    settings = [(space, without, args.batch_size or batch_size) for space, without, batch_size in settings]
+    if args.batch_size:
+        settings = [("involution", "", batch_size) for batch_size in args.batch_size]
     if args.profile:
         sys.path.insert(0, str(ROOT))
         for space, without, batch_size in settings:
             profile(base | {"space": space, "without": without, "batch_size": batch_size})
         return
-    trees = {"fast": (ROOT, True)} | ({} if args.no_plain else {"plain": (ROOT, False)})
-    text = [describe_machine(base), ""]
-    print(text[0])
+    chosen = VARIANTS[args.device]
+    variants = {name: (ROOT, chosen[name]) for name in args.variants or chosen}
+    text = [f"{report.machine(args.device)}; median of {args.rounds} steps (least–most).", ""]
     with contextlib.ExitStack() as stack:
         if args.against:
-            trees[args.against] = stack.enter_context(worktree(args.against)), True
-        text += step_table(trees, base, settings, args.rounds)
+            variants[args.against] = stack.enter_context(worktree(args.against)), {}
+        text += step_table(variants, base, settings, args.rounds)
     if args.growth:
-        text += ["", *growth_table(base, args.rounds, args.write and args.write.with_name("search_growth.png"))]
-    if args.write:
-        args.write.write_text("\n".join(text) + "\n")
+        args.out.mkdir(parents=True, exist_ok=True)
+        text += ["", *growth_table(base, args.rounds, args.out / "bench_search.png")]
+    report.save("bench_search", "\n".join(text), args.out, args.update)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--worker"]:
+        work(json.loads(sys.argv[2]))
+    else:
+        main()

@@ -1,0 +1,40 @@
+"""What all benchmarks say of the machine, and where their tables go."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+
+
+def machine(device="cpu"):
+    """The processor or the card, and versions."""
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = models[0] if models else platform.processor() or platform.machine()
+        name += f", {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}; PyTorch {torch.__version__}, Python {platform.python_version()}"
+
+
+def save(name, text, out, update):
+    """Print a text, write it to `out`/NAME.md, and with `update` put it between NAME's marks in RESULTS.md."""
+    print(text)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.md").write_text(text + "\n")
+    if update:
+        path, begin, end = FOLDER / "RESULTS.md", f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, found, rest = path.read_text().partition(begin)
+        if not found or end not in rest:
+            raise ValueError(f"{path} has no place for this table: the lines {begin} and {end} are missing")
+        path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
+def add_arguments(parser):
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the table and the plots")
+    parser.add_argument("--update", action="store_true", help="put the table into benchmarks/RESULTS.md too")
