@@ -31,7 +31,7 @@ constexpr int64_t kCombined = 48;     // pixels of a tile of `combine`: a multip
 constexpr int64_t kMultiplied = 128;  // pixels of a tile of `multiply`
 constexpr int64_t kBatchBytes = 4 << 20;  // of the candidates that backward visits twice in turn
 constexpr double kEps = 1e-5;         // of batch norm
-constexpr int kRows = 6;              // pixels (or channels) whose sums are held in registers, two vectors each
+constexpr int kRows = 12;             // vectors of sums that are held in registers
 
 template <class A>
 constexpr int kLanes = kVectorBytes / sizeof(A);
@@ -42,6 +42,14 @@ struct VectorOf {
 };
 template <class A>
 using Vec = typename VectorOf<A>::type;
+
+constexpr int kQuad = 4;  // the channels of the narrowest common images
+template <class A>
+struct QuadOf {
+  typedef A type __attribute__((vector_size(kQuad * sizeof(A))));
+};
+template <class A>
+using Quad = typename QuadOf<A>::type;
 
 template <class A>
 inline Vec<A> load(const A* p) {
@@ -104,12 +112,23 @@ struct Operand {  // images side by side
     if (pitch > width) std::fill_n(copy, rows * pitch, A(0));
     int64_t offset = 0;
     for (const auto& part : parts) {
-      const A *x = part.x + p0 * part.width, *mask = part.mask + p0 * part.width;
-      for (int64_t p = 0; p < rows; ++p)
-        for (int64_t c = 0; c < part.width; ++c) {
-          const int64_t at = p * part.width + c;
-          copy[p * pitch + offset + c] = part.mask && !(mask[at] > 0) ? A(0) : x[at];
+      const A *x = part.x + p0 * part.width, *mask = part.mask ? part.mask + p0 * part.width : nullptr;
+      for (int64_t p = 0; p < rows; ++p) {
+        A* to = copy + p * pitch + offset;
+        int64_t c = 0;
+        for (; c + kQuad <= part.width; c += kQuad, x += kQuad) {
+          Quad<A> four;
+          std::memcpy(&four, x, sizeof(four));
+          if (mask) {
+            Quad<A> sign;
+            std::memcpy(&sign, mask, sizeof(sign));
+            four = sign > 0 ? four : Quad<A>{};
+            mask += kQuad;
+          }
+          std::memcpy(to + c, &four, sizeof(four));
         }
+        for (; c < part.width; ++c, ++x) to[c] = mask && !(*mask++ > 0) ? A(0) : *x;
+      }
       offset += part.width;
     }
     return copy;
@@ -123,7 +142,7 @@ template <class A, int R, int V>
 inline void combine_block(const A* x, int64_t pitch, int64_t depth, const A* matrix, int64_t width, A* out) {
   constexpr int L = kLanes<A>;
   Vec<A> sum[R][V];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) sum[r][v] = load(out + r * width + v * L);
@@ -131,12 +150,12 @@ inline void combine_block(const A* x, int64_t pitch, int64_t depth, const A* mat
     Vec<A> row[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) row[v] = load(matrix + k * width + v * L);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sum[r][v] += row[v] * x[r * pitch + k];
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) store(out + r * width + v * L, sum[r][v]);
@@ -144,9 +163,10 @@ inline void combine_block(const A* x, int64_t pitch, int64_t depth, const A* mat
 
 template <class A, int V>
 void combine_columns(const A* x, int64_t pitch, int64_t depth, const A* matrix, int64_t width, A* out, int64_t rows) {
+  constexpr int R = kRows / V;
   int64_t p = 0;
-  for (; p + kRows <= rows; p += kRows)
-    combine_block<A, kRows, V>(x + p * pitch, pitch, depth, matrix, width, out + p * width);
+  for (; p + R <= rows; p += R)
+    combine_block<A, R, V>(x + p * pitch, pitch, depth, matrix, width, out + p * width);
   for (; p < rows; ++p) combine_block<A, 1, V>(x + p * pitch, pitch, depth, matrix, width, out + p * width);
 }
 
@@ -244,8 +264,9 @@ inline void multiply_block(const A* a, int64_t a_pitch, const A* b, int64_t b_pi
 template <class A, int V>
 void multiply_columns(const A* a, int64_t a_pitch, int64_t a_width, const A* b, int64_t b_pitch, int64_t rows,
                       double* sums) {
+  constexpr int R = 8 / V;
   int64_t r = 0;
-  for (; r + 4 <= a_width; r += 4) multiply_block<A, 4, V>(a + r, a_pitch, b, b_pitch, rows, sums + r * b_pitch);
+  for (; r + R <= a_width; r += R) multiply_block<A, R, V>(a + r, a_pitch, b, b_pitch, rows, sums + r * b_pitch);
   for (; r < a_width; ++r) multiply_block<A, 1, V>(a + r, a_pitch, b, b_pitch, rows, sums + r * b_pitch);
 }
 
