@@ -11,10 +11,11 @@ computes it from them with the work shared that the edges have in common:
           node = sum_t alpha_t x_t + sum_k alpha_k norm_k(W_k z_k)
 
       where W_k z_k is the last 1x1 convolution of a candidate, which is never written to memory on the CPU.
+    - the plain terms of a state (itself, its pooled images) are weighted and summed for all nodes in one sweep.
 
 An operation of another class than those of operations.py, one with hooks, or one whose batch norm is not as `OPS`
-makes it is a plain term: its own forward is called. Two backends do the work, with the same four functions (`heads`,
-`involutions`, `depthwise`, `mix`): fast_cell_cpu.py, which cannot be differentiated twice, and fast_cell_torch.py.
+makes it is a plain term: its own forward is called. Two backends do the work, with the same functions (`heads`,
+`involutions`, `depthwise`, `spread`, `mix`): fast_cell_cpu.py, which cannot be differentiated twice, and fast_cell_torch.py.
 """
 
 import functools
@@ -46,19 +47,22 @@ def forward(cell, s0, s1, weights):
     """The forward of a `model_search.Cell`: two feature maps and (edges, primitives) -> (N, multiplier * C, H', W')."""
     states = [cell.preprocess0(s0), cell.preprocess1(s1)]
     backend = choose_backend(states[0])
-    edges = iter(cell._ops)
-    into = [[next(edges) for _ in range(2 + node)] for node in range(cell._steps)]  # edges by the node they enter
-    terms = [[] for _ in into]  # of each node: (edge, primitive, Term)
-    first = 0
-    for node, entering in enumerate(into):
+    edges, alphas = iter(cell._ops), iter(weights.unbind())
+    into = [[(next(edges), next(alphas).unbind()) for _ in range(2 + node)] for node in range(cell._steps)]
+    parts, linear = [[] for _ in into], [[] for _ in into]  # of each node: images, and (alpha, Term)
+    for node in range(cell._steps):
         for j in range(len(states) - (1 if node else 2), len(states)):
-            leaving = {n: into[n][j] for n in range(node, cell._steps)}
-            for n, k, term in _expand(states[j], leaving, cell.training, backend):
-                terms[n].append((j, k, term))
-        alphas = weights[first : first + len(entering)]
-        first += len(entering)
-        states.append(_sum(terms[node], alphas, backend))
-        terms[node] = None  # what is not needed for backward is freed
+            plain = []
+            for n, k, term in _expand(states[j], {n: into[n][j][0] for n in range(node, cell._steps)}, backend):
+                alpha = into[n][j][1][k]
+                if term.weight is None:
+                    plain.append((n, alpha, term.input))
+                else:
+                    linear[n].append((alpha, term))
+            for n, part in _spread(plain, backend):
+                parts[n].append(part)
+        states.append(_sum(parts[node], linear[node], backend))
+        parts[node] = linear[node] = None  # what is not needed for backward is freed
     return torch.cat(states[-cell._multiplier :], dim=1)
 
 
@@ -82,29 +86,39 @@ def _cpu_backend():
     return fast_cell_cpu
 
 
-def _sum(terms, alphas, backend):
-    """A node from its terms: plain ones, and linear ones by the width of their input."""
-    plain, linear = [], defaultdict(list)
-    for term in terms:
-        (plain if term[2].weight is None else linear[term[2].input.shape[1]]).append(term)
-    groups = [plain, *linear.values()]
-    values = alphas.flatten().unbind()  # not an index, whose copy to a GPU would wait for it
-    alphas = torch.stack([values[j * alphas.shape[1] + k] for group in groups for j, k, _ in group])
-    alphas = alphas.split([len(group) for group in groups])
-    groups = [[term for _, _, term in group] for group in groups]
-    return backend.mix(groups[0], alphas[0], groups[1:], alphas[1:])
+def _spread(plain, backend):
+    """(node, image) of what the plain terms (node, alpha, image) of a state add up to, for every node they enter."""
+    images, alphas = {}, defaultdict(dict)  # by the address of the image: itself; its alphas by node
+    for n, alpha, x in plain:
+        images[id(x)] = x
+        alphas[id(x)][n] = alphas[id(x)][n] + alpha if n in alphas[id(x)] else alpha
+    groups = defaultdict(list)  # images that enter the same nodes
+    for key, of_node in alphas.items():
+        groups[tuple(of_node)].append(key)
+    for nodes, keys in groups.items():
+        matrix = torch.stack([alphas[key][n] for n in nodes for key in keys]).view(len(nodes), len(keys))
+        yield from zip(nodes, backend.spread([images[key] for key in keys], matrix), strict=True)
+
+
+def _sum(parts, linear, backend):
+    """A node from its parts and from its linear terms (alpha, Term), which go by the width of their input."""
+    groups = defaultdict(list)
+    for alpha, term in linear:
+        groups[term.input.shape[1]].append((alpha, term))
+    alphas = [torch.stack([alpha for alpha, _ in group]) for group in groups.values()]
+    return backend.mix(parts, [[term for _, term in group] for group in groups.values()], alphas)
 
 
 # ------------------------------------------------------------------------------------- the terms of each primitive
 
 
-def _expand(x, edges, training, backend):
+def _expand(x, edges, backend):
     """(node, primitive, Term) of every candidate on the edges {node: MixedOp} that leave state x (N, C, H, W)."""
     places = defaultdict(list)
     for node, edge in edges.items():
         for k in edge._computed:
             op = edge._ops[k]
-            places[_kind(op, training)].append((node, k, op))
+            places[_kind(op, edge.training)].append((node, k, op))
     relu = functools.cache(lambda: F.relu(x))
     for (kind, *_), found in places.items():
         terms = _TERMS[kind](x, relu, [op for _, _, op in found], backend)

@@ -135,6 +135,13 @@ struct Operand {  // images side by side
   }
 };
 
+template <class A>
+std::deque<Operand<A>> read_operands(Reader& reader) {  // a deque keeps its elements where they are
+  std::deque<Operand<A>> operands;
+  for (int64_t n = reader.number(); n > 0; --n) operands.emplace_back(reader);
+  return operands;
+}
+
 // -------------------------------------------------------------------------------------------------------- combine
 
 // out[r][v] += sum_k x[r][k] * matrix[k][v]
@@ -356,6 +363,45 @@ void multiply(int64_t pixels, std::vector<Product<A>>& products) {
   });
 }
 
+template <class A>
+std::vector<Part<A>> image(A* data, int64_t width) {
+  return {{data, nullptr, width}};
+}
+
+// --------------------------------------------------------------------------------------------------------- spread
+
+// results[n] = sum over t of alphas[n][t] * images[t]
+template <class A>
+void spread(int64_t pixels, Reader reader) {
+  const auto images = read_operands<A>(reader);
+  std::vector<Combination<A>> results;
+  for (int64_t n = reader.number(); n > 0; --n) results.emplace_back(image(reader.address<A>(), images[0].width), false);
+  const A* alpha = reader.address<const A>();
+  for (auto& result : results)
+    for (const auto& operand : images) result.add(operand, *alpha++);
+  combine(pixels, results);
+}
+
+// From the gradients of the results, those of the alphas, and of the images whose address is not null
+template <class A>
+void spread_backward(int64_t pixels, Reader reader) {
+  const auto images = read_operands<A>(reader), grads = read_operands<A>(reader);
+  const A* alphas = reader.address<const A>();
+  double* grad_alphas = reader.address<double>();
+  std::vector<Product<A>> products;
+  for (const auto& grad : grads)
+    for (const auto& operand : images) products.emplace_back(grad, operand, true);
+  multiply(pixels, products);
+  for (const auto& product : products) *grad_alphas++ = product.result[0];
+  std::vector<Combination<A>> grad_images;
+  for (size_t t = 0; t < images.size(); ++t)
+    if (A* to = reader.address<A>()) {
+      grad_images.emplace_back(image(to, images[t].width), false);
+      for (size_t n = 0; n < grads.size(); ++n) grad_images.back().add(grads[n], alphas[n * images.size() + t]);
+    }
+  combine(pixels, grad_images);
+}
+
 // ------------------------------------------------------------------------------------------------------------ mix
 
 // The equations are those of fast_cell_cpu.py: W is `weight`, m is `mean_z`, WS is `WS`, s is `s`.
@@ -451,11 +497,8 @@ void mix(int64_t pixels, bool training, Reader reader) {
   const bool relu = reader.number();
   const Operand<A> results(reader);
   Combination<A> node(results.parts, relu);
-  std::deque<Operand<A>> plain;  // keeps its elements where they are
-  for (int64_t n = reader.number(); n > 0; --n) {
-    plain.emplace_back(reader);
-    node.add(plain.back(), *reader.address<const A>());
-  }
+  const auto parts = read_operands<A>(reader);
+  for (const auto& part : parts) node.add(part, A(1));
   std::deque<Candidate<A>> candidates;
   for (int64_t n = reader.number(); n > 0; --n) candidates.emplace_back(reader);
   std::vector<Product<A>> moments;
@@ -480,33 +523,16 @@ void mix(int64_t pixels, bool training, Reader reader) {
 template <class A>
 void mix_backward(int64_t pixels, bool training, Reader reader) {
   const Operand<A> g(reader);
-  std::deque<Operand<A>> operands;
-  std::vector<Product<A>> products;
-  std::vector<Combination<A>> combinations;
-  std::vector<double*> grad_alphas;
-  const auto image = [](A* data, int64_t width) { return std::vector<Part<A>>{{data, nullptr, width}}; };
-  for (int64_t n = reader.number(); n > 0; --n) {  // plain terms
-    operands.emplace_back(reader);
-    const A* alpha = reader.address<const A>();
-    grad_alphas.push_back(reader.address<double>());
-    products.emplace_back(g, operands.back(), true);
-    if (A* grad = reader.address<A>()) {
-      combinations.emplace_back(image(grad, g.width), false);
-      combinations.back().add(g, *alpha);
-    }
-  }
-  multiply(pixels, products);
-  for (size_t k = 0; k < products.size(); ++k) *grad_alphas[k] = products[k].result[0];
-  combine(pixels, combinations);
-
   // a few candidates at a time: what the first sweep over pixels has read, the second finds in the cache
   for (int64_t n = reader.number(); n > 0;) {
     const int64_t bytes = pixels * g.width * sizeof(A), count = std::min(n, std::max<int64_t>(2, kBatchBytes / bytes));
     std::deque<Candidate<A>> candidates;
+    std::deque<std::deque<Operand<A>>> operands;
+    std::vector<Product<A>> products;
+    std::vector<Combination<A>> combinations;
     std::vector<double*> to_alpha;
     std::vector<A*> to_weight;
     std::vector<int64_t> of_candidate;
-    products.clear(), combinations.clear(), operands.clear();
     for (int64_t k = 0; k < count; ++k) {
       candidates.emplace_back(reader);
       products.emplace_back(g, candidates.back().z);
@@ -514,11 +540,10 @@ void mix_backward(int64_t pixels, bool training, Reader reader) {
       to_weight.push_back(reader.address<A>());
       A* grad_z = reader.address<A>();
       of_candidate.push_back(grad_z ? int64_t(combinations.size()) : -1);
-      if (grad_z) combinations.emplace_back(image(grad_z, candidates.back().K), false);
-      for (int64_t more = reader.number(); more > 0; --more) {  // what else is added to the gradient of z
-        operands.emplace_back(reader);
-        if (grad_z) combinations.back().add(operands.back(), A(1));
-      }
+      operands.push_back(read_operands<A>(reader));  // what else is added to the gradient of z
+      if (!grad_z) continue;
+      combinations.emplace_back(image(grad_z, candidates.back().K), false);
+      for (const auto& operand : operands.back()) combinations.back().add(operand, A(1));
     }
     multiply(pixels, products);
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
@@ -756,6 +781,14 @@ int with_dtype(int64_t is_double, const F& f) {
 // Images are channels-last and dense. Each function returns 0, or 1 when out of memory. `packed` is read in the order
 // of the constructors above; fast_cell_cpu.py writes it.
 extern "C" {
+
+int fast_cell_spread(int64_t is_double, int64_t pixels, const int64_t* packed) {
+  return with_dtype(is_double, [&](auto zero) { spread<decltype(zero)>(pixels, Reader(packed)); });
+}
+
+int fast_cell_spread_backward(int64_t is_double, int64_t pixels, const int64_t* packed) {
+  return with_dtype(is_double, [&](auto zero) { spread_backward<decltype(zero)>(pixels, Reader(packed)); });
+}
 
 int fast_cell_mix(int64_t is_double, int64_t pixels, int64_t training, const int64_t* packed) {
   return with_dtype(is_double, [&](auto zero) { mix<decltype(zero)>(pixels, training, Reader(packed)); });

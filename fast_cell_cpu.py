@@ -1,4 +1,4 @@
-"""The three functions of fast_cell.py on the CPU: float32 and float64, in C++, differentiable once.
+"""The functions of fast_cell.py on the CPU: float32 and float64, in C++, differentiable once.
 
 A candidate ends in a 1x1 convolution and a batch norm without parameters: v = W z, then (v - mean v) / sqrt(var v).
 v is linear in z, so that its statistics follow from the mean m and the covariance S of z's channels,
@@ -28,7 +28,7 @@ import involution_cpu
 from fast_cell_torch import track
 from involution_cpu import BuildError
 
-__all__ = ["BuildError", "depthwise", "heads", "involutions", "library", "mix"]
+__all__ = ["BuildError", "depthwise", "heads", "involutions", "library", "mix", "spread"]
 
 
 def library():
@@ -58,13 +58,18 @@ def depthwise(x, weight, stride, dilation):
     return _Depthwise.apply(x, weight, stride, dilation)
 
 
-def mix(plain, plain_alphas, linear, linear_alphas):
+def spread(images, alphas):
+    """[sum_t alphas[n, t] * images[t]] for every row n of alphas."""
+    return _Spread.apply(alphas, *images)
+
+
+def mix(parts, linear, linear_alphas):
     """A node, as fast_cell_torch.mix."""
-    tensors = [term.input for term in plain]
+    tensors = list(parts)
     for terms in linear:
         tensors += [term.input for term in terms] + [term.weight for term in terms]
     norms = [[term.norm for term in terms] for terms in linear]
-    return _Mix.apply(norms, plain_alphas, *linear_alphas, *tensors)
+    return _Mix.apply(norms, len(parts), *linear_alphas, *tensors)
 
 
 def _once_differentiable(backward):
@@ -163,58 +168,71 @@ class _Depthwise(Function):
         return *grads, None, None
 
 
-class _Mix(Function):
-    """Arguments: norms of each group; alphas of the plain terms and of each group; inputs; inputs, weights of each."""
+class _Spread(Function):
+    @staticmethod
+    def forward(ctx, alphas, *images):
+        images, alphas = [_channels_last(x) for x in images], alphas.contiguous()
+        results = [_image(images[0], images[0].shape[1]) for _ in alphas]
+        packed = [*_operands(images), len(results), *(x.data_ptr() for x in results), alphas.data_ptr()]
+        _call_on_pixels("spread", images[0], packed)
+        ctx.save_for_backward(alphas, *images)
+        return tuple(results)
 
     @staticmethod
-    def forward(ctx, norms, plain_alphas, *tensors):
+    @_once_differentiable
+    def backward(ctx, *grads):
+        (alphas, *images), grads = ctx.saved_tensors, [_channels_last(g) for g in grads]
+        to_images = [torch.empty_like(x) if n else None for x, n in zip(images, ctx.needs_input_grad[1:], strict=True)]
+        to_alphas = torch.empty_like(alphas, dtype=torch.float64)
+        packed = [*_operands(images), *_operands(grads), alphas.data_ptr(), to_alphas.data_ptr()]
+        _call_on_pixels("spread_backward", images[0], packed + [_address(x) for x in to_images])
+        return to_alphas.to(alphas.dtype), *to_images
+
+
+class _Mix(Function):
+    """Arguments: norms of each group; how many parts; alphas of each group; parts; inputs, weights of each group."""
+
+    @staticmethod
+    def forward(ctx, norms, parts, *tensors):
         alphas, tensors = tensors[: len(norms)], list(tensors[len(norms) :])
-        plain = [_channels_last(tensors.pop(0)) for _ in plain_alphas]
+        parts, tensors = [_channels_last(x) for x in tensors[:parts]], tensors[parts:]
         sizes, linear, ctx.stats = [len(group) for group in norms], [], []
         for group, n in zip(norms, sizes, strict=True):
             z, weights = [_channels_last(x) for x in tensors[:n]], [w.contiguous() for w in tensors[n : 2 * n]]
             tensors = tensors[2 * n :]
             linear.append((z, weights))
             ctx.stats.append(_statistics(group, n, *weights[0].shape[:2]))
-        like, C = (plain[0], plain[0].shape[1]) if plain else (linear[0][0][0], len(linear[0][1][0]))
+        like, C = (parts[0], parts[0].shape[1]) if parts else (linear[0][0][0], len(linear[0][1][0]))
         node = _image(like, C)
-        packed = [False, *_parts([node]), len(plain)]
-        for x, alpha in zip(plain, _items(plain_alphas), strict=True):
-            packed += [*_parts([x]), alpha]
-        packed.append(sum(sizes))
+        packed = [False, *_parts([node]), *_operands(parts), sum(sizes)]
         for (z, weights), alpha, stats in zip(linear, alphas, ctx.stats, strict=True):
             for x, weight, a, s in zip(z, weights, _items(alpha), _items(stats), strict=True):
                 packed += [*_parts([x]), C, weight.data_ptr(), a, s]
         ctx.training = all(group[0].training for group in norms)
-        _call_on_pixels("mix", node, ctx.training, packed)
+        _call_with_statistics("mix", node, ctx.training, packed)
         for group, stats in zip(norms, ctx.stats, strict=True):
             _track(group, stats, C)
-        ctx.save_for_backward(plain_alphas, *alphas, *plain, *(tensor for z, w in linear for tensor in (*z, *w)))
+        ctx.parts = len(parts)
+        ctx.save_for_backward(*alphas, *(tensor for z, w in linear for tensor in (*z, *w)))
         return node
 
     @staticmethod
     @_once_differentiable
     def backward(ctx, grad):
-        grad, groups = _channels_last(grad), len(ctx.stats)
-        plain_alphas, *tensors = ctx.saved_tensors
-        alphas, tensors = tensors[:groups], tensors[groups:]
-        needed = ctx.needs_input_grad[2 + groups :]
-        grads = [torch.empty_like(tensor) if n else None for tensor, n in zip(tensors, needed, strict=True)]
+        grad, groups, needed = _channels_last(grad), len(ctx.stats), ctx.needs_input_grad[2:]
+        alphas, tensors = ctx.saved_tensors[:groups], ctx.saved_tensors[groups:]
+        grads = [torch.empty_like(x) if n else None for x, n in zip(tensors, needed[groups + ctx.parts :], strict=True)]
         left = iter(zip(tensors, grads, strict=True))
-        to_alphas = [torch.empty_like(a, dtype=torch.float64) for a in (plain_alphas, *alphas)]
-        packed = [*_parts([grad]), len(plain_alphas)]
-        for alpha, to_alpha in zip(_items(plain_alphas), _items(to_alphas[0]), strict=True):
-            x, to_x = next(left)
-            packed += [*_parts([x]), alpha, to_alpha, _address(to_x)]
-        packed.append(sum(len(a) for a in alphas))
-        for alpha, to_alpha, stats in zip(alphas, to_alphas[1:], ctx.stats, strict=True):
+        to_alphas = [torch.empty_like(alpha, dtype=torch.float64) for alpha in alphas]
+        packed = [*_parts([grad]), sum(len(alpha) for alpha in alphas)]
+        for alpha, to_alpha, stats in zip(alphas, to_alphas, ctx.stats, strict=True):
             z, weights = [next(left) for _ in alpha], [next(left) for _ in alpha]
             places = zip(z, weights, _items(alpha), _items(to_alpha), _items(stats), strict=True)
             for (x, to_x), (weight, to_weight), a, to_a, s in places:
                 packed += [*_parts([x]), len(weight), weight.data_ptr(), a, s]
                 packed += [to_a, _address(to_weight), _address(to_x), 0]
-        _call_on_pixels("mix_backward", grad, ctx.training, packed)
-        return None, *(to_alpha.to(grad.dtype) for to_alpha in to_alphas), *grads
+        _call_with_statistics("mix_backward", grad, ctx.training, packed)
+        return None, None, *(to_alpha.to(grad.dtype) for to_alpha in to_alphas), *[grad] * ctx.parts, *grads
 
 
 def _heads(x, weights, norms):
@@ -222,7 +240,7 @@ def _heads(x, weights, norms):
     weight = torch.cat(weights)
     hidden, stats = [_image(x, len(w)) for w in weights], _statistics(norms, 1, *weight.shape[:2])
     packed = [True, *_parts(hidden), 0, 1, *_parts([x]), len(weight), weight.data_ptr(), 0, stats.data_ptr()]
-    _call_on_pixels("mix", x, norms[0].training, packed)
+    _call_with_statistics("mix", x, norms[0].training, packed)
     _track(norms, stats, len(weight))
     return hidden, stats
 
@@ -231,11 +249,9 @@ def _heads_backward(grads, x, weights, hidden, stats, training, more=()):
     """The gradient of x, plus all images in `more`, and those of the weights."""
     weight, grads, more = torch.cat(weights), [_channels_last(g) for g in grads], [_channels_last(g) for g in more]
     to_x, to_weight, to_alpha = torch.empty_like(x), torch.empty_like(weight), x.new_empty(1, dtype=torch.float64)
-    packed = [*_parts(grads, hidden), 0, 1, *_parts([x]), len(weight), weight.data_ptr(), 0, stats.data_ptr()]
-    packed += [to_alpha.data_ptr(), to_weight.data_ptr(), to_x.data_ptr(), len(more)]
-    for grad in more:
-        packed += _parts([grad])
-    _call_on_pixels("mix_backward", x, training, packed)
+    packed = [*_parts(grads, hidden), 1, *_parts([x]), len(weight), weight.data_ptr(), 0, stats.data_ptr()]
+    packed += [to_alpha.data_ptr(), to_weight.data_ptr(), to_x.data_ptr(), *_operands(more)]
+    _call_with_statistics("mix_backward", x, training, packed)
     return to_x, *to_weight.split([len(w) for w in weights])
 
 
@@ -283,6 +299,11 @@ def _parts(images, masks=()):
     return packed
 
 
+def _operands(images):
+    """A list of an operand each."""
+    return [len(images), *(number for image in images for number in _parts([image]))]
+
+
 def _items(tensor):
     """The addresses of the slices of a contiguous tensor."""
     step = tensor.stride(0) * tensor.element_size()
@@ -301,11 +322,18 @@ def _numbers(values):
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def _call_on_pixels(name, image, training, packed):
-    pixels = image.numel() // image.shape[1]
-    if training and pixels == 1:
+def _call_with_statistics(name, image, training, packed):
+    if training and _pixels(image) == 1:
         raise ValueError(f"batch norm needs more than one value of each channel in training, got {tuple(image.shape)}")
-    _call(name, image, ctypes.c_int64(pixels), ctypes.c_int64(training), _numbers(packed))
+    _call(name, image, ctypes.c_int64(_pixels(image)), ctypes.c_int64(training), _numbers(packed))
+
+
+def _call_on_pixels(name, image, packed):
+    _call(name, image, ctypes.c_int64(_pixels(image)), _numbers(packed))
+
+
+def _pixels(image):
+    return image.numel() // image.shape[1]
 
 
 def _call(name, like, *arguments):

@@ -1,4 +1,4 @@
-"""The four functions of fast_cell.py in plain PyTorch, for every device and dtype, differentiable any number of times.
+"""The functions of fast_cell.py in plain PyTorch, for every device and dtype, differentiable any number of times.
 
 Batch norms here are those of a supernet: no parameters, default constants.
 """
@@ -34,24 +34,27 @@ def depthwise(x, weight, stride, dilation):
     return F.conv2d(x, weight, None, stride, dilation * (weight.shape[-1] // 2), dilation, groups=x.shape[1])
 
 
-def mix(plain, plain_alphas, linear, linear_alphas):
-    """A node: sum_t alpha_t x_t + sum_k alpha_k norm_k(weight_k * z_k).
+def spread(images, alphas):
+    """[sum_t alphas[n, t] * images[t]] for every row n of alphas (nodes, images)."""
+    return [sum(alpha * x for alpha, x in zip(row, images, strict=True)) for row in alphas.unbind()]
+
+
+def mix(parts, linear, linear_alphas):
+    """A node: the sum of its parts (N, C, H, W), + sum_k alpha_k norm_k(weight_k * z_k).
 
     Args:
-        plain: terms whose input x_t is (N, C, H, W); plain_alphas: (terms,).
         linear: groups of terms whose inputs z_k (N, K, H, W) are equally wide; linear_alphas: (terms,) of each group.
     """
-    node = 0
+    node = sum(parts)
     for terms, alphas in zip(linear, linear_alphas, strict=True):
         convolved = F.conv2d(
             torch.cat([term.input for term in terms], 1), torch.cat([term.weight for term in terms]), groups=len(terms)
         )
-        # the alphas stand where a batch norm has its weight
+        # the alphas stand where a batch norm has its weight, which PyTorch's backward takes to be contiguous
         C = len(terms[0].weight)
-        weighted = _normalized(convolved, [term.norm for term in terms], alphas[:, None].expand(-1, C).flatten())
+        weight = alphas[:, None].expand(-1, C).flatten().contiguous()
+        weighted = _normalized(convolved, [term.norm for term in terms], weight)
         node = node + weighted.unflatten(1, (len(terms), C)).sum(1)
-    for term, alpha in zip(plain, plain_alphas, strict=True):
-        node = node + alpha * term.input
     return node
 
 
