@@ -1,6 +1,6 @@
 """Augmented training images a second: data.Batches against torchvision's transforms in a DataLoader with two workers.
 
-python benchmarks/bench_data.py                                        # batches of 64 images of 32x32, with cutout
+python benchmarks/bench_data.py                                        # images of 32x32, with cutout
 python benchmarks/bench_data.py --update                               # and the table into RESULTS.md
 
 Both make the same distribution: pad 4, random crop, random flip, normalisation, cutout 16. The loader's workers start
@@ -15,15 +15,18 @@ import time
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import data
 import report
 
+import data
+
 WORKERS = 2
+OURS, THEIRS = "data.Batches", f"torchvision, {WORKERS} workers"
 
 
 class Cutout:
@@ -82,13 +85,45 @@ def images_a_second(batches, seconds):
     return images / passed
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Augmented training images a second.")
-    parser.add_argument("--batch_size", type=int, default=64)
+def measure(images, batch_size, args):
+    """{input pipeline: images a second of every round}."""
+    normalization = data.Normalization.of("cifar10", lambda: images)
+    batches = data.Batches(images, batch_size, normalization, data.Augmentation(4, True, 16))
+    loader = torch.utils.data.DataLoader(
+        ImageSet(images, normalization), batch_size, shuffle=True, num_workers=WORKERS, persistent_workers=True
+    )
+    rates = {OURS: of_batches(batches, args.seconds), THEIRS: of_loader(loader, args.seconds)}
+    found = {name: [] for name in rates}
+    for round in range(1 + args.rounds):
+        for name, rate in rates.items():
+            value = rate()
+            if round:
+                found[name].append(value)
+    return found
+
+
+def plot(found, path):
+    figure = Figure(figsize=(4.5, 3.2))
+    axis = figure.subplots()
+    for name in (OURS, THEIRS):
+        axis.plot(list(found), [statistics.median(rates[name]) for rates in found.values()], "o-", label=name)
+    axis.set(xlabel="batch size", ylabel="images/s", xscale="log", yscale="log")
+    axis.set_xticks(list(found), [str(size) for size in found])
+    axis.minorticks_off()
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description="Augmented training images a second.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--seconds", type=float, default=1.0, help="of each, a round")
     parser.add_argument("--rounds", type=int, default=7)
     report.add_arguments(parser)
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def main():
@@ -96,32 +131,20 @@ def main():
     torch.manual_seed(0)
     pixels = torch.randint(256, (25_000, 32, 32, 3), dtype=torch.uint8)  # half of CIFAR-10, as in a search
     images = data.Images(pixels, torch.randint(10, (len(pixels),)), [str(k) for k in range(10)])
-    normalization = data.Normalization.of("cifar10", images)
-    batches = data.Batches(images, args.batch_size, normalization, data.Augmentation(4, True, 16))
-    loader = torch.utils.data.DataLoader(
-        ImageSet(images, normalization), args.batch_size, shuffle=True, num_workers=WORKERS, persistent_workers=True
-    )
-    rates = {
-        "data.Batches": of_batches(batches, args.seconds),
-        f"torchvision, {WORKERS} workers": of_loader(loader, args.seconds),
-    }
-    found = {name: [] for name in rates}
-    for round in range(1 + args.rounds):
-        for name, rate in rates.items():
-            value = rate()
-            if round:
-                found[name].append(value)
-    ours, theirs = (statistics.median(values) for values in found.values())
+    found = {size: measure(images, size, args) for size in args.batch_size}
     lines = [
-        f"{report.machine()}; {torch.get_num_threads()} threads; batches of {args.batch_size} images of 32x32 with "
-        f"cutout; median of {args.rounds} rounds (least–most).",
+        f"{report.machine()}; {torch.get_num_threads()} threads; images of 32x32 with cutout, images/s, median of "
+        f"{args.rounds} rounds (least–most).",
         "",
-        "| input pipeline | images/s |",
-        "| --- | --- |",
-        *(f"| {name} | {statistics.median(v):,.0f} ({min(v):,.0f}–{max(v):,.0f}) |" for name, v in found.items()),
-        f"| ratio | **{ours / theirs:.1f}×** |",
+        f"| batch size | {OURS} | {THEIRS} | ratio |",
+        "| --- | --- | --- | --- |",
     ]
+    for size, rates in found.items():
+        cells = [f"{statistics.median(v):,.0f} ({min(v):,.0f}–{max(v):,.0f})" for v in rates.values()]
+        ratio = statistics.median(rates[OURS]) / statistics.median(rates[THEIRS])
+        lines.append(f"| {size} | {' | '.join(cells)} | **{ratio:.1f}×** |")
     report.save("bench_data", "\n".join(lines), args.out, args.update)
+    plot(found, args.out / "bench_data.png")
 
 
 if __name__ == "__main__":

@@ -174,6 +174,8 @@ def worktree(ref):
 
 
 def step_table(variants, base, settings, rounds):
+    """Lines of the table, and {setting: {variant: seconds of a weight and a second-order update}}."""
+    bars = {}
     lines = [
         "| supernet | batch | variant | weights | first order | second order | weights + second order | CPU time of it "
         "| against weights + first order | peak memory |",
@@ -186,16 +188,17 @@ def step_table(variants, base, settings, rounds):
             weights, first, second = (worker.seconds(phase)[0] for phase in PHASES)
             cpu = sum(worker.seconds(phase, clock=1)[0] for phase in PHASES[::2])
             label = f"{space} without {without}" if without else space
+            bars.setdefault(f"{label}, {batch_size}", {})[name] = weights + second
             lines.append(
                 f"| {label} | {batch_size} | {name} | {' | '.join(steps)} | **{weights + second:.3g} s** | {cpu:.3g} s "
                 f"| {(weights + second) / (weights + first):.1f}× | {worker.answers[-1]['memory']:.2f} GB |"
             )
             print(lines[-1], file=sys.stderr, flush=True)
-    return lines
+    return lines, bars
 
 
-def growth_table(base, rounds, figure):
-    """Time of a weight and a second-order update as one size grows from batch 16, 16 channels, 8 cells."""
+def growth_table(base, rounds):
+    """Time of a weight and a second-order update as one size grows from batch 16, 16 channels, 8 cells; as above."""
     lines = [
         "| grows | size | weights + second order | per unit of size, against the smallest | peak memory |",
         "| --- | --- | --- | --- | --- |",
@@ -210,15 +213,23 @@ def growth_table(base, rounds, figure):
             share = total / size / (curves[name][0] / sizes[0])
             lines.append(f"| {name} | {size} | {total:.2f} s | {share:.2f} | {worker.answers[-1]['memory']:.2f} GB |")
             print(lines[-1], file=sys.stderr, flush=True)
-    plot(curves, figure)
-    return lines
+    return lines, curves
 
 
-def plot(curves, path):
+def plot(bars, curves, path):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.2))
-    for axis, (name, times) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
+    figure = Figure(figsize=(4.5 + 3.2 * len(curves), 3.2))
+    axis, *axes = figure.subplots(1, 1 + len(curves), squeeze=False)[0]
+    labels = [f"{setting}\n{name}" for setting, times in bars.items() for name in times]
+    seconds = [value for times in bars.values() for value in times.values()]
+    axis.barh(labels, seconds)
+    for y, value in enumerate(seconds):
+        axis.text(value, y, f" {value:.3g}", va="center", fontsize="small")
+    axis.tick_params(axis="y", labelsize="small")
+    axis.set(xlabel="seconds a step", xlim=(0, 1.2 * max(seconds)))
+    axis.invert_yaxis()
+    for axis, (name, times) in zip(axes, curves.items(), strict=True):
         sizes = GROWTH[name]
         axis.plot(sizes, times, "o-", label="measured")
         axis.plot(sizes, [times[0] * size / sizes[0] for size in sizes], ":", color="grey", label="linear")
@@ -273,11 +284,14 @@ def main():
     with contextlib.ExitStack() as stack:
         if args.against:
             variants[args.against] = stack.enter_context(worktree(args.against)), {}
-        text += step_table(variants, base, settings, args.rounds)
+        lines, bars = step_table(variants, base, settings, args.rounds)
+        text += lines
+    curves = {}
     if args.growth:
-        args.out.mkdir(parents=True, exist_ok=True)
-        text += ["", *growth_table(base, args.rounds, args.out / "bench_search.png")]
+        lines, curves = growth_table(base, args.rounds)
+        text += ["", *lines]
     report.save("bench_search", "\n".join(text), args.out, args.update)
+    plot(bars, curves, args.out / "bench_search.png")
 
 
 if __name__ == "__main__":

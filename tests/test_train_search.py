@@ -107,6 +107,12 @@ def test_first_order_in_the_other_spaces(script, tmp_path, space):
     assert names <= set(genotypes.SEARCH_SPACES[space])
 
 
+def test_mixed_precision(script, tmp_path):
+    result = script("train_search.py", *TINY, "--unrolled", "--amp", "--epochs", 1)
+    assert result.returncode == 0, result.stderr
+    assert "epoch 1/1 step 3/3 loss" in (only_run(tmp_path, "search") / "log.txt").read_text()
+
+
 def test_own_images_of_an_odd_size(script, image_folder, tmp_path):
     own = ["--dataset", "folder", "--data", image_folder, "--image_size", 9, "--batch_size", 8, "--cutout"]
     result = script("train_search.py", "--unrolled", *TINY, *own, "--cutout_length", 3, "--epochs", 1, "--gpu", 0)
@@ -144,6 +150,7 @@ def test_without_dot_the_search_goes_on_and_says_so_once(tmp_path, monkeypatch):
         (["--resume", ""], "must be the path of a run folder"),
         (["--epochs", "1" + 400 * "0"], "--epochs: must be an integer at least 1"),
         (["--device", "cuda"], "--device cpu"),
+        (["--device", "cpu", "--cuda_graph"], "--cuda_graph needs a CUDA device, and this run is on cpu"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
 )
