@@ -67,6 +67,10 @@ def test_equal_to_the_plain_cell(backend, space, training):
     assert_equal_to_plain(make(SEARCH_SPACES[space]).train(training))
 
 
+def test_a_primitive_twice_on_an_edge(backend):
+    assert_equal_to_plain(make(["skip_connect", "sep_invo_3x3", "max_pool_3x3", "skip_connect", "sep_invo_3x3"]))
+
+
 @pytest.mark.parametrize("space", ["involution", "darts"])
 @pytest.mark.parametrize("size", [7, (5, 10)], ids=["odd", "not square"])
 def test_sizes_that_a_stride_does_not_divide(backend, space, size):
