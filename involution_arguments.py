@@ -9,36 +9,36 @@ import torch
 
 def check(input, weight, stride, dilation):
     """For involution2d."""
-    _check_image(input=input)
+    _check_image("input", input)
     steps = _check_weight(input.shape, weight, stride, dilation)
-    _check_same(input=input, weight=weight)
+    _check_same("input", input, weight=weight)
     return steps
 
 
 def check_backward(grad_output, input, weight, stride, dilation):
     steps = check(input, weight, stride, dilation)
     _check_grad_output(grad_output, input.shape, stride)
-    _check_same(input=input, grad_output=grad_output)
+    _check_same("input", input, grad_output=grad_output)
     return steps
 
 
 def check_grad_input(grad_output, weight, H, W, stride, dilation):
-    _check_image(grad_output=grad_output)
+    _check_image("grad_output", grad_output)
     image = (*grad_output.shape[:2], H, W)
     steps = _check_weight(image, weight, stride, dilation)
     _check_grad_output(grad_output, image, stride)
-    _check_same(grad_output=grad_output, weight=weight)
+    _check_same("grad_output", grad_output, weight=weight)
     return steps
 
 
 def check_grad_weight(grad_output, input, K, G, stride, dilation):
     check_counts(K=K, G=G, stride=stride, dilation=dilation)
     check_odd(K=K)
-    _check_image(input=input)
+    _check_image("input", input)
     if input.shape[1] % G:
         raise ValueError(f"G must divide the input's {input.shape[1]} channels, got {G}")
     _check_grad_output(grad_output, input.shape, stride)
-    _check_same(input=input, grad_output=grad_output)
+    _check_same("input", input, grad_output=grad_output)
     return _within(input.shape, stride, dilation)
 
 
@@ -46,7 +46,7 @@ def check_fused(input, hidden, span_weight, span_bias, kernel_size, stride, dila
     """For involution2d_fused."""
     check_counts(kernel_size=kernel_size, stride=stride, dilation=dilation)
     check_odd(kernel_size=kernel_size)
-    _check_image(input=input)
+    _check_image("input", input)
     K, (N, C) = kernel_size, input.shape[:2]
     if hidden.dim() != 4 or hidden.shape[1] < 1:
         raise ValueError(f"hidden must be (N, C_hidden, Ho, Wo), got shape {tuple(hidden.shape)}")
@@ -61,14 +61,14 @@ def check_fused(input, hidden, span_weight, span_bias, kernel_size, stride, dila
         raise ValueError(f"span_weight must have K*K*G rows with K = {K} and G a divisor of {C}, got {outputs} rows")
     if span_bias.shape != (outputs,):
         raise ValueError(f"span_bias must have shape {(outputs,)}, got {tuple(span_bias.shape)}")
-    _check_same(input=input, hidden=hidden, span_weight=span_weight, span_bias=span_bias)
+    _check_same("input", input, hidden=hidden, span_weight=span_weight, span_bias=span_bias)
     return _within(input.shape, stride, dilation)
 
 
 def check_fused_backward(grad_output, input, hidden, span_weight, span_bias, kernel_size, stride, dilation):
     steps = check_fused(input, hidden, span_weight, span_bias, kernel_size, stride, dilation)
     _check_grad_output(grad_output, input.shape, stride)
-    _check_same(input=input, grad_output=grad_output)
+    _check_same("input", input, grad_output=grad_output)
     return steps
 
 
@@ -84,12 +84,11 @@ def check_odd(**sizes):
             raise ValueError(f"{name} must be odd, got {value}")
 
 
-def _check_image(**images):
-    for name, image in images.items():
-        if image.dim() != 4:
-            raise ValueError(f"{name} must be (N, C, H, W), got shape {tuple(image.shape)}")
-        if not image.is_floating_point():
-            raise ValueError(f"{name} must be of a floating-point dtype, got {image.dtype}")
+def _check_image(name, image):
+    if image.dim() != 4:
+        raise ValueError(f"{name} must be (N, C, H, W), got shape {tuple(image.shape)}")
+    if not image.is_floating_point():
+        raise ValueError(f"{name} must be of a floating-point dtype, got {image.dtype}")
 
 
 def _check_weight(image, weight, stride, dilation):
@@ -114,14 +113,12 @@ def _check_grad_output(grad_output, image, stride):
         raise ValueError(f"grad_output must have shape {expected}, got {tuple(grad_output.shape)}")
 
 
-def _check_same(**tensors):
-    """All have the first one's dtype and device."""
-    (like, first), *others = tensors.items()
-    for name, tensor in others:
-        if tensor.dtype != first.dtype:
-            raise ValueError(f"{name} must have the {like}'s dtype {first.dtype}, got {tensor.dtype}")
-        if tensor.device != first.device:
-            raise ValueError(f"{name} must be on the {like}'s device {first.device}, got {tensor.device}")
+def _check_same(like, image, **others):
+    for name, tensor in others.items():
+        if tensor.dtype != image.dtype:
+            raise ValueError(f"{name} must have the {like}'s dtype {image.dtype}, got {tensor.dtype}")
+        if tensor.device != image.device:
+            raise ValueError(f"{name} must be on the {like}'s device {image.device}, got {tensor.device}")
 
 
 def _output_size(image, stride):

@@ -361,20 +361,21 @@ def _nobody_watches(*tensors):
     if torch._C._dispatch_tls_local_include_set().raw_repr() != _PLAIN_DISPATCH:
         return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES or torch._C._dispatch_keys(tensor).raw_repr() != _PLAIN_KEYS:
+        if type(tensor) not in _PLAIN_TYPES or _keys_of(tensor).raw_repr() != _PLAIN_KEYS:
             return False
     return True
 
 
-def _dispatch_keys(*names):
+def _key_set(*names):
     keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
     return functools.reduce(operator.or_, keys).raw_repr()
 
 
+_keys_of = torch._C._dispatch_keys
 # FlopCounterMode and its like, torch.func, torch.jit and inference mode each change what a thread dispatches to
-_PLAIN_DISPATCH = _dispatch_keys("BackendSelect", "ADInplaceOrView")
+_PLAIN_DISPATCH = _key_set("BackendSelect", "ADInplaceOrView")
 # neither negated lazily (the imaginary part of a conjugate) nor zeros without memory, as some derivatives are
-_PLAIN_KEYS = _dispatch_keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
+_PLAIN_KEYS = _key_set("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 

@@ -277,7 +277,9 @@ def test_kernels_compile_without_a_gpu(tmp_path):
 def test_without_triton(tmp_path, change, message):
     warns = f"{change}; import involution; print(involution.backend('cuda'), involution.backend('cuda'))"
     result = start(tmp_path, [sys.executable, "-c", warns], TRITON_INTERPRET="0", INVOLUTION_BACKEND="")
-    assert result.stdout == "torch torch\n" and result.stderr.count("\n") == 1 and message in result.stderr
+    assert result.stdout == "torch torch\n", result.stderr
+    (warning,) = (line for line in result.stderr.splitlines() if "involution" in line)  # PyTorch has one of its own
+    assert message in warning
 
 
 @pytest.mark.skipif(INTERPRETED, reason="one process is enough")
