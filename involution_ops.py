@@ -345,7 +345,7 @@ for _name, _derivative, _save in (
         "vmap": functools.partial(_one_by_one, functools.partial(_apply, _name)),
     }
     _methods = {name: staticmethod(method) for name, method in _methods.items()}
-    _functions[_name] = type(_name, (torch.autograd.Function,), _methods)
+    _functions[_name] = type(f"involution_{_name}", (torch.autograd.Function,), _methods)
 
 
 # ---------------------------------------------------------------------------------------------------- shortcuts

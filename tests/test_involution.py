@@ -260,10 +260,10 @@ def test_steps_past_the_image(each_backend, stride, dilation):
         torch.testing.assert_close(involution2d(input, weight, stride, dilation), centre)
 
 
-@pytest.mark.parametrize("make", [lambda t: torch.complex(t, -t).conj().imag, lambda t: t._neg_view().neg()], ids=str)
-def test_lazily_negated_tensors(each_backend, make):
+def test_lazily_negated_tensors(each_backend):
     input, weight, grad_output, *spans = operands((2, 8, 2, 5, 6, 3, 1, 1))
-    lazy = [make(t) for t in (input, weight, grad_output, *spans)]
+    lazy = [torch.complex(t, -t).conj().imag for t in (input, weight, grad_output, *spans)]
+    assert all(t.is_neg() for t in lazy)
     expected = run(involution2d, [input, weight], grad_output)
     assert_close(run(involution2d, lazy[:2], lazy[2]), expected, torch.float64)
     fused = run(lambda *a: involution2d_fused(*a, 3), [input, *spans], grad_output)
