@@ -121,7 +121,7 @@ def _reader(position, stride: tl.constexpr):
 
 
 @triton.jit
-def _probe_kernel(ptr, strides):
+def _probe(ptr, strides):
     tl.store(ptr, strides[0])
 
 
@@ -503,7 +503,7 @@ def _fused_grad_span_kernel(
 def probe(device):
     """Raise where kernels cannot be launched: Triton builds a launcher for them with a C compiler."""
     ones = torch.ones(1, device=device)
-    _probe_kernel[(1,)](ones, ones.stride())
+    _probe[(1,)](ones, ones.stride())
 
 
 def forward(input, weight, stride, dilation):

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import involution
 import involution_cpu
 import involution_ops
+from benchmarks import cuda_peer
 from benchmarks.bench_involution import peak_memory
 from involution import Involution2d, backend, involution2d, involution2d_fused, involution2d_reference
 
@@ -758,6 +759,14 @@ def test_a_dtype_the_library_lacks_is_served_by_plain_torch(cpu_backend):
     input, weight, *_ = operands((2, 8, 1, 5, 5, 3, 1, 1), torch.float16)
     expected = involution2d_reference(input.float(), weight.float())
     torch.testing.assert_close(involution2d(input, weight).float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_the_cuda_peer_needs_a_pytorch_that_compiles_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_compile_kernel", None, raising=False)
+    assert cuda_peer.available()
+    for name in ("compile_kernel", "_compile_kernel"):
+        monkeypatch.delattr(torch.cuda, name, raising=False)
+    assert not cuda_peer.available()
 
 
 # ------------------------------------------------------------------------------------------------------ module

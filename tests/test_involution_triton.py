@@ -292,7 +292,7 @@ def test_where_no_kernel_can_be_launched(monkeypatch, caplog):
 
     monkeypatch.delenv("INVOLUTION_BACKEND", raising=False)
     monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
-    monkeypatch.setattr(involution_triton._probe_kernel, "run", launch)
+    monkeypatch.setattr(involution_triton._probe, "run", launch)
     involution_ops._choose.cache_clear()
     assert involution.backend("cuda") == involution.backend("cuda") == "torch"
     involution_ops._choose.cache_clear()
