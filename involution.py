@@ -7,21 +7,23 @@ with zeros outside the image, s the stride and d the dilation (eq. 4 of the pape
 pixel's weight from its `hidden` features where it is used, in forward and again in backward, and never writes it to
 memory.
 
-Backends, each with the same five functions; `backend` chooses, and INVOLUTION_BACKEND forces one:
+Backends, each with the same five functions (cpu has a sixth, both gradients in one pass); `backend` chooses, and
+INVOLUTION_BACKEND forces one:
     cpu: involution_cpu.py, C++ built at first use; float32, bfloat16 and float64 on a CPU with a compiler.
     triton: involution_triton.py; CUDA, or any device under TRITON_INTERPRET=1.
     torch: involution_torch.py; every device and dtype.
     reference: the equation below, differentiated by autograd. Slow; to compare with.
 """
 
-import math
 import os
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 import involution_ops
+from involution_arguments import check, check_counts, check_fused, check_odd, kernel_size_of
 from involution_ops import backend
 from involution_torch import shifted, span, taps
 
@@ -33,7 +35,8 @@ __all__ = ["Involution2d", "backend", "involution2d", "involution2d_fused", "inv
 
 def involution2d_reference(input, weight, stride=1, dilation=1):
     """Involution written like its equation; plain autograd, slow. Arguments as `involution2d`."""
-    K, (Ho, Wo) = _check(input, weight, stride, dilation)
+    stride, dilation = check(input, weight, stride, dilation)
+    K, (Ho, Wo) = kernel_size_of(weight), weight.shape[3:]
     padded = F.pad(input, [dilation * (K // 2)] * 4)
     channels_per_group = input.shape[1] // weight.shape[1]
     output = 0
@@ -59,7 +62,7 @@ def involution2d(input, weight, stride=1, dilation=1):
         ValueError: an argument of another shape, dtype or device; INVOLUTION_BACKEND asks for the impossible.
     """
     input, weight = _autocast(input, weight)
-    _check(input, weight, stride, dilation)
+    stride, dilation = check(input, weight, stride, dilation)
     if _reference_forced():
         return involution2d_reference(input, weight, stride, dilation)
     return involution_ops.involution(input, weight, stride, dilation)
@@ -85,7 +88,7 @@ def involution2d_fused(input, hidden, span_weight, span_bias, kernel_size, strid
         ValueError: as `involution2d`.
     """
     input, hidden, span_weight, span_bias = _autocast(input, hidden, span_weight, span_bias)
-    _check_fused(input, hidden, span_weight, span_bias, kernel_size, stride, dilation)
+    stride, dilation = check_fused(input, hidden, span_weight, span_bias, kernel_size, stride, dilation)
     if _reference_forced():
         weight = span(hidden, span_weight, span_bias, kernel_size)
         return involution2d_reference(input, weight, stride, dilation)
@@ -97,78 +100,15 @@ def _reference_forced():
 
 
 def _autocast(*tensors):
-    """Under autocast an involution runs in the low precision, as convolutions do."""
+    """Under autocast an involution runs in the low precision, as convolutions do: all but float64."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device_type)) for tensor in tensors)
-
-
-# ----------------------------------------------------------------------------------------- checks of arguments
-
-
-def _check(input, weight, stride, dilation):
-    """Return K and the output size (Ho, Wo); raise ValueError on arguments that do not belong together."""
-    _check_counts(stride=stride, dilation=dilation)
-    _check_image(input)
-    if weight.dim() != 5:
-        raise ValueError(f"weight must be (N, G, K*K, Ho, Wo), got shape {tuple(weight.shape)}")
-    _check_same(input, weight=weight)
-    N, C, H, W = input.shape
-    G, K = weight.shape[1], math.isqrt(weight.shape[2])
-    Ho, Wo = -(-H // stride), -(-W // stride)
-    if K * K != weight.shape[2] or K % 2 == 0:
-        raise ValueError(f"weight must hold K*K taps with K odd in dimension 2, got {weight.shape[2]}")
-    if G < 1 or C % G:
-        raise ValueError(f"weight's groups must divide the input's {C} channels, got {G} groups")
-    if weight.shape[0] != N or weight.shape[3:] != (Ho, Wo):
-        expected = (N, G, K * K, Ho, Wo)
-        raise ValueError(f"weight must have shape {expected} for this input and stride, got {tuple(weight.shape)}")
-    return K, (Ho, Wo)
-
-
-def _check_fused(input, hidden, span_weight, span_bias, kernel_size, stride, dilation):
-    """Raise ValueError on arguments that do not belong together."""
-    _check_counts(kernel_size=kernel_size, stride=stride, dilation=dilation)
-    _check_image(input)
-    K, (N, C, H, W) = kernel_size, input.shape
-    if K % 2 == 0:
-        raise ValueError(f"kernel_size must be odd, got {K}")
-    if hidden.dim() != 4 or hidden.shape[1] < 1:
-        raise ValueError(f"hidden must be (N, C_hidden, Ho, Wo), got shape {tuple(hidden.shape)}")
-    expected = (N, hidden.shape[1], -(-H // stride), -(-W // stride))
-    if hidden.shape != expected:
-        raise ValueError(f"hidden must have shape {expected} for this input and stride, got {tuple(hidden.shape)}")
-    outputs = span_weight.shape[0] if span_weight.dim() in (2, 4) else 0
-    if outputs < 1 or span_weight.shape[1:] not in (expected[1:2], (*expected[1:2], 1, 1)):
-        shape = tuple(span_weight.shape)
-        raise ValueError(f"span_weight must be (K*K*G, {expected[1]}) or that of a 1x1 convolution, got shape {shape}")
-    if outputs % (K * K) or C % (outputs // (K * K)):
-        raise ValueError(f"span_weight must have K*K*G rows with K = {K} and G a divisor of {C}, got {outputs} rows")
-    if span_bias.shape != (outputs,):
-        raise ValueError(f"span_bias must have shape {(outputs,)}, got {tuple(span_bias.shape)}")
-    _check_same(input, hidden=hidden, span_weight=span_weight, span_bias=span_bias)
-
-
-def _check_counts(**counts):
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-
-
-def _check_image(input):
-    if input.dim() != 4:
-        raise ValueError(f"input must be (N, C, H, W), got shape {tuple(input.shape)}")
-    if not input.is_floating_point():
-        raise ValueError(f"input must be of a floating-point dtype, got {input.dtype}")
-
-
-def _check_same(input, **others):
-    for name, tensor in others.items():
-        if tensor.dtype != input.dtype:
-            raise ValueError(f"{name} must have the input's dtype {input.dtype}, got {tensor.dtype}")
-        if tensor.device != input.device:
-            raise ValueError(f"{name} must be on the input's device {input.device}, got {tensor.device}")
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )
 
 
 # --------------------------------------------------------------------------------------------------- module
@@ -201,10 +141,16 @@ class _Conv(nn.Module):
         return self.conv(x)
 
 
-def _fusable(span):
-    """Whether the module is a plain convolution that nobody watches, whose work the fused operator can do."""
-    watched = span._forward_hooks or span._forward_pre_hooks or span._backward_hooks or span._backward_pre_hooks
-    return type(span) is nn.Conv2d and span.bias is not None and not watched
+def _fusable(conv2):
+    """Whether this is the 1x1 convolution that Involution2d makes and nobody watches it: its work can be fused."""
+    if type(conv2) is not _Conv or type(conv2.conv) is not nn.Conv2d or _has_any_global_hook():
+        return False
+    for module in (conv2, conv2.conv):
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return False
+    span = conv2.conv
+    plain = (span.kernel_size, span.stride, span.padding, span.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    return plain and span.bias is not None
 
 
 class Involution2d(nn.Module):
@@ -220,7 +166,7 @@ class Involution2d(nn.Module):
 
     def __init__(self, channels, kernel_size, stride=1, dilation=1, group_channels=16, reduction_ratio=4, affine=True):
         super().__init__()
-        _check_counts(
+        check_counts(
             channels=channels,
             kernel_size=kernel_size,
             stride=stride,
@@ -228,8 +174,7 @@ class Involution2d(nn.Module):
             group_channels=group_channels,
             reduction_ratio=reduction_ratio,
         )
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        check_odd(kernel_size=kernel_size)
         self.channels, self.kernel_size, self.stride, self.dilation = channels, kernel_size, stride, dilation
         most = max(1, channels // group_channels)
         self.groups = max(g for g in range(1, most + 1) if channels % g == 0)
@@ -240,8 +185,9 @@ class Involution2d(nn.Module):
         self.conv2 = _Conv(hidden, kernel_size**2 * self.groups)
 
     def forward(self, x):
-        hidden, span = self.conv1(self.avgpool(x)), self.conv2.conv
-        if _fusable(span):
+        hidden = self.conv1(self.avgpool(x))
+        if _fusable(self.conv2):
+            span = self.conv2.conv
             return involution2d_fused(x, hidden, span.weight, span.bias, self.kernel_size, self.stride, self.dilation)
         weight = self.conv2(hidden).unflatten(1, (self.groups, self.kernel_size**2))
         return involution2d(x, weight, self.stride, self.dilation)

@@ -18,7 +18,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <new>
+#include <exception>
 #include <type_traits>
 #include <vector>
 
@@ -1144,7 +1144,7 @@ int with_dtype(int64_t dtype, const F& f) {
     else
       f(double());
     return 0;
-  } catch (const std::bad_alloc&) {
+  } catch (const std::exception&) {  // std::length_error too: sizes past any memory
     return 1;
   }
 }

@@ -14,6 +14,7 @@ import glob
 import hashlib
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+
+from involution_arguments import memory_format
 
 SOURCE = Path(__file__).with_name("involution_cpu.cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared"]
@@ -56,7 +59,7 @@ def library(source=SOURCE):
 
 def _cache_folder():
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "darts_involution"
-    return Path(os.environ.get("INVOLUTION_CACHE") or default)
+    return Path(os.environ.get("INVOLUTION_CACHE") or default).resolve()  # the loader looks elsewhere for a bare name
 
 
 def _compiler():
@@ -79,17 +82,13 @@ def _build(compiler, path, source):
     root = Path(torch.__file__).parent
     # PyTorch's own OpenMP runtime first: a second one would be a second pool of threads
     openmp = glob.glob(str(root / "lib" / "libgomp*")) + glob.glob(str(root.parent / "torch.libs" / "libgomp*"))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so")
-    os.close(handle)
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # whose file gets the permissions of any new one
+        temporary = os.path.join(folder, path.name)
         _run(
             [*compiler, *FLAGS, f"-I{root / 'include'}", str(source), "-o", temporary]
             + ["-Wl,--as-needed", *openmp, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
         )
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _run(command):
@@ -98,7 +97,9 @@ def _run(command):
     except FileNotFoundError as error:
         raise BuildError(f"the compiler {command[0]!r} cannot be run") from error
     except subprocess.CalledProcessError as error:
-        lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
+        lines = error.stderr.splitlines()
+        # the linker's own words come before the compiler's "error: ld returned 1 exit status"
+        lines = [line for line in lines if re.search("error|cannot find|undefined reference", line)] or lines
         raise BuildError(f"{command[0]} failed: {lines[0] if lines else error}") from error
 
 
@@ -161,19 +162,14 @@ def _fused_problem(input, span_weight, K, stride, dilation):
     return (*input.shape, span_weight.shape[0] // (K * K), K, stride, dilation, span_weight.shape[1])
 
 
-def _channels_last(image):
-    return not image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last)
-
-
 def _empty_like(image, *shape):
     """An uninitialised tensor of `image`'s dtype that is channels-last where `image` is."""
-    memory_format = torch.channels_last if _channels_last(image) else torch.contiguous_format
-    return torch.empty(shape, dtype=image.dtype, memory_format=memory_format)
+    return torch.empty(shape, dtype=image.dtype, memory_format=memory_format(image))
 
 
 def _empty_kernels(image, N, G, KK, Ho, Wo):
     """The same for (N, G, K*K, Ho, Wo), whose channels are the taps of all groups."""
-    if not _channels_last(image):
+    if memory_format(image) == torch.contiguous_format:
         return torch.empty((N, G, KK, Ho, Wo), dtype=image.dtype)
     taps = G * KK
     return torch.empty_strided((N, G, KK, Ho, Wo), (Ho * Wo * taps, KK, 1, Wo * taps, taps), dtype=image.dtype)

@@ -5,19 +5,23 @@
     fused_forward, fused_backward: those of `involution.involution2d_fused`.
 
 Each has a schema, a fake implementation (torch.compile, torch.export), derivatives, a rule for torch.func.vmap and a
-FLOP formula. Arguments are not checked here; involution.py does.
+FLOP formula, and checks its arguments; the shortcuts at the end leave that to involution.py.
 """
 
 import functools
 import importlib
 import logging
-import math
+import operator
 import os
+import types
 
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import register_flop_formula
 
+import involution_arguments
 import involution_torch
+from involution_arguments import kernel_size_of, memory_format
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
 
@@ -63,9 +67,9 @@ def _unavailable(name, device_type):
         if name == "cpu":
             _module(name).library()
         elif name == "triton":
-            _module(name)
-    except (ImportError, RuntimeError) as error:
-        return str(error)
+            _module(name).probe(device_type)
+    except Exception as error:  # Triton's are of many kinds, down to those of the C compiler that it calls
+        return (str(error) or type(error).__name__).splitlines()[0]
     return None
 
 
@@ -73,13 +77,18 @@ def _module(name):
     return importlib.import_module(f"involution_{name}")
 
 
-def _passes(tensor):
-    """The module whose five functions serve this tensor."""
-    name = backend(tensor.device)
+def _passes(image):
+    """The module whose functions serve this image."""
+    if image.numel() == 0:
+        return _zeros
+    name = backend(image.device)
     if name == "reference":  # is differentiated by autograd, above the operators: here only on a direct call
         return involution_torch
     module = _module(name)
-    return module if tensor.dtype in getattr(module, "DTYPES", (tensor.dtype,)) else involution_torch
+    return module if image.dtype in getattr(module, "DTYPES", (image.dtype,)) else involution_torch
+
+
+_zeros = types.SimpleNamespace()  # of images without a pixel: the passes under their names, filled in by `_define`
 
 
 # ------------------------------------------------------------------------------------------------ definitions
@@ -89,41 +98,39 @@ _library = torch.library.Library("darts_involution", "DEF")
 _ops = torch.ops.darts_involution
 
 
-def _define(schema, implementation, empty, flops):
-    """Define an operator by its implementation for every device, the fake one, and its number of FLOPs."""
+def _define(schema, check, implementation, empty, flops):
+    """Define an operator by the check of its arguments, the real and fake implementation, and its number of FLOPs."""
     name = schema.partition("(")[0]
     qualified = f"darts_involution::{name}"
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    operator = getattr(_ops, name)
+    _library.impl(name, lambda *args: implementation(*args[:-2], *check(*args)), "CompositeExplicitAutograd")
+    setattr(_zeros, name, lambda *args: tree_map(torch.zero_, empty(*args)))
+    packet = getattr(_ops, name)
     torch.library.register_fake(qualified, empty, lib=_library)
-    torch.library.register_vmap(qualified, functools.partial(_one_by_one, operator), lib=_library)
-    register_flop_formula(operator, get_raw=True)(lambda *args, out_val=None: flops(*args))
+    torch.library.register_vmap(qualified, functools.partial(_one_by_one, packet), lib=_library)
+    register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None: flops(*args))
 
 
-def _one_by_one(operator, info, in_dims, *args):
+def _one_by_one(function, info, in_dims, *args):
     """torch.func.vmap by a loop: an operator has a batch of its own, and span gradients are sums over it."""
+    if info.batch_size == 0:
+        raise ValueError("vmap over an involution needs at least one item, got a batch of 0")
     results = []
     for b in range(info.batch_size):
-        results.append(operator(*(a if d is None else a.select(d, b) for a, d in zip(args, in_dims, strict=True))))
+        results.append(function(*(a if d is None else a.select(d, b) for a, d in zip(args, in_dims, strict=True))))
     if isinstance(results[0], torch.Tensor):
         return torch.stack(results), 0
     return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])
 
 
-def _memory_format(image):
-    last = not image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def _empty(image, *shape):
     """An uninitialised result (N, C, H, W): of the dtype and device of `image`, channels-last where that is."""
-    return torch.empty(shape, dtype=image.dtype, device=image.device, memory_format=_memory_format(image))
+    return torch.empty(shape, dtype=image.dtype, device=image.device, memory_format=memory_format(image))
 
 
 def _laid_out(result, image):
     """The result of a backend in the layout that `_empty` promised."""
-    return result.contiguous(memory_format=_memory_format(image))
+    return result.contiguous(memory_format=memory_format(image))
 
 
 # ------------------------------------------------------------------------------------------------------ passes
@@ -156,7 +163,7 @@ def _empty_grad_weight(grad_output, input, K, G, stride, dilation):
 
 
 def _backward(grad_output, input, weight, stride, dilation):
-    passes, K, G = _passes(input), math.isqrt(weight.shape[2]), weight.shape[1]
+    passes, K, G = _passes(input), kernel_size_of(weight), weight.shape[1]
     if hasattr(passes, "backward"):  # which lays them out itself
         return passes.backward(grad_output, input, weight, stride, dilation)
     to_input = passes.grad_input(grad_output, weight, *input.shape[2:], stride, dilation)
@@ -166,7 +173,7 @@ def _backward(grad_output, input, weight, stride, dilation):
 
 
 def _empty_backward(grad_output, input, weight, stride, dilation):
-    to_weight = _empty_grad_weight(grad_output, input, math.isqrt(weight.shape[2]), weight.shape[1], stride, dilation)
+    to_weight = _empty_grad_weight(grad_output, input, kernel_size_of(weight), weight.shape[1], stride, dilation)
     return _empty(input, *input.shape), to_weight
 
 
@@ -215,24 +222,28 @@ def _fused_backward_flops(grad_output, input, hidden, span_weight, span_bias, K,
 
 _define(
     "forward(Tensor input, Tensor weight, int stride, int dilation) -> Tensor",
+    involution_arguments.check,
     _forward,
     _empty_forward,
     lambda input, weight, *_: 2 * weight.numel() // weight.shape[1] * input.shape[1],
 )
 _define(
     "grad_input(Tensor grad_output, Tensor weight, SymInt H, SymInt W, int stride, int dilation) -> Tensor",
+    involution_arguments.check_grad_input,
     _grad_input,
     _empty_grad_input,
     lambda grad_output, weight, *_: _flops(grad_output, weight.shape[2]),
 )
 _define(
     "grad_weight(Tensor grad_output, Tensor input, int K, int G, int stride, int dilation) -> Tensor",
+    involution_arguments.check_grad_weight,
     _grad_weight,
     _empty_grad_weight,
     lambda grad_output, input, K, *_: _flops(grad_output, K * K),
 )
 _define(
     "backward(Tensor grad_output, Tensor input, Tensor weight, int stride, int dilation) -> (Tensor, Tensor)",
+    involution_arguments.check_backward,
     _backward,
     _empty_backward,
     lambda grad_output, input, weight, *_: 2 * _flops(grad_output, weight.shape[2]),
@@ -240,6 +251,7 @@ _define(
 _define(
     "fused_forward(Tensor input, Tensor hidden, Tensor span_weight, Tensor span_bias, int kernel_size, int stride, "
     "int dilation) -> Tensor",
+    involution_arguments.check_fused,
     _fused_forward,
     _empty_fused_forward,
     _fused_forward_flops,
@@ -247,6 +259,7 @@ _define(
 _define(
     "fused_backward(Tensor grad_output, Tensor input, Tensor hidden, Tensor span_weight, Tensor span_bias, "
     "int kernel_size, int stride, int dilation) -> (Tensor, Tensor, Tensor, Tensor)",
+    involution_arguments.check_fused_backward,
     _fused_backward,
     _empty_fused_backward,
     _fused_backward_flops,
@@ -267,26 +280,26 @@ def _forward_backward(ctx, u):
     if all(ctx.needs_input_grad[:2]) and not torch.is_grad_enabled():  # `backward` has no derivative
         run = _backward if _nobody_watches(u, input, weight) else _ops.backward
         return *run(u, input, weight, s, d), None, None
-    K, G, (H, W) = math.isqrt(weight.shape[2]), weight.shape[1], input.shape[2:]
-    to_input = _ops.grad_input(u, weight, H, W, s, d) if ctx.needs_input_grad[0] else None
-    to_weight = _ops.grad_weight(u, input, K, G, s, d) if ctx.needs_input_grad[1] else None
+    K, G, (H, W) = kernel_size_of(weight), weight.shape[1], input.shape[2:]
+    to_input = _apply("grad_input", u, weight, H, W, s, d) if ctx.needs_input_grad[0] else None
+    to_weight = _apply("grad_weight", u, input, K, G, s, d) if ctx.needs_input_grad[1] else None
     return to_input, to_weight, None, None
 
 
 def _grad_input_backward(ctx, u):
     grad_output, weight = ctx.saved_tensors
     s, d = ctx.stride, ctx.dilation
-    K, G = math.isqrt(weight.shape[2]), weight.shape[1]
-    to_grad_output = _ops.forward(u, weight, s, d) if ctx.needs_input_grad[0] else None
-    to_weight = _ops.grad_weight(grad_output, u, K, G, s, d) if ctx.needs_input_grad[1] else None
+    K, G = kernel_size_of(weight), weight.shape[1]
+    to_grad_output = _apply("forward", u, weight, s, d) if ctx.needs_input_grad[0] else None
+    to_weight = _apply("grad_weight", grad_output, u, K, G, s, d) if ctx.needs_input_grad[1] else None
     return to_grad_output, to_weight, None, None, None, None
 
 
 def _grad_weight_backward(ctx, u):
     grad_output, input = ctx.saved_tensors
     s, d = ctx.stride, ctx.dilation
-    to_grad_output = _ops.forward(input, u, s, d) if ctx.needs_input_grad[0] else None
-    to_input = _ops.grad_input(grad_output, u, *input.shape[2:], s, d) if ctx.needs_input_grad[1] else None
+    to_grad_output = _apply("forward", input, u, s, d) if ctx.needs_input_grad[0] else None
+    to_input = _apply("grad_input", grad_output, u, *input.shape[2:], s, d) if ctx.needs_input_grad[1] else None
     return to_grad_output, to_input, None, None, None, None
 
 
@@ -300,8 +313,8 @@ def _fused_forward_backward(ctx, u):
     K, s, d = ctx.kernel_size, ctx.stride, ctx.dilation
     if torch.is_grad_enabled():  # the gradients will be differentiated: make them of differentiable operators
         weight = involution_torch.span(hidden, span_weight, span_bias, K)
-        to_input = _ops.grad_input(u, weight, *input.shape[2:], s, d)
-        to_weight = _ops.grad_weight(u, input, K, weight.shape[1], s, d)
+        to_input = _apply("grad_input", u, weight, *input.shape[2:], s, d)
+        to_weight = _apply("grad_weight", u, input, K, weight.shape[1], s, d)
         gradients = to_input, *involution_torch.span_backward(to_weight, hidden, span_weight)
     else:
         watched = not _nobody_watches(u, input, hidden, span_weight, span_bias)
@@ -310,6 +323,14 @@ def _fused_forward_backward(ctx, u):
     return *gradients, None, None, None
 
 
+def _apply(name, *args):
+    """The differentiable operator, where torch.func is at work as the autograd.Function that it can transform."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _functions[name].apply(*args)
+    return getattr(_ops, name)(*args)
+
+
+_functions = {}
 for _name, _derivative, _save in (
     ("forward", _forward_backward, _save_two),
     ("grad_input", _grad_input_backward, _save_two),
@@ -317,6 +338,14 @@ for _name, _derivative, _save in (
     ("fused_forward", _fused_forward_backward, _save_fused),
 ):
     torch.library.register_autograd(f"darts_involution::{_name}", _derivative, setup_context=_save, lib=_library)
+    _methods = {
+        "forward": getattr(_ops, _name),
+        "setup_context": _save,
+        "backward": _derivative,
+        "vmap": functools.partial(_one_by_one, functools.partial(_apply, _name)),
+    }
+    _methods = {name: staticmethod(method) for name, method in _methods.items()}
+    _functions[_name] = type(f"involution_{_name}", (torch.autograd.Function,), _methods)
 
 
 # ---------------------------------------------------------------------------------------------------- shortcuts
@@ -332,17 +361,25 @@ def _nobody_watches(*tensors):
     if torch._C._dispatch_tls_local_include_set().raw_repr() != _PLAIN_DISPATCH:
         return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES or not tensor.is_cpu:
+        if type(tensor) not in _PLAIN_TYPES or _keys_of(tensor).raw_repr() != _PLAIN_KEYS:
             return False
     return True
 
 
-# FlopCounterMode and its like, torch.func, torch.jit, autocast and inference mode each change this set
-_PLAIN_DISPATCH = torch._C._dispatch_tls_local_include_set().raw_repr()
+def _key_set(*names):
+    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
+    return functools.reduce(operator.or_, keys).raw_repr()
+
+
+_keys_of = torch._C._dispatch_keys
+# FlopCounterMode and its like, torch.func, torch.jit and inference mode each change what a thread dispatches to
+_PLAIN_DISPATCH = _key_set("BackendSelect", "ADInplaceOrView")
+# neither negated lazily (the imaginary part of a conjugate) nor zeros without memory, as some derivatives are
+_PLAIN_KEYS = _key_set("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
-class _Shortcut(torch.autograd.Function):
+class Involution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         _save_two(ctx, args, None)
@@ -351,7 +388,7 @@ class _Shortcut(torch.autograd.Function):
     backward = staticmethod(_forward_backward)
 
 
-class _FusedShortcut(torch.autograd.Function):
+class InvolutionFused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         _save_fused(ctx, args, None)
@@ -362,9 +399,9 @@ class _FusedShortcut(torch.autograd.Function):
 
 def involution(*args):
     """`torch.ops.darts_involution.forward(*args)`, by the shortest way."""
-    return _Shortcut.apply(*args) if _nobody_watches(*args[:2]) else _ops.forward(*args)
+    return Involution.apply(*args) if _nobody_watches(*args[:2]) else _apply("forward", *args)
 
 
 def involution_fused(*args):
     """`torch.ops.darts_involution.fused_forward(*args)`, by the shortest way."""
-    return _FusedShortcut.apply(*args) if _nobody_watches(*args[:4]) else _ops.fused_forward(*args)
+    return InvolutionFused.apply(*args) if _nobody_watches(*args[:4]) else _apply("fused_forward", *args)

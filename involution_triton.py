@@ -32,6 +32,11 @@ try:
 except ImportError as error:
     raise ImportError("the triton backend needs the triton package (pip install triton)") from error
 
+from involution_arguments import memory_format
+
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 3):  # the first with tuples as arguments
+    raise ImportError(f"the triton backend needs Triton 3.3 or later, got {triton.__version__}")
+
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 BLOCKS = {  # strips in a program, and its warps
     "small": triton.Config({"BLOCK_P": 16}, num_warps=1),
@@ -113,6 +118,11 @@ def _make_weight(hidden, span_weight_ptr, span_bias_ptr, t, r, R: tl.constexpr, 
 def _reader(position, stride: tl.constexpr):
     """The output row (or column) whose tap falls on an input position, and whether there is one."""
     return position // stride, (position >= 0) & (position % stride == 0)
+
+
+@triton.jit
+def _probe(ptr, strides):
+    tl.store(ptr, strides[0])
 
 
 # ---------------------------------------------------------------------------------------------- given weights
@@ -487,7 +497,13 @@ def _fused_grad_span_kernel(
 
 
 # -------------------------------------------------------------------------------------------------- launchers
-# `involution` has checked the arguments. Results have the memory format of the tensor that they stand for.
+# The arguments have been checked. Results have the memory format of the tensor that they stand for.
+
+
+def probe(device):
+    """Raise where kernels cannot be launched: Triton builds a launcher for them with a C compiler."""
+    ones = torch.ones(1, device=device)
+    _probe[(1,)](ones, ones.stride())
 
 
 def forward(input, weight, stride, dilation):
@@ -582,9 +598,7 @@ def fused_backward(grad_output, input, hidden, span_weight, span_bias, kernel_si
 
 def _empty(shape, like):
     """A tensor of the memory format, dtype and device of `like`."""
-    channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
 
 
 def _fused_layout(hidden, span_weight, span_bias):

@@ -8,7 +8,8 @@ Providers, channels-last, kernels given unless said otherwise:
     unfold: the textbook way, F.unfold into (N, C*K*K, H*W), product and sum; autograd's backward.
     torch: the plain PyTorch passes of involution_torch.py.
     cpu, triton: the backend in use on the device.
-    cuda peer: a straight CUDA kernel that reads given kernels (cuda_peer.py), on NCHW tensors.
+    cuda peer: a straight CUDA kernel that reads given kernels (cuda_peer.py), on NCHW tensors; where PyTorch can
+        compile one.
     fused: kernels made from hidden features (C/4) inside the pass, as in Involution2d.
     depthwise: PyTorch's depthwise convolution of the same size, the yardstick: as many multiply-adds, a K*K kernel
         for each channel instead of one for each pixel.
@@ -24,6 +25,7 @@ inputs.
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import platform
@@ -37,9 +39,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cuda_peer
-
 import involution
+from benchmarks import cuda_peer
 from involution import Involution2d, involution2d, involution2d_fused
 
 FOLDER = Path(__file__).resolve().parent
@@ -92,7 +93,8 @@ def providers(N, C, size, K, device, dtype):
 
     spans = (x, features, span_weight, span_bias)
     straight = {}
-    if device.type == "cuda" and dtype in cuda_peer.TYPES:  # its tensors in the layout that it reads in place
+    if device.type == "cuda" and dtype in cuda_peer.TYPES and cuda_peer.available():
+        # its tensors in the layout that it reads in place
         straight["cuda peer"] = cuda_peer.involution2d, (leaf(x.contiguous()), leaf(weight.contiguous())), "unfold"
     return {
         "unfold": (unfold, (x, weight), None),
@@ -166,15 +168,16 @@ def time_once(function, inputs, grad_output):
     return middle - start, time.perf_counter() - middle
 
 
-def peak_memory(function, inputs, grad_output):
-    """Bytes held at most during one full pass, beyond those at its start."""
-    if grad_output.device.type == "cuda":
+def peak_memory(function, device="cpu"):
+    """Bytes held at most during the call, beyond those at its start."""
+    if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        time_once(function, inputs, grad_output)
+        function()
+        torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(profile_memory=True) as profile:
-        time_once(function, inputs, grad_output)
+        function()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -205,7 +208,7 @@ def measure(N, C, size, K, device, dtype, rounds):
             low, median, high = statistics.quantiles(samples, n=4)
             row[mode], row[mode + " spread"] = median * 1e3, (low * 1e3, high * 1e3)
         with backend_of(name):
-            row["memory"] = peak_memory(function, inputs, grad_output) / 2**20
+            row["memory"] = peak_memory(functools.partial(time_once, function, inputs, grad_output), device) / 2**20
         rows.append(row)
     return rows
 
@@ -363,6 +366,8 @@ def main():
     torch.set_num_threads(args.threads)
     if args.allocator == "keep":
         keep_freed_memory()
+    if device.type == "cuda" and not cuda_peer.available():
+        print("no cuda peer: this PyTorch cannot compile CUDA kernels (torch.cuda._compile_kernel)", file=sys.stderr)
     limits = machine_limits(device, dtype)
     rows = []
     for C, size in (shape for shape in SHAPES if shape[0] in args.channels):

@@ -72,6 +72,11 @@ TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 THREADS = 256
 
 
+def available():
+    """Whether this PyTorch can compile kernels."""
+    return hasattr(torch.cuda, "compile_kernel") or hasattr(torch.cuda, "_compile_kernel")
+
+
 def involution2d(input, weight, stride=1, dilation=1):
     """As `involution.involution2d`, on CUDA in float32 or bfloat16, and differentiable once.
 

@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import involution
 import involution_cpu
 import involution_ops
+from benchmarks import cuda_peer
+from benchmarks.bench_involution import peak_memory
 from involution import Involution2d, backend, involution2d, involution2d_fused, involution2d_reference
 
 ROOT = Path(involution.__file__).parent
@@ -144,9 +146,8 @@ def test_output_and_gradients(each_backend, case, dtype, layout):
     assert_close(actual, run(lambda *a: involution2d_reference(*a, s, d), exact[:2], exact[2]), dtype)
     actual = run(lambda *a: involution2d_fused(*a, K, s, d), [input, *spans], grad_output)
     expected = run(fused_reference(K, s, d), [exact[0], *exact[3:]], exact[2])
-    if each_backend == "torch" and dtype == torch.bfloat16:
-        pytest.skip("the plain path rounds the weights to bfloat16 between its two steps")
-    assert_close(actual, expected, dtype)
+    if each_backend == "cpu" or dtype != torch.bfloat16:  # plain PyTorch rounds the weights between its two steps
+        assert_close(actual, expected, dtype)
 
 
 @settings(max_examples=40, deadline=None)
@@ -183,7 +184,7 @@ def test_strided_views_are_read_in_place(each_backend):
 
 @pytest.mark.parametrize("K", [3, 5, 7])
 @pytest.mark.parametrize("size", [(1, 8), (8, 8), (5, 7), (2, 9), (19, 13)], ids=str)
-@pytest.mark.parametrize("width", [8, 16, 24])  # of a group: one, two and three vectors of eight
+@pytest.mark.parametrize("width", [8, 16, 24, 32, 48])  # of a group: one to three vectors of eight, or of sixteen
 def test_channels_last_without_copies(cpu_backend, K, size, width):
     """The loops that read images and kernels where they lie: strips that overlap, borders on all sides, NaN around."""
     N, G = 2, 3
@@ -200,6 +201,8 @@ def test_channels_last_without_copies(cpu_backend, K, size, width):
     finally:
         torch.use_deterministic_algorithms(False)
     assert_close(actual, expected, torch.float32)
+    for result in (actual[0], actual[1], actual[2].flatten(1, 2)):  # as the loops require of what they write
+        assert result.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
@@ -228,12 +231,55 @@ def test_nan_stays_in_its_neighbourhood(cpu_backend):
     assert broken.sum() == 9 and broken[0, 3, 3:6, 3:6].all()
 
 
-def test_empty_batch(each_backend):
-    input, weight, grad_output, *spans = operands((0, 16, 1, 8, 8, 3, 1, 1))
-    for result in run(involution2d, [input, weight], grad_output):
-        assert result.numel() == 0
-    gradients = run(lambda *a: involution2d_fused(*a, 3), [input, *spans], grad_output)
-    assert not any(gradient.any() for gradient in gradients)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(0, 16, 8, 8), (2, 0, 8, 8), (2, 16, 0, 8), (2, 16, 8, 0)], ids=str)
+def test_no_pixel(each_backend, size, stride, layout):
+    (N, C, H, W), G = size, 1
+    input, weight, grad_output, *spans = operands((N, C, G, H, W, 3, stride, 1), torch.float32, layout)
+    results = run(lambda *a: involution2d(*a, stride), [input, weight], grad_output)
+    results += run(lambda *a: involution2d_fused(*a, 3, stride), [input, *spans], grad_output)
+    assert not any(result.any() for result in results)
+    assert [result.shape for result in results[:3]] == [grad_output.shape, input.shape, weight.shape]
+    assert [result.shape for result in results[4:]] == [tensor.shape for tensor in (input, *spans)]
+
+
+@pytest.mark.parametrize("stride, dilation", [(1, 2**40), (1, 2**62), (2**40, 1), (2**62, 2**62), (9, 11)])
+def test_steps_past_the_image(each_backend, stride, dilation):
+    """Are those of the longer side: one output pixel, one tap that reads; however many bits the offsets would take."""
+    s, d = min(stride, 8), min(dilation, 8)
+    input, weight, grad_output, *spans = operands((2, 4, 2, 5, 8, 3, stride, dilation))
+    for actual, expected, inputs in (
+        (lambda *a: involution2d(*a, stride, dilation), lambda *a: involution2d_reference(*a, s, d), [input, weight]),
+        (lambda *a: involution2d_fused(*a, 3, stride, dilation), fused_reference(3, s, d), [input, *spans]),
+    ):
+        assert_close(run(actual, inputs, grad_output), run(expected, inputs, grad_output), torch.float64)
+    direct = torch.ops.darts_involution.forward(input, weight, stride, dilation)
+    torch.testing.assert_close(direct, involution2d_reference(input, weight, s, d))
+    if dilation > 8:
+        centre = weight[:, :, 4].repeat_interleave(2, dim=1) * input[:, :, ::s, ::s]
+        torch.testing.assert_close(involution2d(input, weight, stride, dilation), centre)
+
+
+def test_lazily_negated_tensors(each_backend):
+    input, weight, grad_output, *spans = operands((2, 8, 2, 5, 6, 3, 1, 1))
+    lazy = [torch.complex(t, -t).conj().imag for t in (input, weight, grad_output, *spans)]
+    assert all(t.is_neg() for t in lazy)
+    expected = run(involution2d, [input, weight], grad_output)
+    assert_close(run(involution2d, lazy[:2], lazy[2]), expected, torch.float64)
+    fused = run(lambda *a: involution2d_fused(*a, 3), [input, *spans], grad_output)
+    assert_close(run(lambda *a: involution2d_fused(*a, 3), [lazy[0], *lazy[3:]], lazy[2]), fused, torch.float64)
+
+
+def test_zeros_without_memory(each_backend):
+    input, weight, _, *spans = (t.requires_grad_() for t in operands((2, 8, 2, 5, 6, 3, 1, 1)))
+    zeros = torch._efficientzerotensor(input.shape, dtype=input.dtype)
+    assert not involution2d(zeros, weight).any() and not involution2d_fused(zeros, *spans, 3).any()
+    for output, inputs in (
+        (involution2d(input, weight), (input, weight)),
+        (involution2d_fused(input, *spans, 3), (input, *spans)),
+    ):
+        assert not any(gradient.any() for gradient in torch.autograd.grad(output, inputs, zeros))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 37])
@@ -314,22 +360,10 @@ def test_fused_gradient_is_the_same_with_a_graph(each_backend):
 # ------------------------------------------------------------------------------------------------------ memory
 
 
-def peak_bytes(function):
-    """Peak of the bytes that PyTorch's allocator holds during the call, beyond those at its start."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held, peak = 0, 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def test_peak_memory(each_backend):
     input, weight, *_ = operands((16, 16, 1, 32, 32, 7, 1, 1), torch.float32)
     input, weight = input.requires_grad_(), weight.requires_grad_()
-    peak = peak_bytes(lambda: involution2d(input, weight).sum().backward())
+    peak = peak_memory(lambda: involution2d(input, weight).sum().backward())
     output = input
     # the gradients themselves are a weight and an input; unfolded patches would be 49 inputs
     assert peak < 4 * 4 * (input.numel() + weight.numel() + output.numel())
@@ -349,7 +383,7 @@ def test_module_keeps_no_kernels(cpu_backend):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = module(x)
     assert sum(kept.values()) <= 3 * x.untyped_storage().nbytes()
-    peak = peak_bytes(lambda: module(x).sum().backward())
+    peak = peak_memory(lambda: module(x).sum().backward())
     assert peak <= 5 * x.untyped_storage().nbytes() and output.shape == x.shape  # 49 floats a pixel are 3 inputs
 
 
@@ -411,6 +445,44 @@ def test_bad_fused_argument(change, message):
         involution2d_fused(**{**arguments, **change})
 
 
+WRONG = {  # pass: its arguments by name, a wrong value for one of them, and the message
+    "forward": ("input weight stride dilation", "weight", torch.zeros(2, 1, 9, 4, 4), "weight must have shape"),
+    "grad_input": ("grad_output weight H W stride dilation", "H", 800, r"weight must have shape \(2, 1, 9, 800, 8\)"),
+    "grad_weight": ("grad_output input K G stride dilation", "G", 3, "G must divide the input's 16 channels, got 3"),
+    "backward": (
+        "grad_output input weight stride dilation",
+        "grad_output",
+        torch.zeros(2, 16, 4, 8),
+        r"grad_output must have shape \(2, 16, 8, 8\), got \(2, 16, 4, 8\)",
+    ),
+    "fused_forward": (
+        "input hidden span_weight span_bias kernel_size stride dilation",
+        "span_bias",
+        torch.zeros(9).double(),
+        "span_bias must have the input's dtype torch.float32, got torch.float64",
+    ),
+    "fused_backward": (
+        "grad_output input hidden span_weight span_bias kernel_size stride dilation",
+        "grad_output",
+        torch.zeros(2, 16, 8, 8).double(),
+        "grad_output must have the input's dtype torch.float32, got torch.float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_argument_of_an_operator(name):
+    """What the dispatcher is called with directly is checked too."""
+    image, counts = torch.zeros(2, 16, 8, 8), {"H": 8, "W": 8, "K": 3, "G": 1, "kernel_size": 3}
+    right = {"input": image, "grad_output": image, "weight": torch.zeros(2, 1, 9, 8, 8), "hidden": image[:, :4]}
+    right |= {"span_weight": torch.zeros(9, 4), "span_bias": torch.zeros(9), "stride": 1, "dilation": 1} | counts
+    names, bad, value, message = WRONG[name]
+    operator = getattr(torch.ops.darts_involution, name)
+    operator(*(right[key] for key in names.split()))
+    with pytest.raises(ValueError, match=message):
+        operator(*({**right, bad: value}[key] for key in names.split()))
+
+
 # ------------------------------------------------------------------------------------------- a citizen of PyTorch
 
 
@@ -441,6 +513,26 @@ def test_compile_without_a_graph_break(monkeypatch, name):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("name", ["reference", "torch", "cpu"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_for_several_kernel_sizes(monkeypatch, name, dynamic):
+    monkeypatch.setenv("INVOLUTION_BACKEND", name)
+    compiled = torch.compile(involution2d, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for K, H in ((3, 6), (5, 6), (7, 9)):
+        input, weight, grad_output, *_ = operands((2, 8, 2, H, 7, K, 1, 1))
+        inputs = [input, weight]
+        assert_close(run(compiled, inputs, grad_output), run(involution2d, inputs, grad_output), torch.float64)
+    torch._dynamo.reset()
+
+
+def test_on_the_meta_device():
+    assert Involution2d(16, 3, stride=2).to("meta")(torch.empty(2, 16, 5, 7, device="meta")).shape == (2, 16, 3, 4)
+    input, weight = (t.to("meta").requires_grad_() for t in operands((2, 16, 2, 5, 7, 3, 1, 1))[:2])
+    output = involution2d(input, weight)
+    gradients = torch.autograd.grad(output.sum(), (input, weight))
+    assert [g.shape for g in gradients] == [input.shape, weight.shape]
+
+
 def test_export():
     module, x = Involution2d(16, 3).eval(), torch.randn(2, 16, 8, 8)
     program = torch.export.export(module, (x,))
@@ -457,6 +549,42 @@ def test_autocast_runs_in_low_precision(each_backend):
     output.float().sum().backward()
     assert module.conv2.conv.weight.grad.dtype == torch.float32
     torch.testing.assert_close(output.float(), module(x), rtol=0.1, atol=0.1)
+
+
+def test_autocast_leaves_float64():
+    input, weight, *_ = operands((2, 16, 1, 8, 8, 3, 1, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(involution2d(input, weight), involution2d(input, weight))
+        assert involution2d(input, weight).dtype == F.conv2d(input, input[:, :, :1, :1]).dtype == torch.float64
+
+
+def test_transforms_of_torch_func(each_backend):
+    input, weight, grad_output, *spans = operands((2, 4, 2, 4, 5, 3, 1, 1))
+    for function, inputs in (
+        (involution2d, (input, weight)),
+        (lambda *a: involution2d_fused(*a, 3), (input, *spans)),
+    ):
+        everything = tuple(range(len(inputs)))
+        output, *expected = run(function, inputs, grad_output)
+        value, pull = torch.func.vjp(function, *inputs)
+        assert_close((value, *pull(grad_output)), (output, *expected), torch.float64)
+        energy = lambda *a, function=function: function(*a).square().sum()  # noqa: E731 (of this iteration)
+        gradient = torch.func.grad(energy, everything)
+        many = torch.stack([inputs[0], -2 * inputs[0]])
+        batched = torch.func.vmap(gradient, in_dims=(0, *[None] * (len(inputs) - 1)))(many, *inputs[1:])
+        one_by_one = zip(*(gradient(one, *inputs[1:]) for one in many), strict=True)
+        assert_close(batched, [torch.stack(gradients) for gradients in one_by_one], torch.float64)
+        length = lambda *a, gradient=gradient: sum(g.square().sum() for g in gradient(*a))  # noqa: E731
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        first = torch.autograd.grad(energy(*leaves), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        assert_close(torch.func.grad(length, everything)(*inputs), second, torch.float64)
+
+
+def test_vmap_over_no_item():
+    input, weight, *_ = operands((2, 8, 2, 5, 5, 3, 1, 1))
+    with pytest.raises(ValueError, match="at least one item, got a batch of 0"):
+        torch.func.vmap(involution2d, in_dims=(0, None))(input.new_empty(0, *input.shape), weight)
 
 
 def test_vmap_is_a_loop_over_the_operator(each_backend):
@@ -493,7 +621,8 @@ def test_the_shortcut_is_the_operator_where_nobody_watches(cpu_backend):
         ),
     ):
         outputs = shortcut(*arguments), operator(*arguments, 1, 1)
-        assert "Shortcut" in outputs[0].grad_fn.name() and "Shortcut" not in outputs[1].grad_fn.name()
+        assert outputs[0].grad_fn.name() in ("InvolutionBackward", "InvolutionFusedBackward")
+        assert "darts_involution" in outputs[1].grad_fn.name()
         gradients = [torch.autograd.grad(output, arguments, grad_output, retain_graph=True) for output in outputs]
         for one, two in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True):
             assert torch.equal(one, two) and one.stride() == two.stride()
@@ -501,6 +630,20 @@ def test_the_shortcut_is_the_operator_where_nobody_watches(cpu_backend):
     with FlopCounterMode(display=False) as counter:  # one who looks at the backward pass only
         output.sum().backward()
     assert counter.get_total_flops() == 2 * 2 * N * C * K * K * H * W
+
+
+def test_flops_are_counted_after_an_import_in_a_mode():
+    code = """
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False):
+    from involution import involution2d
+with FlopCounterMode(display=False) as counter:
+    involution2d(torch.ones(2, 4, 5, 5), torch.ones(2, 1, 9, 5, 5))
+print(counter.get_total_flops())
+"""
+    out, err = python(code, INVOLUTION_BACKEND="torch").communicate(timeout=120)
+    assert out.strip() == str(2 * 2 * 4 * 9 * 25), err
 
 
 # ------------------------------------------------------------------------------------- choice of backend, building
@@ -545,6 +688,30 @@ def test_without_a_compiler_one_warning_and_plain_torch(tmp_path, compiler):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and out.strip() == "torch"
     assert err.count("\n") == 1 and "plain PyTorch" in err and compiler in err
+
+
+def test_without_a_library_the_warning_names_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", " ".join(involution_cpu._compiler()) + " -lnosuch")
+    monkeypatch.setenv("INVOLUTION_CACHE", str(tmp_path))
+    source = tmp_path / "empty.cpp"
+    source.touch()
+    with pytest.raises(involution_cpu.BuildError, match="nosuch"):
+        involution_cpu.library(source)
+    assert [path.suffix for path in tmp_path.iterdir() if path != source] == [".lock"]
+
+
+def test_cache_in_the_working_folder_that_others_can_read(cpu_backend, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INVOLUTION_CACHE", ".")
+    source = tmp_path / "empty.cpp"
+    source.touch()
+    old = os.umask(0o022)
+    try:
+        involution_cpu.library(source)
+    finally:
+        os.umask(old)
+    (built,) = tmp_path.glob("*.so")
+    assert built.stat().st_mode & 0o444 == 0o444
 
 
 def test_import_builds_nothing(tmp_path):
@@ -594,6 +761,14 @@ def test_a_dtype_the_library_lacks_is_served_by_plain_torch(cpu_backend):
     torch.testing.assert_close(involution2d(input, weight).float(), expected, rtol=1e-2, atol=1e-2)
 
 
+def test_the_cuda_peer_needs_a_pytorch_that_compiles_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_compile_kernel", None, raising=False)
+    assert cuda_peer.available()
+    for name in ("compile_kernel", "_compile_kernel"):
+        monkeypatch.delattr(torch.cuda, name, raising=False)
+    assert not cuda_peer.available()
+
+
 # ------------------------------------------------------------------------------------------------------ module
 
 
@@ -637,14 +812,37 @@ def test_module_in_bfloat16(each_backend):
     assert output.dtype == torch.bfloat16 and module.conv2.conv.weight.grad.isfinite().all()
 
 
-def test_module_with_a_hook_on_its_span_still_calls_it():
+HOOKS = {
+    "the convolution": lambda module, hook: module.conv2.conv.register_forward_hook(hook),
+    "the module around it": lambda module, hook: module.conv2.register_forward_hook(hook),
+    "before it": lambda module, hook: module.conv2.register_forward_pre_hook(hook),
+    "all modules": lambda module, hook: torch.nn.modules.module.register_module_forward_hook(hook),
+}
+
+
+@pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS)
+def test_module_with_a_hook_on_its_span_still_calls_it(register):
     module, seen = Involution2d(16, 3).eval(), []
     x = torch.randn(2, 16, 8, 8)
     fused = module(x)
-    module.conv2.register_forward_hook(lambda *_: seen.append("conv2"))
-    module.conv2.conv.register_forward_hook(lambda *_: seen.append("conv"))
-    torch.testing.assert_close(module(x), fused)
-    assert seen == ["conv", "conv2"]
+    handle = register(module, lambda called, *_: seen.append(called))
+    try:
+        torch.testing.assert_close(module(x), fused)
+    finally:
+        handle.remove()
+    assert module.conv2 in seen or module.conv2.conv in seen
+
+
+def test_module_with_another_span_calls_it():
+    module, x = Involution2d(16, 3).eval(), torch.randn(2, 16, 8, 8)
+    wide = torch.nn.Conv2d(4, 9, 3, padding=1)
+    for conv2, conv in ((wide, None), (module.conv2, wide)):
+        if conv:
+            conv2.conv = conv
+        module.conv2 = conv2
+        weight = wide(module.conv1(x)).unflatten(1, (1, 9))
+        torch.testing.assert_close(module(x), involution2d_reference(x, weight))
+        module.conv2 = Involution2d(16, 3).conv2
 
 
 @pytest.mark.parametrize("name", ["channels", "kernel_size", "stride", "dilation", "reduction_ratio"])

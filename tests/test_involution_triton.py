@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import involution
+import involution_ops
 from involution import Involution2d, involution2d_reference
 
 pytest.importorskip("triton")
@@ -264,10 +266,42 @@ def test_kernels_compile_without_a_gpu(tmp_path):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="one process is enough")
-def test_without_triton(tmp_path):
-    blocked = "import sys; sys.modules['triton'] = None; import involution_triton"
-    result = start(tmp_path, [sys.executable, "-c", blocked])
-    assert "ImportError: the triton backend needs the triton package" in result.stderr
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("import sys; sys.modules['triton'] = None", "the triton backend needs the triton package"),
+        ("import triton; triton.__version__ = '3.2.0'", "the triton backend needs Triton 3.3 or later, got 3.2.0"),
+    ],
+    ids=["none", "old"],
+)
+def test_without_triton(tmp_path, change, message):
+    warns = f"{change}; import involution; print(involution.backend('cuda'), involution.backend('cuda'))"
+    result = start(tmp_path, [sys.executable, "-c", warns], TRITON_INTERPRET="0", INVOLUTION_BACKEND="")
+    assert result.stdout == "torch torch\n", result.stderr
+    (warning,) = (line for line in result.stderr.splitlines() if "involution" in line)  # PyTorch has one of its own
+    assert message in warning
+
+
+@pytest.mark.skipif(INTERPRETED, reason="one process is enough")
+def test_where_no_kernel_can_be_launched(monkeypatch, caplog):
+    """As on a GPU machine without a C compiler, for Triton's launcher."""
+    import involution_triton
+
+    def launch(*_, **__):
+        raise OSError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    monkeypatch.delenv("INVOLUTION_BACKEND", raising=False)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(involution_triton._probe, "run", launch)
+    involution_ops._choose.cache_clear()
+    assert involution.backend("cuda") == involution.backend("cuda") == "torch"
+    involution_ops._choose.cache_clear()
+    (record,) = caplog.records
+    assert "no triton backend (Failed to find C compiler.)" in record.getMessage()
+
+
+def test_the_probe_launches(triton_backend, device):
+    triton_backend.probe(device)
 
 
 COMPILE = textwrap.dedent(
