@@ -15,7 +15,8 @@ computes it from them with the work shared that the edges have in common:
 
 An operation of another class than those of operations.py, one with hooks, or one whose batch norm is not as `OPS`
 makes it is a plain term: its own forward is called. Two backends do the work, with the same functions (`heads`,
-`involutions`, `depthwise`, `spread`, `mix`): fast_cell_cpu.py, which cannot be differentiated twice, and fast_cell_torch.py.
+`involutions`, `depthwise`, `spread`, `mix`): fast_cell_cpu.py, which cannot be differentiated twice, and
+fast_cell_torch.py.
 """
 
 import functools

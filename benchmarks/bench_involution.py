@@ -28,7 +28,6 @@ import ctypes
 import functools
 import gc
 import os
-import platform
 import statistics
 import sys
 import time
@@ -40,11 +39,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import involution
-from benchmarks import cuda_peer
+from benchmarks import cuda_peer, report
 from involution import Involution2d, involution2d, involution2d_fused
 
-FOLDER = Path(__file__).resolve().parent
-MARKS = ("<!-- bench_involution: begin -->", "<!-- bench_involution: end -->")
 SHAPES = ((16, 32), (32, 16), (64, 8))  # channels and image size of a search's three stages
 
 
@@ -249,18 +246,11 @@ def pass_limits(row, batch, element, bandwidth, rate):
 # ------------------------------------------------------------------------------------------------------ output
 
 
-def machine(device, dtype, args):
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        info = Path("/proc/cpuinfo")
-        models = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-        name = models[0].split(":")[1].strip() if models else platform.processor() or platform.machine()
-        name += f", {torch.get_num_threads()} threads, PyTorch's {torch.backends.cpu.get_cpu_capability()}"
+def heading(device, args):
     return (
-        f"{name}; PyTorch {torch.__version__}, Python {platform.python_version()}; backend "
-        f"`{involution.backend(device)}`; batch {args.batch}, {str(dtype).removeprefix('torch.')}, channels-last; "
-        f"C allocator: {args.allocator}; median of {args.rounds} rounds in ms (first to third quartile)."
+        f"{report.machine(device)}, {torch.get_num_threads()} threads; backend `{involution.backend(device)}`; batch "
+        f"{args.batch}, {args.dtype}, channels-last; C allocator: {args.allocator}; median of {args.rounds} rounds in "
+        "ms (first to third quartile)."
     )
 
 
@@ -326,15 +316,6 @@ def plot(rows, path):
     figure.savefig(path, dpi=110)
 
 
-def update_results(text):
-    """Replace the measured part of RESULTS.md, between its marks."""
-    path = FOLDER / "RESULTS.md"
-    begin, end = MARKS
-    old = path.read_text() if path.exists() else f"# Results\n\n{begin}\n{end}\n"
-    before, _, rest = old.partition(begin)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
-
-
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -352,8 +333,7 @@ def parse_args():
     parser.add_argument("--kernel_sizes", type=int, nargs="+", default=[3, 5, 7])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of every provider")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for bench_involution.md and .png")
-    parser.add_argument("--update", action="store_true", help="put the table into benchmarks/RESULTS.md too")
+    report.add_arguments(parser)
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds must be at least 2: one measurement has no spread")
@@ -379,14 +359,10 @@ def main():
     peers["module"] = ["module unfold"]
     if any(row["provider"] == "cuda peer" for row in rows):
         peers[used].append("cuda peer")
-    text = f"{machine(device, dtype, args)}\n\n{markdown(rows, peers)}"
+    text = f"{heading(device, args)}\n\n{markdown(rows, peers)}"
     text += f"\n\n{limits_table(rows, used, args, *limits)}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "bench_involution.md").write_text(text + "\n")
+    report.save("bench_involution", text, args.out, args.update)
     plot(rows, args.out / "bench_involution.png")
-    if args.update:
-        update_results(text)
-    print(text)
 
 
 if __name__ == "__main__":
