@@ -20,7 +20,7 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as module_hooks
 
 import involution_ops
 from involution_arguments import check, check_counts, check_fused, check_odd, kernel_size_of
@@ -141,12 +141,15 @@ class _Conv(nn.Module):
         return self.conv(x)
 
 
+_KINDS_OF_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _fusable(conv2):
     """Whether this is the 1x1 convolution that Involution2d makes and nobody watches it: its work can be fused."""
-    if type(conv2) is not _Conv or type(conv2.conv) is not nn.Conv2d or _has_any_global_hook():
+    if type(conv2) is not _Conv or type(conv2.conv) is not nn.Conv2d:
         return False
-    for module in (conv2, conv2.conv):
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    for kind in _KINDS_OF_HOOKS:
+        if getattr(conv2, kind) or getattr(conv2.conv, kind) or getattr(module_hooks, f"_global{kind}"):
             return False
     span = conv2.conv
     plain = (span.kernel_size, span.stride, span.padding, span.groups) == ((1, 1), (1, 1), (0, 0), 1)
