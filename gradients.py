@@ -55,6 +55,8 @@ class Gradients:
         finally:
             for w in frozen:
                 w.requires_grad_(True)
+        if loss.device.type == "cpu":  # where they are, they would cut the memory that is free now into pieces
+            grads = [grad.clone() for grad in grads]
         return [loss.detach(), logits.detach(), *grads]
 
     def _record(self, of, precise, shape):
