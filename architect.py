@@ -11,11 +11,9 @@ The weights are moved in place and put back bit for bit: there is no second mode
 (all buffers) are put back too.
 """
 
-from contextlib import contextmanager
-
 import torch
 
-from gradients import Gradients, buffers_kept
+from gradients import Gradients, Kept
 
 _R = 0.01  # ε = _R / ‖v‖, as in the paper
 
@@ -27,13 +25,14 @@ class Architect:
         model: a `model_search.Network`.
         args: has `momentum`, `weight_decay` (those of the network's SGD), `arch_learning_rate`,
             `arch_weight_decay`.
-        gradients: how to compute them, by default `Gradients(model)`. In mixed precision, the two gradients of the
-            finite difference are not: their difference is smaller than bfloat16's rounding.
+        gradients: how to compute them, by default `Gradients(model)`. The two gradients of the finite difference are
+            always computed in float32: it is smaller than the rounding of bfloat16 or TF32.
     """
 
     def __init__(self, model, args, gradients=None):
         self.model = model
         self.gradients = gradients or Gradients(model)
+        self._weights = Kept(self.gradients.weights)
         self.network_momentum = args.momentum
         self.network_weight_decay = args.weight_decay
         self.optimizer = torch.optim.Adam(
@@ -53,7 +52,7 @@ class Architect:
             unrolled: second order if true, else first order.
         """
         train, valid = (input_train, target_train), (input_valid, target_valid)
-        with buffers_kept(self.model):
+        with self.gradients.buffers.kept():
             if unrolled:
                 grads = self._unrolled_grads(train, valid, eta, network_optimizer)
             else:
@@ -63,14 +62,13 @@ class Architect:
         self.optimizer.step()
 
     def _unrolled_grads(self, train, valid, eta, network_optimizer):
-        weights = self.gradients.weights
-        with _weights_kept(weights) as put_back:
+        alphas = len(self.gradients.alphas)
+        with self._weights.kept():
             self._virtual_step(train, eta, network_optimizer)
             grads = self.gradients("both", *valid)[2]  # at w'
-            put_back()
-            dalpha, vector = grads[: -len(weights)], grads[-len(weights) :]
-            implicit = self._hessian_vector_product(vector, put_back, train)
-        return [g - eta * h for g, h in zip(dalpha, implicit, strict=True)]
+            self._weights.put_back()
+            implicit = self._hessian_vector_product(grads[alphas:], train)
+        return [g - eta * h for g, h in zip(grads[:alphas], implicit, strict=True)]
 
     @torch.no_grad()
     def _virtual_step(self, train, eta, network_optimizer):
@@ -79,14 +77,14 @@ class Architect:
         with torch.enable_grad():
             grads = self.gradients("weights", *train)[2]
         torch._foreach_add_(grads, weights, alpha=self.network_weight_decay)
-        for w, grad in zip(weights, grads, strict=True):
-            momentum = network_optimizer.state.get(w, {}).get("momentum_buffer")
-            if momentum is not None:
-                grad.add_(momentum, alpha=self.network_momentum)
+        momenta = [network_optimizer.state.get(w, {}).get("momentum_buffer") for w in weights]
+        moving = [(grad, momentum) for grad, momentum in zip(grads, momenta, strict=True) if momentum is not None]
+        if moving:  # not before the first step
+            torch._foreach_add_(*map(list, zip(*moving, strict=True)), alpha=self.network_momentum)
         torch._foreach_sub_(weights, grads, alpha=float(eta))
 
     @torch.no_grad()
-    def _hessian_vector_product(self, vector, put_back, train):
+    def _hessian_vector_product(self, vector, train):
         """∇²_{α,w} L_train · vector by a central difference around w."""
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
         epsilon = float(_R / norm) if norm > 0 else _R  # a zero vector has a zero product
@@ -95,21 +93,6 @@ class Architect:
             torch._foreach_add_(self.gradients.weights, vector, alpha=sign * epsilon)
             with torch.enable_grad():
                 grads = self.gradients("alphas", *train, precise=True)[2]  # at w±
-            put_back()
+            self._weights.put_back()
             torch._foreach_add_(product, grads, alpha=sign)
         return [difference / (2 * epsilon) for difference in product]
-
-
-@contextmanager
-def _weights_kept(weights):
-    """Put the weights back, bit for bit, on leaving, and whenever the function that is handed out is called."""
-    saved = [w.detach().clone() for w in weights]
-
-    @torch.no_grad()
-    def put_back():
-        torch._foreach_copy_(weights, saved)
-
-    try:
-        yield put_back
-    finally:
-        put_back()

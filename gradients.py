@@ -1,7 +1,8 @@
 """The derivatives of a supernet's loss that a search takes: eagerly, in mixed precision, or from CUDA graphs."""
 
 import functools
-from contextlib import contextmanager
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -10,15 +11,18 @@ class Gradients:
     """The loss of a supernet on a batch, and its gradient.
 
     Args:
-        model: a `model_search.Network`; its tensors must stay where they are in memory.
+        model: a `model_search.Network`; its tensors must stay where they are in memory. Weights that are frozen now
+            are left out.
         amp: compute in bfloat16 what `torch.autocast` computes in it.
         cuda_graph: on a CUDA device, record each kind of gradient once for each shape of a batch, and replay it from
             then on: thousands of launches become one. The next call of a kind overwrites what the last one returned.
+            While a second kind is recorded, the memory of two passes is in use.
     """
 
     def __init__(self, model, amp=False, cuda_graph=False):
         self.model, self.amp = model, amp
-        self.weights, self.alphas = list(model.parameters()), model.arch_parameters()
+        self.weights, self.alphas = [w for w in model.parameters() if w.requires_grad], model.arch_parameters()
+        self.buffers = Kept(model.buffers())
         self._pool = torch.cuda.graph_pool_handle() if cuda_graph else None
         self._recorded = functools.cache(self._record) if cuda_graph else None
 
@@ -26,61 +30,68 @@ class Gradients:
         """(loss, logits, gradients), detached.
 
         Args:
-            of: "weights", "alphas" (nothing is kept or computed for the weights) or "both" (alphas first).
+            of: "weights", "alphas" (the weights then do not require gradients) or "both" (alphas first).
             input, target: (N, 3, H, W) and (N,).
-            precise: without mixed precision.
+            precise: in float32 throughout, without mixed precision and without TF32.
         """
         if self._recorded is None:
             values = self._compute(of, precise, input, target)
         else:
-            values = self._recorded(of, precise, input.shape)(input, target)
+            mode = self.model.training, self.model.fast
+            values = self._recorded(of, precise, input.shape, mode)(input, target)
         loss, logits, *grads = values
         return loss, logits, grads
 
+    def _wanted(self, of):
+        return {"weights": self.weights, "alphas": self.alphas, "both": self.alphas + self.weights}[of]
+
     def _compute(self, of, precise, input, target):
-        frozen = [w for w in self.weights if w.requires_grad] if of == "alphas" else []
+        frozen = self.weights if of == "alphas" else []
+        device = input.device.type
         for w in frozen:
             w.requires_grad_(False)
         try:
-            # autocast's cache of cast weights must not outlive them in a recording
-            with torch.autocast(
-                input.device.type, torch.bfloat16, enabled=self.amp and not precise, cache_enabled=False
-            ):
-                logits = self.model(input)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = self.model._criterion(logits, target)
-            wanted = {"weights": self.weights, "alphas": self.alphas, "both": self.alphas + self.weights}[of]
-            # a shallow supernet may have no normal cell: its alphas then have a zero gradient
-            grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+            with _without_tf32() if precise and device == "cuda" else nullcontext():
+                # autocast's cache of cast weights must not outlive them in a recording
+                with torch.autocast(device, torch.bfloat16, enabled=self.amp and not precise, cache_enabled=False):
+                    logits = self.model(input)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                loss = self.model._criterion(logits, target)
+                # a shallow supernet may have no normal cell: its alphas then have a zero gradient
+                grads = torch.autograd.grad(loss, self._wanted(of), allow_unused=True, materialize_grads=True)
         finally:
             for w in frozen:
                 w.requires_grad_(True)
-        if loss.device.type == "cpu":  # where they are, they would cut the memory that is free now into pieces
+        if device == "cpu":  # autograd's own lie between freed activations, which these copies let malloc join
             grads = [grad.clone() for grad in grads]
         return [loss.detach(), logits.detach(), *grads]
 
-    def _record(self, of, precise, shape):
+    def _record(self, of, precise, shape, mode):
         like = dict(dtype=self.weights[0].dtype, device=self.weights[0].device)
         input = torch.zeros(shape, **like).contiguous(memory_format=torch.channels_last)
         target = torch.zeros(shape[0], dtype=torch.int64, device=like["device"])
-        with buffers_kept(self.model):
-            return _Recording(functools.partial(self._compute, of, precise), [input, target], self._pool)
+        with Kept(self.model.buffers()).kept():  # within a step, which keeps them itself
+            function = functools.partial(self._compute, of, precise)
+            return _Recording(function, [input, target], self._wanted(of), self._pool)
 
 
 class _Recording:
-    """A function of tensors as a CUDA graph, for inputs of the shapes and layouts of those given."""
+    """A function of tensors as a CUDA graph, for inputs of the shapes and layouts of those given.
 
-    def __init__(self, function, inputs, pool):
+    It returns two results and the gradients of `wanted`, these in the layout of `wanted`, as torch._foreach wants them.
+    """
+
+    def __init__(self, function, inputs, wanted, pool):
         self.inputs = inputs
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # for what is compiled, tuned or allocated at first use
             for _ in range(3):
-                outputs = function(*inputs)
+                results = function(*inputs)[:2]
         torch.cuda.current_stream().wait_stream(stream)
         # outside the pool: the recordings share it, and each may overwrite what another has left in it
-        self.outputs = [output.clone() for output in outputs]
-        del outputs
+        self.outputs = [torch.empty_like(x) for x in results] + [torch.empty_like(x).detach() for x in wanted]
+        del results
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
             torch._foreach_copy_(self.outputs, function(*inputs))
@@ -92,13 +103,42 @@ class _Recording:
         return self.outputs
 
 
+class Kept:
+    """Tensors that can be put back, bit for bit, to what they were when `save` was called."""
+
+    def __init__(self, tensors):
+        groups = defaultdict(list)
+        for tensor in tensors:
+            groups[tensor.dtype].append(tensor)  # torch._foreach is fast for one dtype at a time
+        self._groups = [(group, [torch.empty_like(t).detach() for t in group]) for group in groups.values()]
+
+    @torch.no_grad()
+    def save(self):
+        for tensors, copies in self._groups:
+            torch._foreach_copy_(copies, tensors)
+
+    @torch.no_grad()
+    def put_back(self):
+        for tensors, copies in self._groups:
+            torch._foreach_copy_(tensors, copies)
+
+    @contextmanager
+    def kept(self):
+        """Put them back on leaving."""
+        self.save()
+        try:
+            yield
+        finally:
+            self.put_back()
+
+
 @contextmanager
-def buffers_kept(model):
-    """Put all buffers (batch norm's running statistics) back, bit for bit, on leaving."""
-    buffers = list(model.buffers())
-    saved = [b.clone() for b in buffers]
+def _without_tf32():
+    """Products of float32 in float32 on a GPU, where by default convolutions round their operands to 10 bits."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
     try:
         yield
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(buffers, saved)
+        cudnn.allow_tf32, matmul.allow_tf32 = before

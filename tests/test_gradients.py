@@ -82,7 +82,7 @@ def test_the_finite_difference_is_not_in_mixed_precision():
 class Imitation:
     """What a recording does to memory: inputs are copied, outputs overwritten."""
 
-    def __init__(self, function, inputs, pool):
+    def __init__(self, function, inputs, wanted, pool):
         self.function, self.inputs = function, inputs
         for _ in range(4):
             self.outputs = function(*inputs)
@@ -103,23 +103,64 @@ def test_a_search_from_recordings_is_the_eager_one(monkeypatch):
         assert torch.equal(value, expected[name]), name
 
 
+def test_frozen_weights_are_left_out():
+    net, (train, valid) = make(), batches()
+    net.stem[0].weight.requires_grad_(False)
+    before = net.stem[0].weight.clone()
+    gradients = Gradients(net)
+    assert len(gradients("weights", *train)[2]) == len(list(net.parameters())) - 1
+    Architect(net, ARGS, gradients).step(*train, *valid, 0.025, torch.optim.SGD(net.parameters(), 0.025), True)
+    assert torch.equal(net.stem[0].weight, before) and not net.stem[0].weight.requires_grad
+
+
+def test_tensors_that_are_kept_come_back_bit_for_bit_after_an_error():
+    tensors = [torch.randn(3), torch.tensor(float("nan")), torch.arange(4)]
+    before = [t.clone() for t in tensors]
+    with pytest.raises(KeyError), gradients.Kept(tensors).kept():
+        for t in tensors:
+            t.zero_()
+        raise KeyError
+    for t, expected in zip(tensors, before, strict=True):
+        assert torch.equal(t, expected) or t.isnan() == expected.isnan()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", [False, True])
-def test_a_search_from_cuda_graphs_is_the_eager_one(amp):
+def test_recorded_gradients_are_the_eager_ones(amp):
+    net = make(device="cuda", C=16)
+    eager, recorded = Gradients(net, amp), Gradients(net, amp, cuda_graph=True)
+    for sizes in [(6, 6), (6, 4), (6, 6)]:  # of an epoch, with a smaller last batch
+        for batch in batches(device="cuda", sizes=sizes):
+            for of, precise in (("weights", False), ("both", False), ("alphas", True)):
+                before = [b.clone() for b in net.buffers()]
+                expected = [x.clone() for x in flat(eager(of, *batch, precise=precise))]
+                for buffer, value in zip(net.buffers(), before, strict=True):
+                    buffer.copy_(value)
+                for x, y in zip(flat(recorded(of, *batch, precise=precise)), expected, strict=True):
+                    assert (x - y).norm() <= 1e-3 * y.norm() + 1e-6
+
+
+def flat(values):
+    loss, logits, grads = values
+    return [loss, logits, *grads]
+
+
+@pytest.mark.gpu
+def test_a_search_from_cuda_graphs_learns_as_the_eager_one():
+    """Statistics and momenta too; Adam turns a rounding of a small gradient into a step, hence the tolerance."""
     net = make(device="cuda", C=16)
     start = copy.deepcopy(net.state_dict())
-    expected = search(copy.deepcopy(net), amp=amp)
-    recorded = search(net, amp=amp, cuda_graph=True)
+    expected, recorded = search(copy.deepcopy(net)), search(net, cuda_graph=True)
     for name, value in expected.items():
         moved = (value - start[name]).double().norm()
-        assert (recorded[name] - value).double().norm() <= (0.05 if amp else 1e-3) * moved + 1e-6, name
+        assert (recorded[name] - value).double().norm() <= (0.5 if "alphas" in name else 0.05) * moved + 1e-6, name
 
 
 @pytest.mark.gpu
 def test_a_step_on_a_gpu_is_that_of_the_cpu():
     nets = make(C=16), make(device="cuda", C=16)
-    grads = [
-        Gradients(net)("both", *batches(device=device)[0])[2] for net, device in zip(nets, ("cpu", "cuda"), strict=True)
-    ]
-    ours, theirs = (torch.cat([g.flatten().cpu() for g in each]) for each in grads)
-    assert (ours - theirs).norm() < 1e-3 * ours.norm()
+    of_cpu, of_gpu = (
+        torch.cat([g.flatten().cpu() for g in Gradients(net)("both", *batches(device=device)[0], precise=True)[2]])
+        for net, device in zip(nets, ("cpu", "cuda"), strict=True)
+    )
+    assert (of_cpu - of_gpu).norm() < 1e-3 * of_cpu.norm()
