@@ -30,10 +30,13 @@ import torch.nn.functional as F
 
 import fast_cell_torch
 import involution
-from involution import Involution2d
+from involution import is_watched
+from involution_ops import nobody_watches
 from operations import DilConv, FactorizedReduce, Identity, InvoBN, SepConv
 
 logger = logging.getLogger(__name__)
+
+_SPAN = type(involution.Involution2d(1, 1).conv2)  # the one convolution with a bias is in it
 
 
 class Term(NamedTuple):
@@ -51,10 +54,13 @@ def forward(cell, s0, s1, weights):
     edges, alphas = iter(cell._ops), iter(weights.unbind())
     into = [[(next(edges), next(alphas).unbind()) for _ in range(2 + node)] for node in range(cell._steps)]
     parts, linear = [[] for _ in into], [[] for _ in into]  # of each node: images, and (alpha, Term)
+    expected = {}  # shape and dtype of each node, and the operation that they come from
     for node in range(cell._steps):
         for j in range(len(states) - (1 if node else 2), len(states)):
             plain = []
-            for n, k, term in _expand(states[j], {n: into[n][j][0] for n in range(node, cell._steps)}, backend):
+            leaving = {n: into[n][j][0] for n in range(node, cell._steps)}
+            for n, k, term in _expand(states[j], leaving, cell.training, backend):
+                _check(term, leaving[n]._ops[k], expected.setdefault(n, (*_form(term), leaving[n]._ops[k])))
                 alpha = into[n][j][1][k]
                 if term.weight is None:
                     plain.append((n, alpha, term.input))
@@ -68,11 +74,14 @@ def forward(cell, s0, s1, weights):
 
 
 def choose_backend(x):
-    """The module that serves this tensor: fast_cell_cpu for float32 and float64 where involutions run in C++ too."""
-    device = x.device.type
-    if device != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(device):
+    """The module that serves this tensor: fast_cell_cpu for float32 and float64 where involutions run in C++ too.
+
+    Under PyTorch's modes and transforms, as for involutions, plain PyTorch does: they see into it.
+    """
+    if x.dtype not in (torch.float32, torch.float64) or x.numel() == 0 or not nobody_watches(x):
         return fast_cell_torch
-    return _cpu_backend() if involution.backend() == "cpu" else fast_cell_torch
+    usual = involution.backend() == "cpu" and not torch.is_autocast_enabled("cpu")
+    return _cpu_backend() if usual else fast_cell_torch
 
 
 @functools.cache
@@ -85,6 +94,23 @@ def _cpu_backend():
         logger.warning("supernet: no C++ backend (%s); plain PyTorch is used, which is slower", error)
         return fast_cell_torch
     return fast_cell_cpu
+
+
+def _form(term):
+    """(N, C, H, W) and dtype of what a term adds to its node."""
+    N, C, H, W = term.input.shape
+    return (N, C if term.weight is None else len(term.weight), H, W), term.input.dtype
+
+
+def _check(term, op, expected):
+    """Raise ValueError unless an operation's result is like that of the first one that entered the node."""
+    shape, dtype = _form(term)
+    if (shape, dtype) != expected[:2]:
+        names = type(expected[2]).__name__, type(op).__name__
+        raise ValueError(
+            f"operations that enter a node must agree in shape and dtype: {names[0]} gives {expected[0]}, "
+            f"{expected[1]}, but {names[1]} gives {shape}, {dtype}"
+        )
 
 
 def _spread(plain, backend):
@@ -113,13 +139,13 @@ def _sum(parts, linear, backend):
 # ------------------------------------------------------------------------------------- the terms of each primitive
 
 
-def _expand(x, edges, backend):
+def _expand(x, edges, training, backend):
     """(node, primitive, Term) of every candidate on the edges {node: MixedOp} that leave state x (N, C, H, W)."""
     places = defaultdict(list)
     for node, edge in edges.items():
         for k in edge._computed:
             op = edge._ops[k]
-            places[_kind(op, edge.training)].append((node, k, op))
+            places[_kind(op, training)].append((node, k, op))
     relu = functools.cache(lambda: F.relu(x))
     for (kind, *_), found in places.items():
         terms = _TERMS[kind](x, relu, [op for _, _, op in found], backend)
@@ -128,18 +154,19 @@ def _expand(x, edges, backend):
 
 
 def _kind(op, training):
-    """A key that is equal for operations whose work can be shared, or ('any',)."""
+    """A key that is equal for operations whose work can be shared, or ('any',) where only their own forward will do."""
     modules = _with_descendants(op, [])
-    for m in modules:
-        if type(m) not in _CLASSES or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks:
-            return ("any",)  # unknown, or watched
+    if tuple(map(type, modules)) not in _structures() or any(map(is_watched, modules)):
+        return ("any",)
+    for parent, m in zip([None, *modules], modules, strict=False):
         if type(m) is nn.BatchNorm2d and not _is_bare(m, training):
             return ("any",)
-    if type(op) is nn.Sequential and [type(m) for m in modules[2:]] == [nn.BatchNorm2d]:
+        if type(m) is nn.Conv2d and not _is_usual(m, biased=type(parent) is _SPAN):
+            return ("any",)
+    if type(op) is nn.Sequential:
         pool = modules[1]
-        if type(pool) in (nn.MaxPool2d, nn.AvgPool2d):
-            return "pool", type(pool), *(str(getattr(pool, name)) for name in pool.__constants__)
-    return _KINDS.get(type(op), "any"), op.op[1].stride if type(op) in _STRIDED else None
+        return "pool", type(pool), *(str(getattr(pool, name)) for name in pool.__constants__)
+    return _KINDS[type(op)], op.op[1].stride if type(op) in _STRIDED else None
 
 
 _KINDS = {
@@ -150,10 +177,27 @@ _KINDS = {
     SepConv: "separable_twice",
 }
 _STRIDED = InvoBN, DilConv, SepConv
-_CLASSES = {
-    nn.Sequential, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.Identity,
-    Identity, FactorizedReduce, InvoBN, DilConv, SepConv, *(type(module) for module in Involution2d(1, 1).modules()),
-}  # fmt: skip
+
+
+@functools.cache
+def _structures():
+    """The classes of the modules in each operation whose work is shared, as OPS makes them in a supernet."""
+    with torch.device("meta"):
+        operations = [Identity(), FactorizedReduce(4, 4, False), DilConv(4, 4, 3, 1, 2, 2, False)]
+        operations += [SepConv(4, 4, 3, 1, 1, False), *(InvoBN(4, 3, stride, 1, False) for stride in (1, 2))]
+        operations += [nn.Sequential(pool(3), nn.BatchNorm2d(4)) for pool in (nn.MaxPool2d, nn.AvgPool2d)]
+    return {tuple(map(type, operation.modules())) for operation in operations}
+
+
+def _is_usual(conv, biased):
+    """Whether a convolution is a 1x1, or a depthwise one that keeps the image's size up to its stride."""
+    if conv.padding_mode != "zeros" or (conv.bias is not None) != biased:
+        return False
+    (K, width), (s, _), (d, _) = conv.kernel_size, conv.stride, conv.dilation
+    if K == width == 1 and conv.groups == 1:
+        return conv.stride == (1, 1) and conv.padding == (0, 0)
+    depthwise = conv.groups == conv.in_channels == conv.out_channels and K == width and K % 2 == 1
+    return depthwise and (conv.stride, conv.dilation, conv.padding) == ((s, s), (d, d), (d * (K // 2),) * 2)
 
 
 def _with_descendants(module, found):

@@ -20,7 +20,6 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules import module as module_hooks
 
 import involution_ops
 from involution_arguments import check, check_counts, check_fused, check_odd, kernel_size_of
@@ -141,17 +140,26 @@ class _Conv(nn.Module):
         return self.conv(x)
 
 
-_KINDS_OF_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+def is_watched(module):
+    """Whether a hook waits for this module to be called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def all_are_watched():
+    """Whether a hook waits for every module."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return any(getattr(torch.nn.modules.module, f"_global_{kind}") for kind in kinds)
 
 
 def _fusable(conv2):
     """Whether this is the 1x1 convolution that Involution2d makes and nobody watches it: its work can be fused."""
     if type(conv2) is not _Conv or type(conv2.conv) is not nn.Conv2d:
         return False
-    for kind in _KINDS_OF_HOOKS:
-        if getattr(conv2, kind) or getattr(conv2.conv, kind) or getattr(module_hooks, f"_global{kind}"):
-            return False
     span = conv2.conv
+    if is_watched(conv2) or is_watched(span) or all_are_watched():
+        return False
     plain = (span.kernel_size, span.stride, span.padding, span.groups) == ((1, 1), (1, 1), (0, 0), 1)
     return plain and span.bias is not None
 

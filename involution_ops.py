@@ -278,7 +278,7 @@ def _forward_backward(ctx, u):
     input, weight = ctx.saved_tensors
     s, d = ctx.stride, ctx.dilation
     if all(ctx.needs_input_grad[:2]) and not torch.is_grad_enabled():  # `backward` has no derivative
-        run = _backward if _nobody_watches(u, input, weight) else _ops.backward
+        run = _backward if nobody_watches(u, input, weight) else _ops.backward
         return *run(u, input, weight, s, d), None, None
     K, G, (H, W) = kernel_size_of(weight), weight.shape[1], input.shape[2:]
     to_input = _apply("grad_input", u, weight, H, W, s, d) if ctx.needs_input_grad[0] else None
@@ -317,7 +317,7 @@ def _fused_forward_backward(ctx, u):
         to_weight = _apply("grad_weight", u, input, K, weight.shape[1], s, d)
         gradients = to_input, *involution_torch.span_backward(to_weight, hidden, span_weight)
     else:
-        watched = not _nobody_watches(u, input, hidden, span_weight, span_bias)
+        watched = not nobody_watches(u, input, hidden, span_weight, span_bias)
         run = _ops.fused_backward if watched else _fused_backward
         gradients = run(u, input, hidden, span_weight, span_bias, K, s, d)
     return *gradients, None, None, None
@@ -354,7 +354,7 @@ for _name, _derivative, _save in (
 # than the work on a small image. Where nothing but autograd would see the operator, it is called without them.
 
 
-def _nobody_watches(*tensors):
+def nobody_watches(*tensors):
     """Whether these are plain CPU tensors, and no mode, transform, tracer or compiler is at work."""
     if torch.compiler.is_compiling() or torch._C._len_torch_function_stack():
         return False
@@ -399,9 +399,9 @@ class InvolutionFused(torch.autograd.Function):
 
 def involution(*args):
     """`torch.ops.darts_involution.forward(*args)`, by the shortest way."""
-    return Involution.apply(*args) if _nobody_watches(*args[:2]) else _apply("forward", *args)
+    return Involution.apply(*args) if nobody_watches(*args[:2]) else _apply("forward", *args)
 
 
 def involution_fused(*args):
     """`torch.ops.darts_involution.fused_forward(*args)`, by the shortest way."""
-    return InvolutionFused.apply(*args) if _nobody_watches(*args[:4]) else _apply("fused_forward", *args)
+    return InvolutionFused.apply(*args) if nobody_watches(*args[:4]) else _apply("fused_forward", *args)

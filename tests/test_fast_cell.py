@@ -112,6 +112,75 @@ def test_operations_that_are_not_as_they_were_made(backend):
     assert_equal_to_plain(net)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda C, stride, affine: operations.DilConv(C, C, (1, 7), stride, (0, 3), 1, affine),
+        lambda C, stride, affine: operations.DilConv(C, C, 3, stride, 1, 1, affine).apply(pad_around),
+        lambda C, stride, affine: operations.DilConv(C, C, 3, stride, 1, 1, affine).apply(bias_last),
+        lambda C, stride, affine: without_relu(operations.SepConv(C, C, 3, stride, 1, affine)),
+    ],
+    ids=["not square", "circular", "biased", "no ReLU"],
+)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_operations_of_another_geometry(backend, monkeypatch, change, training):
+    monkeypatch.setitem(operations.OPS, "dil_conv_3x3", change)
+    assert_equal_to_plain(make(["skip_connect", "dil_conv_3x3", "dil_conv_5x5"]).train(training))
+
+
+def pad_around(module):
+    if isinstance(module, nn.Conv2d):
+        module.padding_mode, module._reversed_padding_repeated_twice = "circular", [*module.padding[::-1]] * 2
+
+
+def bias_last(module):
+    if isinstance(module, nn.Conv2d) and module.groups == 1:
+        module.bias = nn.Parameter(torch.randn(module.out_channels))
+
+
+def without_relu(op):
+    op.op[0] = nn.Identity()
+    return op
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda C, stride, affine: nn.Conv2d(C, C, 2, stride), lambda C, stride, affine: nn.AdaptiveAvgPool2d(1)]
+)
+def test_an_operation_that_gives_another_size_is_named(backend, monkeypatch, wrong):
+    monkeypatch.setitem(operations.OPS, "wrong", wrong)
+    net = make(["skip_connect", "sep_invo_3x3", "wrong"])
+    with pytest.raises(ValueError, match=r"must agree in shape and dtype.*(Conv2d|AdaptiveAvgPool2d) gives"):
+        net(torch.randn(2, 3, 8, 8).double())
+
+
+@pytest.mark.parametrize("edge", [0, 1, -1])
+def test_an_edge_in_evaluation_mode(backend, edge):
+    net = make(SEARCH_SPACES["mixed"], steps=2)
+    for cell in net.cells:
+        cell._ops[edge].eval()
+    assert_equal_to_plain(net)
+
+
+def test_no_images_and_no_memory():
+    net = make(SEARCH_SPACES["mixed"], steps=2).eval()
+    net(torch.randn(0, 3, 8, 8).double()).sum().backward()
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert net(mode.from_tensor(torch.randn(2, 3, 8, 8).double())).shape == (2, 5)
+
+
+def test_every_kind_of_hook_is_called(backend):
+    net, seen = make(["skip_connect", "sep_invo_3x3"], steps=2), []
+    net.cells[0]._ops[0]._ops[1].register_full_backward_pre_hook(lambda module, grad: seen.append("backward pre"))
+    net.cells[1]._ops[0].register_full_backward_hook(lambda module, *grads: seen.append("backward"))
+    input, target = torch.randn(4, 3, 8, 8).double(), torch.arange(4)
+    net._loss(input, target).backward()
+    assert sorted(seen) == ["backward", "backward pre"]
+    seen.clear()
+    with torch.nn.modules.module.register_module_forward_hook(lambda module, *args: seen.append(module)):
+        net(input)
+    assert {op for cell in net.cells for edge in cell._ops for op in edge._ops} <= set(seen)
+
+
 def test_hooks_are_called(backend):
     net, seen = make(["skip_connect", "max_pool_3x3", "sep_invo_3x3"]), []
     hooked = net.cells[0]._ops[0]._ops[2].op[1], net.cells[1]._ops[1], net.cells[2]
