@@ -93,9 +93,11 @@ class Batches:
     """
 
     def __init__(self, images, batch_size, normalization, augmentation, key=(0, 0)):
-        self.images, self.batch_size, self.augmentation, self.key = images, batch_size, augmentation, key
+        self.batch_size, self.augmentation, self.key = batch_size, augmentation, key
+        self.labels = images.labels
         pad = augmentation.pad if augmentation else 0
-        device, S = images.pixels.device, images.pixels.shape[1]
+        device, self.size = images.pixels.device, images.pixels.shape[1]
+        S = self.size
         padded = torch.nn.functional.pad(images.pixels, (0, 0, pad, pad, pad, pad))
         # what a row of a crop may be: 3 S bytes from any place on (a view, of no memory)
         self._rows, self._P = padded.flatten().unfold(0, 3 * S, 1), S + 2 * pad
@@ -105,19 +107,19 @@ class Batches:
 
     def __len__(self):
         """Training batches an epoch."""
-        return -(-len(self.images) // self.batch_size) - (len(self.images) % self.batch_size == 1)
+        return -(-len(self.labels) // self.batch_size) - (len(self.labels) % self.batch_size == 1)
 
     def batch(self, epoch, step):
         """The augmented batch of a step; after the last step of an epoch, a newly shuffled pass begins."""
         lap, step = divmod(step, len(self))
         if self._order[0] != (epoch, lap):
-            permutation = torch.randperm(len(self.images), generator=self._generator(0, epoch, lap))
+            permutation = torch.randperm(len(self.labels), generator=self._generator(0, epoch, lap))
             self._order = ((epoch, lap), permutation)
         indices = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
         return self._augmented(indices, self._generator(1, epoch, lap, step))
 
     def __iter__(self):
-        for indices in torch.arange(len(self.images)).split(self.batch_size):
+        for indices in torch.arange(len(self.labels)).split(self.batch_size):
             corner = torch.full((len(indices),), self.augmentation.pad if self.augmentation else 0)
             yield self._crop(indices, corner, corner, torch.zeros_like(corner, dtype=torch.bool))
 
@@ -126,7 +128,7 @@ class Batches:
         return torch.Generator().manual_seed(int(seed))  # on the CPU: the same batches on every device
 
     def _augmented(self, indices, generator):
-        B, S, aug = len(indices), self.images.pixels.shape[1], self.augmentation
+        B, S, aug = len(indices), self.size, self.augmentation
         y, x = torch.randint(2 * aug.pad + 1, (2, B), generator=generator)
         flip = (torch.rand(B, generator=generator) < 0.5) & aug.flip
         input, target = self._crop(indices, y, x, flip)
@@ -141,7 +143,7 @@ class Batches:
 
     def _crop(self, indices, y, x, flip):
         """Normalised S x S crops at (y, x) of the padded images, mirrored where `flip` says so."""
-        device, S, P = self._rows.device, self.images.pixels.shape[1], self._P
+        device, S, P = self._rows.device, self.size, self._P
         flipped = flip.nonzero()[:, 0].to(device)
         indices, y, x = (values.to(device)[:, None] for values in (indices, y, x))
         starts = (indices * P + y + torch.arange(S, device=device)) * P + x  # (B, S)
@@ -149,7 +151,7 @@ class Batches:
         pixels.index_copy_(0, flipped, pixels.index_select(0, flipped).flip(2))
         # all colours of a row at once: a vector of three would be too short
         input = torch.addcmul(self._shift, pixels.flatten(2).float(), self._scale).unflatten(2, (-1, 3))
-        return input.permute(0, 3, 1, 2), self.images.labels[indices[:, 0]]
+        return input.permute(0, 3, 1, 2), self.labels[indices[:, 0]]
 
 
 def load(dataset, root, train, image_size=None, subset=None, seed=0, device="cpu"):

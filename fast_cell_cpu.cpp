@@ -1,9 +1,10 @@
 // The loops of fast_cell_cpu.py: sums of small matrix products over the pixels of images, and depthwise convolution.
 //
-// An image is channels-last: a matrix (pixel, channel), and a 1x1 convolution a product with it. `combine` adds
-// such products up without writing any of them to memory; `multiply` sums the outer products of two images over
-// their pixels, of which batch statistics and weight gradients are made; `mix` is a node of the two. Sums over pixels run over short tiles in the
-// images' dtype and over tiles in double precision; their order never depends on the number of threads.
+// An image is channels-last: a matrix (pixel, channel), and a 1x1 convolution a product with it. `combine` adds such
+// products up without writing any of them to memory; `multiply` sums the outer products of two images over their
+// pixels, of which batch statistics and weight gradients are made; `mix` is a node of the two, `spread` weighted sums.
+// Sums over pixels run over short tiles in the images' dtype and over tiles in double precision; their order never
+// depends on the number of threads.
 
 #include <ATen/Parallel.h>
 
@@ -27,11 +28,11 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-constexpr int64_t kCombined = 48;     // pixels of a tile of `combine`: a multiple of the rows of a block
-constexpr int64_t kMultiplied = 128;  // pixels of a tile of `multiply`
+constexpr int64_t kCombined = 48;         // pixels of a tile of `combine`: a multiple of the rows of a block
+constexpr int64_t kMultiplied = 128;      // pixels of a tile of `multiply`
 constexpr int64_t kBatchBytes = 4 << 20;  // of the candidates that backward visits twice in turn
-constexpr double kEps = 1e-5;         // of batch norm
-constexpr int kRows = 12;             // vectors of sums that are held in registers
+constexpr double kEps = 1e-5;             // of batch norm
+constexpr int kRows = 12;                 // vectors of sums that are held in registers
 
 template <class A>
 constexpr int kLanes = kVectorBytes / sizeof(A);
@@ -375,7 +376,8 @@ template <class A>
 void spread(int64_t pixels, Reader reader) {
   const auto images = read_operands<A>(reader);
   std::vector<Combination<A>> results;
-  for (int64_t n = reader.number(); n > 0; --n) results.emplace_back(image(reader.address<A>(), images[0].width), false);
+  for (int64_t n = reader.number(); n > 0; --n)
+    results.emplace_back(image(reader.address<A>(), images[0].width), false);
   const A* alpha = reader.address<const A>();
   for (auto& result : results)
     for (const auto& operand : images) result.add(operand, *alpha++);

@@ -14,7 +14,9 @@ node's gradient g and q = s (diag(M Wᵀ) - mean v * G), the sum of g * norm(v),
     d z     = alpha Wᵀ (s g - s² q/P (W z - mean v) - s G/P)
     d W     = alpha s (M - G mᵀ - s q (W S)).
 
-The statistics are computed in double precision. The loops over pixels are in fast_cell_cpu.cpp.
+The statistics are computed in double precision, from sums of single precision over short tiles: in float32 norm(v) is
+as exact as PyTorch's where a channel's mean is up to a hundred times its spread (2.5e-4 there, relative), and less
+exact beyond (1.4e-2 at a thousand times, PyTorch's 2.3e-3). The loops over pixels are in fast_cell_cpu.cpp.
 """
 
 import ctypes

@@ -455,9 +455,9 @@ inline void for_strips(int64_t width, const F& f) {
     for (int64_t phase = 0; phase < X; ++phase) f(x + phase);
 }
 
-// sum[s] += sum_{i,m} tap(i, m - s) * image[i][m]: P pixels' sums over tap rows [i_begin, i_end), V vectors of channels.
-// Neighbouring sums share columns, so that each is loaded once for a strip. The columns before m_begin and from m_end
-// on, which lie outside the image, are left out; only the first and the last K / 2 can.
+// sum[s] += sum_{i,m} tap(i, m - s) * image[i][m]: P pixels' sums over tap rows [i_begin, i_end), V vectors of
+// channels. Neighbouring sums share columns, so that each is loaded once for a strip. The columns before m_begin and
+// from m_end on, which lie outside the image, are left out; only the first and the last K / 2 can.
 template <class A, int K, int V, int P, class Taps>
 inline void gather_strip(const A* image, int64_t row, int64_t col, const Taps& tap, int i_begin, int i_end,
                          int64_t m_begin, int64_t m_end, Vec<A> (&sum)[P][V]) {

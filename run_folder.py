@@ -36,7 +36,7 @@ from utils import AverageMeter, UserError, load_checkpoint, load_weights, number
 logger = logging.getLogger("darts.run")
 
 # settings that may differ between a run and its continuation: they do not change what is computed
-PORTABLE = ("data", "device", "gpu", "report_freq")
+PORTABLE = ("data", "device", "gpu", "report_freq", "cuda_graph")
 _SAVE_EVERY = 300  # seconds between two checkpoints within an epoch
 
 

@@ -126,7 +126,10 @@ def main():
     args = parse_args()
     device = utils.pick_device(args)
     if args.cuda_graph and device.type != "cuda":
-        raise utils.UserError(f"--cuda_graph needs a CUDA device, and this run is on {device.type}: leave it out")
+        if not args.resume:
+            raise utils.UserError(f"--cuda_graph needs a CUDA device, and this run is on {device.type}: leave it out")
+        logger.warning("no CUDA graphs on this device: going on without")
+        args.cuda_graph = False
     torch.manual_seed(args.seed)
     train_batches, search_batches, classes = load_data(args, device)
     primitives = genotypes.SEARCH_SPACES[args.search_space]

@@ -24,7 +24,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+OUT_OF_MEMORY = 3  # a worker's exit code
 PHASES = ("weights", "first order", "second order")
+STEP = PHASES[::2]  # of a second-order search
 SETTINGS = (  # space, without, batch size
     ("involution", "sep_invo_7x7", 16),
     ("involution", "", 64),
@@ -51,7 +53,6 @@ def make_step(setting):
 
     from architect import Architect
     from genotypes import SEARCH_SPACES
-    from gradients import Gradients
     from model_search import Network
 
     torch.manual_seed(0)
@@ -64,7 +65,9 @@ def make_step(setting):
     net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
     args = argparse.Namespace(momentum=0.9, weight_decay=3e-4, arch_learning_rate=3e-4, arch_weight_decay=1e-3)
-    architect = Architect(net, args, Gradients(net, setting["amp"], setting["cuda_graph"]))
+    architect = Architect(net, args)
+    if hasattr(architect, "gradients"):  # an older commit has none
+        architect = Architect(net, args, type(architect.gradients)(net, setting["amp"], setting["cuda_graph"]))
     train, valid = (
         (torch.randn(B, 3, S, S).to(device, memory_format=torch.channels_last), torch.randint(10, (B,)).to(device))
         for _ in range(2)
@@ -72,10 +75,13 @@ def make_step(setting):
 
     def step(phase):
         if phase == "weights":
-            weights = architect.gradients.weights
-            for w, grad in zip(weights, architect.gradients("weights", *train)[2], strict=True):
-                w.grad = grad
-            torch.nn.utils.clip_grad_norm_(weights, 5.0)
+            if hasattr(architect, "gradients"):
+                for w, grad in zip(net.parameters(), architect.gradients("weights", *train)[2], strict=True):
+                    w.grad = grad
+            else:
+                optimizer.zero_grad()
+                net._loss(*train).backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
             optimizer.step()
         else:
             architect.step(*train, *valid, 0.025, optimizer, unrolled=phase == "second order")
@@ -99,7 +105,7 @@ def work(setting):
         if setting["device"] == "cuda":
             answer["memory"] = torch.cuda.max_memory_reserved() / 1e9
         else:
-            answer["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # of kilobytes
+            answer["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         print(json.dumps(answer), flush=True)
 
 
@@ -107,9 +113,9 @@ def profile(setting):
     import torch.profiler
 
     step = make_step(setting)
-    for phase in PHASES[::2]:
+    for phase in STEP:
         step(phase)
-    for phase in PHASES[::2]:
+    for phase in STEP:
         with torch.profiler.profile() as profiler:
             step(phase)
         print(f"\n{phase}: {setting}\n")
@@ -125,15 +131,18 @@ class Worker:
     def __init__(self, tree, setting):
         command = [sys.executable, __file__, "--worker", json.dumps(setting)]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(tree)}, **pipes)
+        path = os.pathsep.join([str(tree), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
+        self.process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, **pipes)
         self.answers = []
 
     def step(self):
-        print(file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a worker has ended with exit code {self.process.wait()}")
-        self.answers.append(json.loads(line))
+        if line:
+            self.answers.append(json.loads(line))
+        elif self.process.wait() != OUT_OF_MEMORY:
+            raise RuntimeError(f"a worker has ended with exit code {self.process.returncode}")
 
     def close(self):
         with contextlib.suppress(BrokenPipeError):
@@ -183,11 +192,15 @@ def step_table(variants, base, settings, rounds):
     ]
     for space, without, batch_size in settings:
         setting = base | {"space": space, "without": without, "batch_size": batch_size}
+        label = f"{space} without {without}" if without else space
         for name, worker in measure(variants, setting, rounds).items():
+            if len(worker.answers) <= rounds:
+                lines.append(f"| {label} | {batch_size} | {name} | out of memory | | | | | | |")
+                print(lines[-1], file=sys.stderr, flush=True)
+                continue
             steps = ["{:.3g} s ({:.3g}–{:.3g})".format(*worker.seconds(phase)) for phase in PHASES]
             weights, first, second = (worker.seconds(phase)[0] for phase in PHASES)
-            cpu = sum(worker.seconds(phase, clock=1)[0] for phase in PHASES[::2])
-            label = f"{space} without {without}" if without else space
+            cpu = sum(worker.seconds(phase, clock=1)[0] for phase in STEP)
             bars.setdefault(f"{label}, {batch_size}", {})[name] = weights + second
             lines.append(
                 f"| {label} | {batch_size} | {name} | {' | '.join(steps)} | **{weights + second:.3g} s** | {cpu:.3g} s "
@@ -206,9 +219,9 @@ def growth_table(base, rounds):
     curves = {}
     for name, sizes in GROWTH.items():
         for size in sizes:
-            setting = base | {"batch_size": 16} | {name: size, "phases": PHASES[::2]}
+            setting = base | {"batch_size": 16} | {name: size, "phases": STEP}
             (worker,) = measure({"": (ROOT, {})}, setting, rounds).values()
-            total = sum(worker.seconds(phase)[0] for phase in PHASES[::2])
+            total = sum(worker.seconds(phase)[0] for phase in STEP)
             curves.setdefault(name, []).append(total)
             share = total / size / (curves[name][0] / sizes[0])
             lines.append(f"| {name} | {size} | {total:.2f} s | {share:.2f} | {worker.answers[-1]['memory']:.2f} GB |")
@@ -257,7 +270,7 @@ def parse_args():
     parser.add_argument("--threads", type=int, default=0, help="0 for PyTorch's choice")
     parser.add_argument("--settings", type=int, nargs="*", choices=range(len(SETTINGS)), help="of the step table")
     parser.add_argument("--variants", nargs="*", choices=[name for names in VARIANTS.values() for name in names])
-    parser.add_argument("--against", metavar="REF", help="a commit to compare with, one that has gradients.py")
+    parser.add_argument("--against", metavar="REF", help="a commit to compare with")
     parser.add_argument("--growth", action="store_true", help="the growth table too")
     parser.add_argument("--profile", action="store_true", help="one step by operator instead of tables")
     report.add_arguments(parser)
@@ -296,6 +309,11 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        work(json.loads(sys.argv[2]))
+        try:
+            work(json.loads(sys.argv[2]))
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
+            if "memory" not in f"{type(error).__name__} {error}".lower():
+                raise
+            sys.exit(OUT_OF_MEMORY)
     else:
         main()
