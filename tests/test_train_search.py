@@ -100,6 +100,16 @@ def test_a_finished_search_can_be_resumed_to_write_its_results(uninterrupted, tm
     assert_same_run(folder, uninterrupted[0])
 
 
+def test_a_run_with_cuda_graphs_goes_on_without_a_gpu(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted[0], tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"cuda_graph": false', '"cuda_graph": true'))
+    line = ["--resume", "run", "--device", "cpu"]
+    result = start_script(tmp_path, "train_search.py", *line, run=subprocess.run)
+    assert result.returncode == 0, result.stderr
+    assert "no CUDA graphs on this device: going on without" in result.stdout
+
+
 @pytest.mark.parametrize("space", ["darts", "mixed"])
 def test_first_order_in_the_other_spaces(script, tmp_path, space):
     assert script("train_search.py", *TINY, "--epochs", 1, "--search_space", space).returncode == 0
