@@ -18,6 +18,7 @@ import math
 import os
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -350,6 +351,13 @@ def _git_commit():
         return None
 
 
+def off_scale(values):
+    """Where to cut an axis off whose values are a few huge ones above many usual ones; None for nowhere."""
+    finite = [value for value in values if math.isfinite(value)]
+    usual = statistics.median(finite) if finite else 0
+    return 2.5 * usual if finite and max(finite) > 10 * usual else None
+
+
 def plot_curves(history, path):
     """Training and validation accuracy and loss over the epochs, two panels, as a PNG."""
     epochs = [row["epoch"] for row in history]
@@ -359,6 +367,10 @@ def plot_curves(history, path):
             values = [row[f"{part}_{what}"] for row in history]
             axes.plot(epochs, values, color=color, marker="o" if len(epochs) < 30 else None, ms=3, label=part)
         axes.set(xlabel="epoch", ylabel=unit)
+        top = off_scale([row[f"{part}_{what}"] for row in history for part in ("train", "valid")])
+        if top is not None:
+            axes.set_ylim(0, top)
+            axes.set_title("values above the frame: see metrics.csv", fontsize="small")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()

@@ -217,3 +217,9 @@ def test_validation_images_without_finite_logits_are_told(caplog):
     with pytest.raises(utils.UserError, match="no validation image has finite logits any more in epoch 2"):
         run.end_epoch(meter(loss=float("nan"), finite=0))
     assert run.checkpoint.read_bytes() == before and len(run.history) == 1
+
+
+def test_a_huge_loss_does_not_hide_the_others():
+    assert run_folder.off_scale([2.3, 2.1, 1.9, 4e4, float("nan")]) == pytest.approx(2.5 * 2.2)
+    assert run_folder.off_scale([2.3, 1.9, 7.2]) is None
+    assert run_folder.off_scale([float("nan")]) is None
