@@ -36,8 +36,6 @@ from operations import DilConv, FactorizedReduce, Identity, InvoBN, SepConv
 
 logger = logging.getLogger(__name__)
 
-_SPAN = type(involution.Involution2d(1, 1).conv2)  # the one convolution with a bias is in it
-
 
 class Term(NamedTuple):
     """What one candidate adds to a node: its input, or norm(weight * input) where it ends in a convolution."""
@@ -161,7 +159,7 @@ def _kind(op, training):
     for parent, m in zip([None, *modules], modules, strict=False):
         if type(m) is nn.BatchNorm2d and not _is_bare(m, training):
             return ("any",)
-        if type(m) is nn.Conv2d and not _is_usual(m, biased=type(parent) is _SPAN):
+        if type(m) is nn.Conv2d and not _is_usual(m, biased=type(parent) is involution._Conv):
             return ("any",)
     if type(op) is nn.Sequential:
         pool = modules[1]
