@@ -100,10 +100,17 @@ class Batches:
         S = self.size
         padded = torch.nn.functional.pad(images.pixels, (0, 0, pad, pad, pad, pad))
         # what a row of a crop may be: 3 S bytes from any place on (a view, of no memory)
-        self._rows, self._P = padded.flatten().unfold(0, 3 * S, 1), S + 2 * pad
+        self._rows = padded.flatten().unfold(0, 3 * S, 1)
+        self._P, self._lines = S + 2 * pad, torch.arange(S, device=device) * 3 * (S + 2 * pad)
         mean, std = (torch.tensor(values, device=device) for values in normalization)
         self._scale, self._shift = (values.repeat(S) for values in (1 / (255 * std), -mean / std))
-        self._order = (None, None)
+        if augmentation and augmentation.cutout_length:
+            place, half = torch.arange(S, device=device), augmentation.cutout_length // 2
+            offset = place - place[:, None]
+            # 0 for the rows, and for the columns (with their colours), that a cutout around a centre takes
+            self._kept_rows = ((offset < -half) | (offset >= half)).float()  # (S of centres, S)
+            self._kept_columns = self._kept_rows.repeat_interleave(3, dim=1)
+        self._epoch, self._plan = None, None
 
     def __len__(self):
         """Training batches an epoch."""
@@ -112,46 +119,47 @@ class Batches:
     def batch(self, epoch, step):
         """The augmented batch of a step; after the last step of an epoch, a newly shuffled pass begins."""
         lap, step = divmod(step, len(self))
-        if self._order[0] != (epoch, lap):
-            permutation = torch.randperm(len(self.labels), generator=self._generator(0, epoch, lap))
-            self._order = ((epoch, lap), permutation)
-        indices = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
-        return self._augmented(indices, self._generator(1, epoch, lap, step))
-
-    def __iter__(self):
-        for indices in torch.arange(len(self.labels)).split(self.batch_size):
-            corner = torch.full((len(indices),), self.augmentation.pad if self.augmentation else 0)
-            yield self._crop(indices, corner, corner, torch.zeros_like(corner, dtype=torch.bool))
-
-    def _generator(self, *place):
-        seed = np.random.SeedSequence([*self.key, *place]).generate_state(1, np.uint64)[0]
-        return torch.Generator().manual_seed(int(seed))  # on the CPU: the same batches on every device
-
-    def _augmented(self, indices, generator):
-        B, S, aug = len(indices), self.size, self.augmentation
-        y, x = torch.randint(2 * aug.pad + 1, (2, B), generator=generator)
-        flip = (torch.rand(B, generator=generator) < 0.5) & aug.flip
-        input, target = self._crop(indices, y, x, flip)
-        if aug.cutout_length:
-            centre = torch.randint(S, (2, B, 1), generator=generator).to(input.device)
-            offset = torch.arange(S, device=input.device) - centre  # (2, B, S)
-            outside = (offset < -(aug.cutout_length // 2)) | (offset >= aug.cutout_length // 2)
-            rows, columns = outside.float()
-            kept = torch.maximum(rows[:, :, None], columns.repeat_interleave(3, dim=1)[:, None])  # (B, S, 3 S)
+        if self._epoch != (epoch, lap):
+            self._epoch, self._plan = (epoch, lap), self._draw(epoch, lap)
+        batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
+        indices, corners, centres, mirrored = (part[..., batch] for part in self._plan)
+        input, target = self._crop(indices, *corners, mirrored=int(mirrored.sum()))
+        if self.augmentation.cutout_length:
+            y, x = centres
+            kept = torch.maximum(self._kept_rows[y][:, :, None], self._kept_columns[x][:, None])  # (B, S, 3 S)
             input.permute(0, 2, 3, 1).flatten(2).mul_(kept)
         return input, target
 
-    def _crop(self, indices, y, x, flip):
-        """Normalised S x S crops at (y, x) of the padded images, mirrored where `flip` says so."""
-        device, S, P = self._rows.device, self.size, self._P
-        flipped = flip.nonzero()[:, 0].to(device)
-        indices, y, x = (values.to(device)[:, None] for values in (indices, y, x))
-        starts = (indices * P + y + torch.arange(S, device=device)) * P + x  # (B, S)
-        pixels = self._rows.index_select(0, 3 * starts.flatten()).view(-1, S, S, 3)
-        pixels.index_copy_(0, flipped, pixels.index_select(0, flipped).flip(2))
+    def __iter__(self):
+        for indices in torch.arange(len(self.labels), device=self.labels.device).split(self.batch_size):
+            corner = self.augmentation.pad if self.augmentation else 0
+            yield self._crop(indices, corner, corner)
+
+    def _draw(self, epoch, lap):
+        """What a pass over the images needs of chance, the same on every device; all but the last are on the device.
+
+        Returns:
+            The order of the images, the corners of their crops (2, N), the centres of their cutouts (2, N), and
+            which places of the order are mirrored: no matter which of a batch, since their order is random.
+        """
+        N, aug = len(self.labels), self.augmentation
+        seed = np.random.SeedSequence([*self.key, epoch, lap]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(seed))
+        order = torch.randperm(N, generator=generator)
+        corners = torch.randint(2 * aug.pad + 1, (2, N), generator=generator)
+        centres = torch.randint(self.size, (2, N), generator=generator)
+        mirrored = (torch.rand(N, generator=generator) < 0.5) & aug.flip
+        return *(part.to(self.labels.device) for part in (order, corners, centres)), mirrored
+
+    def _crop(self, indices, y, x, mirrored=0):
+        """Normalised S x S crops at (y, x) of the padded images, the first `mirrored` of them mirrored."""
+        S, P = self.size, self._P
+        starts = 3 * ((indices * P + y) * P + x)
+        pixels = self._rows.index_select(0, (starts[:, None] + self._lines).flatten()).view(-1, S, S, 3)
+        pixels[:mirrored] = pixels[:mirrored].flip(2)
         # all colours of a row at once: a vector of three would be too short
         input = torch.addcmul(self._shift, pixels.flatten(2).float(), self._scale).unflatten(2, (-1, 3))
-        return input.permute(0, 3, 1, 2), self.labels[indices[:, 0]]
+        return input.permute(0, 3, 1, 2), self.labels[indices]
 
 
 def load(dataset, root, train, image_size=None, subset=None, seed=0, device="cpu"):

@@ -121,15 +121,32 @@ def test_the_crop_is_uniform_and_padded_with_black():
     assert abs(counts / len(shifts) - 1 / 9).max() < 0.02
 
 
-def test_half_of_the_images_are_mirrored_unless_they_are_digits():
-    images = numbered_images(1000 // 5)
-    for dataset, share in (("folder", 0.5), ("digits", 0.0)):
-        flip = data.Augmentation.of(dataset, 32, 0).flip
-        batches = data.Batches(images, 200, PLAIN, data.Augmentation(pad=0, flip=flip, cutout_length=0))
-        inputs = torch.cat([batches.batch(epoch, 0)[0] for epoch in range(5)])
-        mirrored, straight = inputs[:, 0, 2, 2] == 255, inputs[:, 0, 2, 5] == 255
-        assert (mirrored ^ straight).all()
-        assert mirrored.float().mean().item() == pytest.approx(share, abs=0.06)
+def mirrored_at_random(flip, epochs=200):
+    """Whether each of 20 images was mirrored (epochs, 20), and how many of each batch of 10 were."""
+    batches = data.Batches(numbered_images(), 10, PLAIN, data.Augmentation(pad=0, flip=flip, cutout_length=0))
+    found, counts = torch.zeros(epochs, 20, dtype=torch.bool), []
+    for epoch in range(epochs):
+        for step in range(2):
+            input, target = batches.batch(epoch, step)
+            mirrored, straight = input[:, 0, 2, 2] == 255, input[:, 0, 2, 5] == 255
+            assert (mirrored ^ straight).all()
+            found[epoch, target] = mirrored
+            counts.append(mirrored.sum())
+    return found.float(), torch.stack(counts).float()
+
+
+def test_every_image_is_mirrored_half_of_the_time_independently_of_the_others():
+    found, counts = mirrored_at_random(data.Augmentation.of("folder", 32, 0).flip)
+    assert (found.mean(0) - 0.5).abs().max() < 0.15  # four standard deviations
+    assert counts.mean().item() == pytest.approx(5, abs=0.35)
+    assert counts.var().item() == pytest.approx(2.5, abs=0.8)  # of a binomial distribution
+    together = torch.corrcoef(found.T) - torch.eye(20)
+    assert together.abs().max() < 0.35
+
+
+def test_digits_are_not_mirrored():
+    found, _ = mirrored_at_random(data.Augmentation.of("digits", 8, 0).flip, epochs=5)
+    assert not found.any()
 
 
 def test_cutout_cuts_a_square_that_the_edge_may_clip():
