@@ -210,24 +210,6 @@ def measure(N, C, size, K, device, dtype, rounds):
     return rows
 
 
-def machine_limits(device, dtype):
-    """Bytes moved per second by copying 256 MB, and FLOPs per second of a matrix product of 2048 x 2048."""
-    source, square = torch.ones(2**26, device=device), torch.ones(2048, 2048, device=device, dtype=dtype)
-    target = torch.empty_like(source)
-    copied, multiplied = [], []
-    for _ in range(12):
-        for seconds, function in (
-            (copied, lambda: target.copy_(source)),
-            (multiplied, lambda: square @ square),
-        ):
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
-    return 2 * 4 * source.numel() / statistics.median(copied), 2 * 2048**3 / statistics.median(multiplied)
-
-
 def pass_limits(row, batch, element, bandwidth, rate):
     """Seconds that the forward and the backward pass of a row need at least for their bytes and FLOPs.
 
@@ -348,7 +330,7 @@ def main():
         keep_freed_memory()
     if device.type == "cuda" and not cuda_peer.available():
         print("no cuda peer: this PyTorch cannot compile CUDA kernels (torch.cuda._compile_kernel)", file=sys.stderr)
-    limits = machine_limits(device, dtype)
+    limits = report.machine_limits(device, dtype)
     rows = []
     for C, size in (shape for shape in SHAPES if shape[0] in args.channels):
         for K in args.kernel_sizes:

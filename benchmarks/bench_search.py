@@ -3,6 +3,7 @@
 python benchmarks/bench_search.py                               # fast cells against plain ones, three settings
 python benchmarks/bench_search.py --against HEAD~1              # and against another commit, in the same run
 python benchmarks/bench_search.py --growth --update             # and as batch, channels and layers grow; to RESULTS.md
+python benchmarks/bench_search.py --limits                      # and the time that FLOPs and bytes take at least
 python benchmarks/bench_search.py --profile                     # one step by operator
 python benchmarks/bench_search.py --device cuda --batch_size 64 256      # eager, mixed precision, CUDA graphs
 
@@ -47,11 +48,10 @@ VARIANTS = {
 # ------------------------------------------------------------------------------------------------- one process
 
 
-def make_step(setting):
-    """The supernet of a setting and a function that does one phase of a search step."""
+def make_supernet(setting):
+    """The supernet of a setting and two random batches."""
     import torch
 
-    from architect import Architect
     from genotypes import SEARCH_SPACES
     from model_search import Network
 
@@ -63,15 +63,25 @@ def make_step(setting):
     net = Network(setting["init_channels"], 10, setting["layers"], torch.nn.CrossEntropyLoss(), primitives=primitives)
     net.fast = setting["fast"]
     net.to(device, memory_format=torch.channels_last)
+    batches = [
+        (torch.randn(B, 3, S, S).to(device, memory_format=torch.channels_last), torch.randint(10, (B,)).to(device))
+        for _ in range(2)
+    ]
+    return net, *batches
+
+
+def make_step(setting):
+    """A function that does one phase of a search step with the supernet of a setting."""
+    import torch
+
+    from architect import Architect
+
+    net, train, valid = make_supernet(setting)
     optimizer = torch.optim.SGD(net.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
     args = argparse.Namespace(momentum=0.9, weight_decay=3e-4, arch_learning_rate=3e-4, arch_weight_decay=1e-3)
     architect = Architect(net, args)
     if hasattr(architect, "gradients"):  # an older commit has none
         architect = Architect(net, args, type(architect.gradients)(net, setting["amp"], setting["cuda_graph"]))
-    train, valid = (
-        (torch.randn(B, 3, S, S).to(device, memory_format=torch.channels_last), torch.randint(10, (B,)).to(device))
-        for _ in range(2)
-    )
 
     def step(phase):
         if phase == "weights":
@@ -85,10 +95,47 @@ def make_step(setting):
             optimizer.step()
         else:
             architect.step(*train, *valid, 0.025, optimizer, unrolled=phase == "second order")
-        if device == "cuda":
+        if setting["device"] == "cuda":
             torch.cuda.synchronize()
 
     return step
+
+
+def count_flops(net, images):
+    """FLOPs of a forward pass: of all convolutions, and of all involutions with given kernels."""
+    from torch import nn
+
+    from involution import Involution2d
+
+    flops = dict.fromkeys((nn.Conv2d, Involution2d), 0)
+
+    def count(module, _, output):
+        taps = module.kernel_size**2 if type(module) is Involution2d else module.weight[0].numel()
+        flops[type(module)] += 2 * output.numel() * taps
+
+    handles = [module.register_forward_hook(count) for module in net.modules() if type(module) in flops]
+    net(images)
+    for handle in handles:
+        handle.remove()
+    return flops.values()
+
+
+def count_kept_bytes(net, images):
+    """Bytes that a forward pass keeps for the backward pass, parameters left out."""
+    import torch
+
+    known, kept = {w.untyped_storage().data_ptr() for w in net.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = net(images)  # what it holds must live while it is counted
+    del output
+    return sum(kept.values())
 
 
 def work(setting):
@@ -182,32 +229,70 @@ def worktree(ref):
             subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", tree], check=True)
 
 
+def label(space, without, batch_size):
+    return f"{space} without {without}, {batch_size}" if without else f"{space}, {batch_size}"
+
+
 def step_table(variants, base, settings, rounds):
     """Lines of the table, and {setting: {variant: seconds of a weight and a second-order update}}."""
     bars = {}
     lines = [
-        "| supernet | batch | variant | weights | first order | second order | weights + second order | CPU time of it "
+        "| supernet, batch | variant | weights | first order | second order | weights + second order | CPU time of it "
         "| against weights + first order | peak memory |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for space, without, batch_size in settings:
         setting = base | {"space": space, "without": without, "batch_size": batch_size}
-        label = f"{space} without {without}" if without else space
+        place = label(space, without, batch_size)
         for name, worker in measure(variants, setting, rounds).items():
             if len(worker.answers) <= rounds:
-                lines.append(f"| {label} | {batch_size} | {name} | out of memory | | | | | | |")
+                lines.append(f"| {place} | {name} | out of memory | | | | | | |")
                 print(lines[-1], file=sys.stderr, flush=True)
                 continue
             steps = ["{:.3g} s ({:.3g}–{:.3g})".format(*worker.seconds(phase)) for phase in PHASES]
             weights, first, second = (worker.seconds(phase)[0] for phase in PHASES)
             cpu = sum(worker.seconds(phase, clock=1)[0] for phase in STEP)
-            bars.setdefault(f"{label}, {batch_size}", {})[name] = weights + second
+            bars.setdefault(place, {})[name] = weights + second
             lines.append(
-                f"| {label} | {batch_size} | {name} | {' | '.join(steps)} | **{weights + second:.3g} s** | {cpu:.3g} s "
+                f"| {place} | {name} | {' | '.join(steps)} | **{weights + second:.3g} s** | {cpu:.3g} s "
                 f"| {(weights + second) / (weights + first):.1f}× | {worker.answers[-1]['memory']:.2f} GB |"
             )
             print(lines[-1], file=sys.stderr, flush=True)
     return lines, bars
+
+
+def limits_table(base, settings, bars):
+    """Lines of a table: the least time that FLOPs and bytes take, and how many times it the first variant takes.
+
+    A pass through the supernet is forward and backward. Of a step's five, two give gradients of alpha alone, where a
+    convolution makes one product backward (that of its input); else it makes two, as an involution always does, whose
+    kernels depend on its input. Bytes: what this code keeps for backward, once written and once read.
+    """
+    import report
+
+    bandwidth, rate = report.machine_limits(base["device"])
+    lines = [
+        f"Copying moves {bandwidth / 1e9:.1f} GB/s here, a matrix product does {rate / 1e9:.0f} GFLOP/s.",
+        "",
+        "| supernet, batch | GFLOP of convolutions | of involutions | at least | a step takes | kept for backward, GB "
+        "| moved in at least | a step takes |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for space, without, batch_size in settings:
+        place = label(space, without, batch_size)
+        net, (images, _), _ = make_supernet(base | {"space": space, "without": without, "batch_size": batch_size})
+        convolutions, involutions = count_flops(net, images)
+        convolutions, involutions = (5 + 3 * 2 + 2 * 1) * convolutions, 5 * (1 + 2) * involutions
+        kept = count_kept_bytes(net, images)
+        flops_take, bytes_take = (convolutions + involutions) / rate, 5 * 2 * kept / bandwidth
+        seconds = next(iter(bars.get(place, {"": float("nan")}).values()))
+        lines.append(
+            f"| {place} | {convolutions / 1e9:.0f} | {involutions / 1e9:.0f} "
+            f"| {flops_take:.2f} s | {seconds / flops_take:.1f}× | {kept / 1e9:.2f} | {bytes_take:.2f} s "
+            f"| {seconds / bytes_take:.1f}× |"
+        )
+        print(lines[-1], file=sys.stderr, flush=True)
+    return lines
 
 
 def growth_table(base, rounds):
@@ -272,6 +357,7 @@ def parse_args():
     parser.add_argument("--variants", nargs="*", choices=[name for names in VARIANTS.values() for name in names])
     parser.add_argument("--against", metavar="REF", help="a commit to compare with")
     parser.add_argument("--growth", action="store_true", help="the growth table too")
+    parser.add_argument("--limits", action="store_true", help="the table of FLOPs and bytes too")
     parser.add_argument("--profile", action="store_true", help="one step by operator instead of tables")
     report.add_arguments(parser)
     return parser.parse_args()
@@ -286,8 +372,8 @@ def main():
     settings = [SETTINGS[k] for k in args.settings] if args.settings is not None else SETTINGS
     if args.batch_size:
         settings = [("involution", "", batch_size) for batch_size in args.batch_size]
+    sys.path.insert(0, str(ROOT))
     if args.profile:
-        sys.path.insert(0, str(ROOT))
         for space, without, batch_size in settings:
             profile(base | {"space": space, "without": without, "batch_size": batch_size})
         return
@@ -299,6 +385,8 @@ def main():
             variants[args.against] = stack.enter_context(worktree(args.against)), {}
         lines, bars = step_table(variants, base, settings, args.rounds)
         text += lines
+    if args.limits:
+        text += ["", *limits_table(base, settings, bars)]
     curves = {}
     if args.growth:
         lines, curves = growth_table(base, args.rounds)

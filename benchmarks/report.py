@@ -2,6 +2,8 @@
 
 import os
 import platform
+import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -20,6 +22,23 @@ def machine(device="cpu"):
         name = models[0] if models else platform.processor() or platform.machine()
         name += f", {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     return f"{name}; PyTorch {torch.__version__}, Python {platform.python_version()}"
+
+
+def machine_limits(device="cpu", dtype=torch.float32):
+    """Bytes moved a second by copying 256 MB, and FLOPs a second of a matrix product of 2048 x 2048."""
+    source, square = torch.ones(2**26, device=device), torch.ones(2048, 2048, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    works = {"copy": lambda: target.copy_(source), "product": lambda: square @ square}
+    seconds = {name: [] for name in works}
+    for _ in range(12):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if source.is_cuda:
+                torch.cuda.synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    copied, multiplied = (statistics.median(times) for times in seconds.values())
+    return 2 * 4 * source.numel() / copied, 2 * 2048**3 / multiplied
 
 
 def save(name, text, out, update):
