@@ -110,6 +110,8 @@ class Batches:
             # 0 for the rows, and for the columns (with their colours), that a cutout around a centre takes
             self._kept_rows = ((offset < -half) | (offset >= half)).float()  # (S of centres, S)
             self._kept_columns = self._kept_rows.repeat_interleave(3, dim=1)
+            # kept from batch to batch: what is freed in such pieces may go back to the system, to be cleared again
+            self._kept = torch.empty(batch_size, S, 3 * S, device=device)
         self._epoch, self._plan = None, None
 
     def __len__(self):
@@ -126,7 +128,8 @@ class Batches:
         input, target = self._crop(indices, *corners, mirrored=int(mirrored.sum()))
         if self.augmentation.cutout_length:
             y, x = centres
-            kept = torch.maximum(self._kept_rows[y][:, :, None], self._kept_columns[x][:, None])  # (B, S, 3 S)
+            kept = self._kept[: len(target)]
+            torch.maximum(self._kept_rows[y][:, :, None], self._kept_columns[x][:, None], out=kept)
             input.permute(0, 2, 3, 1).flatten(2).mul_(kept)
         return input, target
 
@@ -158,8 +161,9 @@ class Batches:
         pixels = self._rows.index_select(0, (starts[:, None] + self._lines).flatten()).view(-1, S, S, 3)
         pixels[:mirrored] = pixels[:mirrored].flip(2)
         # all colours of a row at once: a vector of three would be too short
-        input = torch.addcmul(self._shift, pixels.flatten(2).float(), self._scale).unflatten(2, (-1, 3))
-        return input.permute(0, 3, 1, 2), self.labels[indices]
+        input = pixels.flatten(2).float()
+        torch.addcmul(self._shift, input, self._scale, out=input)
+        return input.unflatten(2, (-1, 3)).permute(0, 3, 1, 2), self.labels[indices]
 
 
 def load(dataset, root, train, image_size=None, subset=None, seed=0, device="cpu"):

@@ -103,6 +103,7 @@ def make_step(setting):
 
 def count_flops(net, images):
     """FLOPs of a forward pass: of all convolutions, and of all involutions with given kernels."""
+    import torch
     from torch import nn
 
     from involution import Involution2d
@@ -114,7 +115,8 @@ def count_flops(net, images):
         flops[type(module)] += 2 * output.numel() * taps
 
     handles = [module.register_forward_hook(count) for module in net.modules() if type(module) in flops]
-    net(images)
+    with torch.no_grad():
+        net(images)
     for handle in handles:
         handle.remove()
     return flops.values()
@@ -385,12 +387,12 @@ def main():
             variants[args.against] = stack.enter_context(worktree(args.against)), {}
         lines, bars = step_table(variants, base, settings, args.rounds)
         text += lines
-    if args.limits:
-        text += ["", *limits_table(base, settings, bars)]
     curves = {}
     if args.growth:
         lines, curves = growth_table(base, args.rounds)
         text += ["", *lines]
+    if args.limits:  # last: a worker that starts later would have this process's peak memory for its own
+        text += ["", *limits_table(base, settings, bars)]
     report.save("bench_search", "\n".join(text), args.out, args.update)
     plot(bars, curves, args.out / "bench_search.png")
 
