@@ -48,11 +48,12 @@ SHAPES = ((16, 32), (32, 16), (64, 8))  # channels and image size of a search's 
 # --------------------------------------------------------------------------------------------------- providers
 
 
-def unfold(input, weight):
+def unfold(input, weight, stride=1, dilation=1):
     """Involution by unfolded patches, N x C*K*K x H*W (Algorithm 1 of arXiv 2103.06255)."""
-    N, C, H, W = input.shape
-    G, K = weight.shape[1], int(weight.shape[2] ** 0.5)
-    patches = F.unfold(input, K, padding=K // 2).view(N, G, C // G, K * K, H, W)
+    N, C = input.shape[:2]
+    G, taps, H, W = weight.shape[1:]
+    K = int(taps**0.5)
+    patches = F.unfold(input, K, dilation, dilation * (K // 2), stride).view(N, G, C // G, taps, H, W)
     return (weight.unsqueeze(2) * patches).sum(3).view(N, C, H, W)
 
 
@@ -60,8 +61,8 @@ class TextbookModule(Involution2d):
     """Involution2d with the kernel tensor and unfolded patches."""
 
     def forward(self, x):
-        weight = self.conv2(self.conv1(x)).unflatten(1, (self.groups, self.kernel_size**2))
-        return unfold(x, weight)
+        weight = self.conv2(self.conv1(self.avgpool(x))).unflatten(1, (self.groups, self.kernel_size**2))
+        return unfold(x, weight, self.stride, self.dilation)
 
 
 def providers(N, C, size, K, device, dtype):

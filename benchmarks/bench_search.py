@@ -3,13 +3,15 @@
 python benchmarks/bench_search.py                               # fast cells against plain ones, three settings
 python benchmarks/bench_search.py --against HEAD~1              # and against another commit, in the same run
 python benchmarks/bench_search.py --growth --update             # and as batch, channels and layers grow; to RESULTS.md
+python benchmarks/bench_search.py --settings 0 --variants fast textbook     # against unfolded involutions (12 GB)
 python benchmarks/bench_search.py --limits                      # and the time that FLOPs and bytes take at least
 python benchmarks/bench_search.py --profile                     # one step by operator
 python benchmarks/bench_search.py --device cuda --batch_size 64 256      # eager, mixed precision, CUDA graphs
 
 Every variant is a process of its own, which says what its memory was. They take turns, one step each, after a first
 step that is not counted; on a GPU, whose memory they could not share, one comes after the other. A time is the median
-over the rounds, with the smallest and the largest.
+over the rounds, with the smallest and the largest. *textbook* is the supernet edge by edge, contiguous, its involutions
+unfolded.
 """
 
 import argparse
@@ -35,7 +37,7 @@ SETTINGS = (  # space, without, batch size
 )
 GROWTH = {"batch_size": (16, 32, 64, 128), "init_channels": (8, 16, 32), "layers": (4, 8, 16)}
 VARIANTS = {
-    "cpu": {"fast": {}, "plain": {"fast": False}},
+    "cpu": {"fast": {}, "plain": {"fast": False}, "textbook": {"fast": False, "textbook": True}},
     "cuda": {
         "eager": {},
         "amp": {"amp": True},
@@ -62,10 +64,17 @@ def make_supernet(setting):
     primitives = [p for p in SEARCH_SPACES[setting["space"]] if p != setting["without"]]
     net = Network(setting["init_channels"], 10, setting["layers"], torch.nn.CrossEntropyLoss(), primitives=primitives)
     net.fast = setting["fast"]
-    net.to(device, memory_format=torch.channels_last)
+    layout = torch.channels_last
+    if setting["textbook"]:
+        from bench_involution import Involution2d, TextbookModule
+
+        layout = torch.contiguous_format
+        for module in net.modules():
+            if type(module) is Involution2d:
+                module.__class__ = TextbookModule
+    net.to(device, memory_format=layout)
     batches = [
-        (torch.randn(B, 3, S, S).to(device, memory_format=torch.channels_last), torch.randint(10, (B,)).to(device))
-        for _ in range(2)
+        (torch.randn(B, 3, S, S).to(device, memory_format=layout), torch.randint(10, (B,)).to(device)) for _ in range(2)
     ]
     return net, *batches
 
@@ -370,7 +379,8 @@ def main():
 
     args = parse_args()
     base = {name: getattr(args, name) for name in ("init_channels", "layers", "image_size", "threads", "device")}
-    base |= {"space": "involution", "without": "", "phases": PHASES, "fast": True, "amp": False, "cuda_graph": False}
+    base |= {"space": "involution", "without": "", "phases": PHASES}
+    base |= {"fast": True, "textbook": False, "amp": False, "cuda_graph": False}
     settings = [SETTINGS[k] for k in args.settings] if args.settings is not None else SETTINGS
     if args.batch_size:
         settings = [("involution", "", batch_size) for batch_size in args.batch_size]
@@ -380,7 +390,8 @@ def main():
             profile(base | {"space": space, "without": without, "batch_size": batch_size})
         return
     chosen = VARIANTS[args.device]
-    variants = {name: (ROOT, chosen[name]) for name in args.variants or chosen}
+    names = args.variants or [name for name in chosen if name != "textbook"]  # which can take all of a machine's memory
+    variants = {name: (ROOT, chosen[name]) for name in names}
     text = [f"{report.machine(args.device)}; median of {args.rounds} steps (least–most).", ""]
     with contextlib.ExitStack() as stack:
         if args.against:
