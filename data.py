@@ -111,7 +111,7 @@ class Batches:
             self._kept_rows = ((offset < -half) | (offset >= half)).float()  # (S of centres, S)
             self._kept_columns = self._kept_rows.repeat_interleave(3, dim=1)
             # kept from batch to batch: what is freed in such pieces may go back to the system, to be cleared again
-            self._kept = torch.empty(batch_size, S, 3 * S, device=device)
+            self._kept = torch.empty(min(batch_size, len(images)), S, 3 * S, device=device)
         self._epoch, self._plan = None, None
 
     def __len__(self):
