@@ -142,8 +142,9 @@ class Batches:
         """What a pass over the images needs of chance, the same on every device; all but the last are on the device.
 
         Returns:
-            The order of the images, the corners of their crops (2, N), the centres of their cutouts (2, N), and
-            which places of the order are mirrored: no matter which of a batch, since their order is random.
+            The order of the images, the corners of their crops (2, N), the centres of their cutouts (2, N), and a coin
+            for each place (N,). Only how many coins of a batch say so matters: that many of its first images are
+            mirrored, which is the same since their order is random.
         """
         N, aug = len(self.labels), self.augmentation
         seed = np.random.SeedSequence([*self.key, epoch, lap]).generate_state(1, np.uint64)[0]

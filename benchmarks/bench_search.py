@@ -167,6 +167,13 @@ def work(setting):
         print(json.dumps(answer), flush=True)
 
 
+def is_out_of_memory(error):
+    """Whether it says that memory is used up, on either device; a CUDA error about memory accesses does not."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def profile(setting):
     import torch.profiler
 
@@ -285,8 +292,8 @@ def limits_table(base, settings, bars):
     lines = [
         f"Copying moves {bandwidth / 1e9:.1f} GB/s here, a matrix product does {rate / 1e9:.0f} GFLOP/s.",
         "",
-        "| supernet, batch | GFLOP of convolutions | of involutions | at least | a step takes | kept for backward, GB "
-        "| moved in at least | a step takes |",
+        "| supernet, batch | GFLOP of convolutions | of involutions | FLOP limit | a step against it "
+        "| GB kept for backward | byte limit | a step against it |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for space, without, batch_size in settings:
@@ -298,8 +305,8 @@ def limits_table(base, settings, bars):
         flops_take, bytes_take = (convolutions + involutions) / rate, 5 * 2 * kept / bandwidth
         seconds = next(iter(bars.get(place, {"": float("nan")}).values()))
         lines.append(
-            f"| {place} | {convolutions / 1e9:.0f} | {involutions / 1e9:.0f} "
-            f"| {flops_take:.2f} s | {seconds / flops_take:.1f}× | {kept / 1e9:.2f} | {bytes_take:.2f} s "
+            f"| {place} | {convolutions / 1e9:.3g} | {involutions / 1e9:.3g} "
+            f"| {flops_take:.2g} s | {seconds / flops_take:.1f}× | {kept / 1e9:.2g} | {bytes_take:.2g} s "
             f"| {seconds / bytes_take:.1f}× |"
         )
         print(lines[-1], file=sys.stderr, flush=True)
@@ -317,6 +324,9 @@ def growth_table(base, rounds):
         for size in sizes:
             setting = base | {"batch_size": 16} | {name: size, "phases": STEP}
             (worker,) = measure({"": (ROOT, {})}, setting, rounds).values()
+            if len(worker.answers) <= rounds:
+                lines.append(f"| {name} | {size} | out of memory | | |")
+                break
             total = sum(worker.seconds(phase)[0] for phase in STEP)
             curves.setdefault(name, []).append(total)
             share = total / size / (curves[name][0] / sizes[0])
@@ -339,7 +349,7 @@ def plot(bars, curves, path):
     axis.set(xlabel="seconds a step", xlim=(0, 1.2 * max(seconds)))
     axis.invert_yaxis()
     for axis, (name, times) in zip(axes, curves.items(), strict=True):
-        sizes = GROWTH[name]
+        sizes = GROWTH[name][: len(times)]
         axis.plot(sizes, times, "o-", label="measured")
         axis.plot(sizes, [times[0] * size / sizes[0] for size in sizes], ":", color="grey", label="linear")
         axis.set(xlabel=name, ylabel="seconds a step", xscale="log", yscale="log")
@@ -361,17 +371,22 @@ def parse_args():
     parser.add_argument("--init_channels", type=int, default=16)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--image_size", type=int, default=32, help="pixels")
-    parser.add_argument("--batch_size", type=int, nargs="*", help="of the default space, in place of the settings")
+    parser.add_argument("--batch_size", type=int, nargs="+", help="of the default space, in place of the settings")
     parser.add_argument("--rounds", type=int, default=5, help="steps that are measured")
     parser.add_argument("--threads", type=int, default=0, help="0 for PyTorch's choice")
-    parser.add_argument("--settings", type=int, nargs="*", choices=range(len(SETTINGS)), help="of the step table")
-    parser.add_argument("--variants", nargs="*", choices=[name for names in VARIANTS.values() for name in names])
+    parser.add_argument("--settings", type=int, nargs="+", choices=range(len(SETTINGS)), help="of the step table")
+    parser.add_argument("--variants", nargs="+", choices=[name for names in VARIANTS.values() for name in names])
     parser.add_argument("--against", metavar="REF", help="a commit to compare with")
     parser.add_argument("--growth", action="store_true", help="the growth table too")
     parser.add_argument("--limits", action="store_true", help="the table of FLOPs and bytes too")
     parser.add_argument("--profile", action="store_true", help="one step by operator instead of tables")
     report.add_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if not set(args.variants or ()) <= set(VARIANTS[args.device]):
+        parser.error(f"--variants on {args.device}: {', '.join(VARIANTS[args.device])}")
+    return args
 
 
 def main():
@@ -405,16 +420,18 @@ def main():
     if args.limits:  # last: a worker that starts later would have this process's peak memory for its own
         text += ["", *limits_table(base, settings, bars)]
     report.save("bench_search", "\n".join(text), args.out, args.update)
-    plot(bars, curves, args.out / "bench_search.png")
+    if bars:
+        plot(bars, curves, args.out / "bench_search.png")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         try:
             work(json.loads(sys.argv[2]))
-        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
-            if "memory" not in f"{type(error).__name__} {error}".lower():
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
+            print(f"out of memory: {error}", file=sys.stderr)
             sys.exit(OUT_OF_MEMORY)
     else:
         main()
