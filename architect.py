@@ -50,6 +50,9 @@ class Architect:
             eta: ξ, the learning rate of the virtual step.
             network_optimizer: the SGD of the weights, for its momentum buffers.
             unrolled: second order if true, else first order.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the alphas are as they were.
         """
         train, valid = (input_train, target_train), (input_valid, target_valid)
         with self.gradients.buffers.kept():
@@ -57,6 +60,8 @@ class Architect:
                 grads = self._unrolled_grads(train, valid, eta, network_optimizer)
             else:
                 grads = [grad.clone() for grad in self.gradients("alphas", *valid)[2]]
+        if not all(grad.isfinite().all() for grad in grads):
+            raise FloatingPointError("the gradient of the alphas became infinite or NaN")
         for alpha, grad in zip(self.model.arch_parameters(), grads, strict=True):
             alpha.grad = grad
         self.optimizer.step()

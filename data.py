@@ -89,12 +89,18 @@ class Batches:
     of a single image is left out: batch norm has nothing to normalise there.
 
     Args:
+        augmentation: None for a set that is not trained on.
         key: two integers, the seed of the run and a number that tells its data streams apart.
+
+    Raises:
+        ValueError: a single image to train on.
     """
 
     def __init__(self, images, batch_size, normalization, augmentation, key=(0, 0)):
         self.batch_size, self.augmentation, self.key = batch_size, augmentation, key
         self.labels = images.labels
+        if augmentation and len(images) < 2:
+            raise ValueError("training needs two images or more, for batch norm's sake")
         pad = augmentation.pad if augmentation else 0
         device, self.size = images.pixels.device, images.pixels.shape[1]
         S = self.size

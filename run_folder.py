@@ -198,10 +198,11 @@ class Run:
         """
         loss = loss.item()
         if not math.isfinite(loss):
-            raise self._diverged(f"the loss became {loss}", self.step + 1)
+            raise self.diverged(f"the loss became {loss}", self.step + 1)
         self.meter.update(loss, logits, target)
 
-    def _diverged(self, what, step):
+    def diverged(self, what, step):
+        """The UserError that says what is no longer finite, where, and where to go on from."""
         lr = self.parts["optimizer"].param_groups[0]["lr"]
         return UserError(
             f"{what} in epoch {self.epoch + 1}, step {step}, at learning rate {lr:.3g}; "
@@ -231,7 +232,7 @@ class Run:
             "epoch %d/%d lr %.3e | train %s | valid %s", self.epoch + 1, self.args.epochs, lr, self.meter, valid
         )
         if valid.finite_images == 0:
-            raise self._diverged("no validation image has finite logits any more", self.step)
+            raise self.diverged("no validation image has finite logits any more", self.step)
         if valid.finite_images < valid.images:
             lost = valid.images - valid.finite_images
             logger.warning("%d of %d validation images have logits that are not finite", lost, valid.images)
@@ -269,7 +270,7 @@ class Run:
         """
         weights = [*self.parts["model"].state_dict().values()]
         if not all(w.isfinite().all() for w in weights):
-            raise self._diverged("the weights became infinite or NaN", self.step)
+            raise self.diverged("the weights became infinite or NaN", self.step)
         state = self.facts | {name: part.state_dict() for name, part in self.parts.items()}
         state.update(
             args=vars(self.args) | {"resume": None},

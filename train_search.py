@@ -28,7 +28,10 @@ def train(run, train_batches, search_batches, architect, optimizer, args):
     lr = optimizer.param_groups[0]["lr"]
     for input, target in run.steps(train_batches):
         input_search, target_search = search_batches.batch(run.epoch, run.step)
-        architect.step(input, target, input_search, target_search, lr, optimizer, args.unrolled)
+        try:
+            architect.step(input, target, input_search, target_search, lr, optimizer, args.unrolled)
+        except FloatingPointError as error:
+            raise run.diverged(error, run.step + 1) from None
 
         loss, logits, grads = gradients("weights", input, target)
         for w, grad in zip(weights, grads, strict=True):

@@ -124,6 +124,16 @@ def test_a_failing_step_puts_the_weights_back():
     assert all(torch.equal(w, saved) for w, saved in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_alphas_without_a_finite_gradient_stay_as_they_were(unrolled):
+    model, optimizer, train, valid = make_search("darts")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    infinite = torch.full_like(valid[0], torch.inf)
+    with pytest.raises(FloatingPointError, match="gradient of the alphas"):
+        Architect(model, ARGS).step(*train, infinite, valid[1], ETA, optimizer, unrolled)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_the_applied_update_is_adam_on_the_gradient():
     model, optimizer, train, valid = make_search("darts")
     before = [alpha.detach().clone() for alpha in model.arch_parameters()]

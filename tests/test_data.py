@@ -69,6 +69,12 @@ def test_a_last_batch_of_one_image_is_left_out():
     assert sum(len(target) for _, target in batches) == 19  # but not in evaluation
 
 
+def test_one_image_is_too_few_to_train_on_but_not_to_evaluate():
+    with pytest.raises(ValueError, match="two images or more"):
+        data.Batches(numbered_images(1), 2, PLAIN, BARE)
+    assert len(list(data.Batches(numbered_images(1), 2, PLAIN, None))) == 1
+
+
 def test_a_batch_depends_on_seed_epoch_and_step_alone():
     images, augmentation = numbered_images(), data.Augmentation(pad=2, flip=True, cutout_length=3)
     first, second = (data.Batches(images, 6, PLAIN, augmentation, key=(1, 0)) for _ in range(2))
