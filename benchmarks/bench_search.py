@@ -3,7 +3,7 @@
 python benchmarks/bench_search.py                               # fast cells against plain ones, three settings
 python benchmarks/bench_search.py --against HEAD~1              # and against another commit, in the same run
 python benchmarks/bench_search.py --growth --update             # and as batch, channels and layers grow; to RESULTS.md
-python benchmarks/bench_search.py --settings 0 --variants fast textbook     # against unfolded involutions (12 GB)
+python benchmarks/bench_search.py --settings 0 --variants fast textbook     # against unfolded involutions (8 GB)
 python benchmarks/bench_search.py --limits                      # and the time that FLOPs and bytes take at least
 python benchmarks/bench_search.py --profile                     # one step by operator
 python benchmarks/bench_search.py --device cuda --batch_size 64 256      # eager, mixed precision, CUDA graphs
@@ -168,7 +168,10 @@ def work(setting):
 
 
 def is_out_of_memory(error):
-    """Whether it says that memory is used up, on either device; a CUDA error about memory accesses does not."""
+    """Whether it says that memory is used up, on either device; a CUDA error about memory accesses does not.
+
+    The rule of utils.run_script, written again because a worker may run on an older commit's modules.
+    """
     import torch
 
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
