@@ -5,7 +5,8 @@ computes it from them with the work shared that the edges have in common:
 
     - every state goes through ReLU and pooling once, and a pooled state is normalised once, for all edges that leave
       it: its batch norm has no parameters. The running statistics of every edge are updated all the same.
-    - the first 1x1 convolutions of all involutions that read a state are one convolution, batch norm and ReLU.
+    - the first 1x1 convolutions of all involutions that read a state are one convolution, batch norm and ReLU; the
+      RMS of the hidden features is taken where they are.
     - a node is made in one go from everything that enters it, as a weighted sum of plain and of normalised terms
 
           node = sum_t alpha_t x_t + sum_k alpha_k norm_k(W_k z_k)
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 
 import fast_cell_torch
 import involution
-from involution import is_watched
+from involution import RMS_EPS, is_watched
 from involution_ops import nobody_watches
 from operations import DilConv, FactorizedReduce, Identity, InvoBN, SepConv
 
@@ -164,17 +165,20 @@ def _kind(op, training):
     if type(op) is nn.Sequential:
         pool = modules[1]
         return "pool", type(pool), *(str(getattr(pool, name)) for name in pool.__constants__)
+    if type(op) is InvoBN:
+        kernel_norm = op.op[1].kernel_norm
+        return ("involution", op.op[1].stride, kernel_norm) if kernel_norm in _RMS_EPS else ("any",)
     return _KINDS[type(op)], op.op[1].stride if type(op) in _STRIDED else None
 
 
 _KINDS = {
     Identity: "skip",
     FactorizedReduce: "reduce",
-    InvoBN: "involution",
     DilConv: "separable",
     SepConv: "separable_twice",
 }
-_STRIDED = InvoBN, DilConv, SepConv
+_STRIDED = DilConv, SepConv
+_RMS_EPS = {"none": None} | RMS_EPS
 
 
 @functools.cache
@@ -248,7 +252,7 @@ def _widened(weight, before, after):
 
 def _involution(x, relu, ops, backend):
     layers = [op.op[1] for op in ops]
-    outputs = backend.involutions(relu(), layers[0].avgpool(relu()), layers)
+    outputs = backend.involutions(relu(), layers[0].avgpool(relu()), layers, _RMS_EPS[layers[0].kernel_norm])
     return [Term(output, op.op[2].weight, op.op[3]) for op, output in zip(ops, outputs, strict=True)]
 
 

@@ -558,6 +558,47 @@ void mix_backward(int64_t pixels, bool training, Reader reader) {
   }
 }
 
+// ------------------------------------------------------------------------------------------------------- rms norm
+
+// y = scale x with scale = 1 / sqrt(mean over channels of x² + eps), a pixel after the other. W is the number of
+// channels, or 0 for any.
+template <class A, int W>
+void rms_norm(int64_t begin, int64_t end, int64_t width, A eps, A* x, A* scale) {
+  const int64_t C = W ? W : width;
+  for (int64_t p = begin; p < end; ++p) {
+    A* pixel = x + p * C;
+    A sum = 0;
+    for (int64_t c = 0; c < C; ++c) sum += pixel[c] * pixel[c];
+    scale[p] = 1 / std::sqrt(sum / C + eps);
+    for (int64_t c = 0; c < C; ++c) pixel[c] *= scale[p];
+  }
+}
+
+// d x = scale (d y - y mean(y d y)), in place of d y
+template <class A, int W>
+void rms_norm_backward(int64_t begin, int64_t end, int64_t width, A* grad, const A* y, const A* scale) {
+  const int64_t C = W ? W : width;
+  for (int64_t p = begin; p < end; ++p) {
+    A* g = grad + p * C;
+    const A* pixel = y + p * C;
+    A sum = 0;
+    for (int64_t c = 0; c < C; ++c) sum += g[c] * pixel[c];
+    for (int64_t c = 0; c < C; ++c) g[c] = scale[p] * (g[c] - pixel[c] * (sum / C));
+  }
+}
+
+template <class F>
+void for_pixels(int64_t pixels, int64_t width, const F& f) {
+  at::parallel_for(0, pixels, std::max<int64_t>(1, 16384 / width), [&](int64_t begin, int64_t end) {
+    switch (width) {
+      case 4: return f(begin, end, std::integral_constant<int, 4>());
+      case 8: return f(begin, end, std::integral_constant<int, 8>());
+      case 16: return f(begin, end, std::integral_constant<int, 16>());
+      default: return f(begin, end, std::integral_constant<int, 0>());
+    }
+  });
+}
+
 // ------------------------------------------------------------------------------------------------------ depthwise
 
 struct Depthwise {
@@ -798,6 +839,25 @@ int fast_cell_mix(int64_t is_double, int64_t pixels, int64_t training, const int
 
 int fast_cell_mix_backward(int64_t is_double, int64_t pixels, int64_t training, const int64_t* packed) {
   return with_dtype(is_double, [&](auto zero) { mix_backward<decltype(zero)>(pixels, training, Reader(packed)); });
+}
+
+int fast_cell_rms_norm(int64_t is_double, int64_t pixels, int64_t width, double eps, void* x, void* scale) {
+  return with_dtype(is_double, [&](auto zero) {
+    using A = decltype(zero);
+    for_pixels(pixels, width, [&](int64_t begin, int64_t end, auto W) {
+      rms_norm<A, decltype(W)::value>(begin, end, width, A(eps), (A*)x, (A*)scale);
+    });
+  });
+}
+
+int fast_cell_rms_norm_backward(int64_t is_double, int64_t pixels, int64_t width, void* grad, const void* y,
+                                const void* scale) {
+  return with_dtype(is_double, [&](auto zero) {
+    using A = decltype(zero);
+    for_pixels(pixels, width, [&](int64_t begin, int64_t end, auto W) {
+      rms_norm_backward<A, decltype(W)::value>(begin, end, width, (A*)grad, (const A*)y, (const A*)scale);
+    });
+  });
 }
 
 int fast_cell_depthwise(int64_t is_double, const Depthwise* p, const void* input, const void* weight, void* output) {

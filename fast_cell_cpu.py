@@ -46,13 +46,13 @@ def heads(x, weights, norms):
     return _Heads.apply(norms, x, *weights)
 
 
-def involutions(x, pooled, layers):
-    """[layer(x)] of `Involution2d` layers of one stride; `pooled` is x after their pooling."""
+def involutions(x, pooled, layers, rms_eps):
+    """[layer(x)] of `Involution2d` layers of one stride, as fast_cell_torch.involutions."""
     geometry = [(layer.kernel_size, layer.stride, layer.dilation) for layer in layers]
     spans = [layer.conv2.conv for layer in layers]
     weights = [layer.conv1.conv.weight for layer in layers]
     weights += [span.weight for span in spans] + [span.bias for span in spans]
-    return _Involutions.apply([layer.conv1.bn for layer in layers], geometry, x, pooled, *weights)
+    return _Involutions.apply([layer.conv1.bn for layer in layers], geometry, rms_eps, x, pooled, *weights)
 
 
 def depthwise(x, weight, stride, dilation):
@@ -107,10 +107,11 @@ class _Involutions(Function):
     """The heads of the layers, then each layer's involution, so that x gathers its gradient in one go."""
 
     @staticmethod
-    def forward(ctx, norms, geometry, x, pooled, *weights):
+    def forward(ctx, norms, geometry, rms_eps, x, pooled, *weights):
         ctx.is_pooled, x, pooled = pooled is not x, _channels_last(x), _channels_last(pooled)
         layers = _by_layer(weights, geometry)
         hidden, ctx.stats = _heads(pooled, weights[: len(layers)], norms)
+        ctx.scales = None if rms_eps is None else _rms_norm(hidden, rms_eps)
         outputs = [
             involution_cpu.fused_forward(x, h, span, bias, *place)
             for h, (_, span, bias), place in zip(hidden, layers, geometry, strict=True)
@@ -134,10 +135,12 @@ class _Involutions(Function):
             ),
             strict=True,
         )
+        if ctx.scales is not None:
+            _rms_norm_backward(to_hidden, hidden, ctx.scales)
         more = () if ctx.is_pooled else to_x
         to_pooled, *to_weight = _heads_backward(to_hidden, pooled, weights[:n], hidden, ctx.stats, ctx.training, more)
         to_x = sum(to_x[1:], to_x[0]) if ctx.is_pooled else to_pooled
-        return None, None, to_x, to_pooled if ctx.is_pooled else None, *to_weight, *to_span, *to_bias
+        return None, None, None, to_x, to_pooled if ctx.is_pooled else None, *to_weight, *to_span, *to_bias
 
 
 def _by_layer(weights, geometry):
@@ -255,6 +258,22 @@ def _heads_backward(grads, x, weights, hidden, stats, training, more=()):
     packed += [to_alpha.data_ptr(), to_weight.data_ptr(), to_x.data_ptr(), *_operands(more)]
     _call_with_statistics("mix_backward", x, training, packed)
     return to_x, *to_weight.split([len(w) for w in weights])
+
+
+def _rms_norm(hidden, eps):
+    """Divide images by the root of (mean square over channels + eps), in place; returns the factors."""
+    scales = [_image(h, 1) for h in hidden]
+    for h, scale in zip(hidden, scales, strict=True):
+        numbers = ctypes.c_int64(_pixels(h)), ctypes.c_int64(h.shape[1]), ctypes.c_double(eps)
+        _call("rms_norm", h, *numbers, *_addresses(h, scale))
+    return scales
+
+
+def _rms_norm_backward(grads, hidden, scales):
+    """From gradients of the scaled images `hidden` make those of the images before, in place."""
+    for grad, h, scale in zip(grads, hidden, scales, strict=True):
+        numbers = ctypes.c_int64(_pixels(h)), ctypes.c_int64(h.shape[1])
+        _call("rms_norm_backward", h, *numbers, *_addresses(grad, h, scale))
 
 
 # ----------------------------------------------------------------------------------------- statistics of candidates

@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from involution import involution2d_fused
+from involution_torch import rms_norm
 
 EPS, MOMENTUM = nn.BatchNorm2d(1).eps, nn.BatchNorm2d(1).momentum
 
@@ -18,10 +19,15 @@ def heads(x, weights, norms):
     return hidden.split([len(weight) for weight in weights], dim=1)
 
 
-def involutions(x, pooled, layers):
-    """[layer(x)] of `Involution2d` layers of one stride; `pooled` is x after their pooling."""
+def involutions(x, pooled, layers, rms_eps):
+    """[layer(x)] of `Involution2d` layers of one stride; `pooled` is x after their pooling.
+
+    rms_eps: what their hidden features are divided by, as `rms_norm`; None for nothing.
+    """
     firsts = [layer.conv1 for layer in layers]
     hidden = heads(pooled, [first.conv.weight for first in firsts], [first.bn for first in firsts])
+    if rms_eps is not None:
+        hidden = [rms_norm(h, rms_eps) for h in hidden]
     spans = [layer.conv2.conv for layer in layers]
     return [
         involution2d_fused(x, h, span.weight, span.bias, layer.kernel_size, layer.stride, layer.dilation)

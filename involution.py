@@ -13,8 +13,14 @@ INVOLUTION_BACKEND forces one:
     triton: involution_triton.py; CUDA, or any device under TRITON_INTERPRET=1.
     torch: involution_torch.py; every device and dtype.
     reference: the equation below, differentiated by autograd. Slow; to compare with.
+
+A pixel's kernel is a function of the pixel, so that an involution is of degree two in its input: a pixel of twice the
+usual size leaves it four times the usual size, and a chain of them, one after the other through all cells, overflows
+for single images that batch norm's running statistics do not know. `KERNEL_NORMS` lists forms of the module whose
+kernels are bounded whatever the pixel; with those an involution is of degree one, as a convolution is.
 """
 
+import functools
 import os
 
 import torch
@@ -24,9 +30,29 @@ from torch import nn
 import involution_ops
 from involution_arguments import check, check_counts, check_fused, check_odd, kernel_size_of
 from involution_ops import backend
-from involution_torch import shifted, span, taps
+from involution_torch import rms_norm, shifted, span, taps
 
-__all__ = ["Involution2d", "backend", "involution2d", "involution2d_fused", "involution2d_reference"]
+__all__ = [
+    "KERNEL_NORMS",
+    "Involution2d",
+    "backend",
+    "involution2d",
+    "involution2d_fused",
+    "involution2d_reference",
+    "set_kernel_norm",
+]
+
+# What bounds the kernels of an `Involution2d`; h are a pixel's hidden features, v what `conv1` normalises.
+KERNEL_NORMS = {
+    "none": "h = relu(v): the involution authors' module; kernels grow with the pixel",
+    "relu6": "h = min(relu(v), 6)",
+    "tanh": "h = tanh(v)",
+    "rms": "h = relu(v), then h / sqrt(mean over channels of h^2 + 0.001): always of length one",
+    "soft_rms": "h = relu(v), then h / sqrt(mean over channels of h^2 + 1): small features stay as they are",
+    "filter": "kernels less their mean over the taps, divided by their length (arXiv 2104.14107, section 3.2)",
+}
+RMS_EPS = {"rms": 1e-3, "soft_rms": 1.0}
+_FILTER_EPS = 1e-5  # of a kernel's squared length
 
 
 # ------------------------------------------------------------------------------------------------ functions
@@ -114,19 +140,19 @@ def _autocast(*tensors):
 
 
 class _ConvBN(nn.Module):
-    """1x1 convolution, batch norm, ReLU under the names of the involution authors' module (`conv`, `bn`)."""
+    """1x1 convolution, batch norm, activation under the names of the involution authors' module (`conv`, `bn`)."""
 
     def __init__(self, C_in, C_out, affine):
         super().__init__()
         self.conv = nn.Conv2d(C_in, C_out, 1, bias=False)
         self.bn = nn.BatchNorm2d(C_out, affine=affine)
 
-    def forward(self, x):
+    def forward(self, x, activation=F.relu):
         x = self.conv(x)
         if x.device.type == "cpu":
             # PyTorch's channels-last batch norm takes up to seven times as long where there are few channels
             x = x.contiguous()
-        return F.relu(self.bn(x))
+        return activation(self.bn(x))
 
 
 class _Conv(nn.Module):
@@ -138,6 +164,38 @@ class _Conv(nn.Module):
 
     def forward(self, x):
         return self.conv(x)
+
+
+def hidden_features(v, kernel_norm):
+    """The features (N, C_hidden, H, W) that kernels are made of, bounded as `kernel_norm` says, from normalised v."""
+    if kernel_norm == "relu6":
+        return F.relu6(v)
+    if kernel_norm == "tanh":
+        return torch.tanh(v)
+    return rms_norm(F.relu(v), RMS_EPS[kernel_norm]) if kernel_norm in RMS_EPS else F.relu(v)
+
+
+def filter_norm(weight):
+    """Kernels (N, G, K*K, H, W) less their mean over the taps, of length one."""
+    centered = weight - weight.mean(2, keepdim=True)
+    return centered * torch.rsqrt(centered.square().sum(2, keepdim=True) + _FILTER_EPS)
+
+
+def set_kernel_norm(module, kernel_norm):
+    """Bound the kernels of every `Involution2d` in `module` as `kernel_norm` says.
+
+    Raises:
+        ValueError: not one of KERNEL_NORMS, or one that a layer cannot take.
+    """
+    _check_kernel_norm(kernel_norm)
+    for layer in module.modules():
+        if isinstance(layer, Involution2d):
+            layer.kernel_norm = kernel_norm
+
+
+def _check_kernel_norm(kernel_norm):
+    if kernel_norm not in KERNEL_NORMS:
+        raise ValueError(f"kernel_norm must be one of {', '.join(KERNEL_NORMS)}, got {kernel_norm!r}")
 
 
 def is_watched(module):
@@ -169,13 +227,24 @@ class Involution2d(nn.Module):
 
     Pooling by the stride, `conv1` (1x1, C -> C/r, batch norm, ReLU) and `conv2` (1x1, C/r -> K*K*G, bias) make the
     weight (N, G, K*K, Ho, Wo). The groups are the largest divisor of C that is at most max(1, C // group_channels).
-    (N, C, H, W) -> (N, C, ceil(H/stride), ceil(W/stride)). State-dict keys are those of the authors' module.
+    (N, C, H, W) -> (N, C, ceil(H/stride), ceil(W/stride)). State-dict keys are those of the authors' module, whatever
+    bounds the kernels: `kernel_norm`, one of KERNEL_NORMS, an attribute that may be changed at any time.
 
     Raises:
-        ValueError: an even kernel size, or a count below one.
+        ValueError: an even kernel size, a count below one, an unknown kernel_norm, or "filter" for a single tap.
     """
 
-    def __init__(self, channels, kernel_size, stride=1, dilation=1, group_channels=16, reduction_ratio=4, affine=True):
+    def __init__(
+        self,
+        channels,
+        kernel_size,
+        stride=1,
+        dilation=1,
+        group_channels=16,
+        reduction_ratio=4,
+        affine=True,
+        kernel_norm="none",
+    ):
         super().__init__()
         check_counts(
             channels=channels,
@@ -187,6 +256,7 @@ class Involution2d(nn.Module):
         )
         check_odd(kernel_size=kernel_size)
         self.channels, self.kernel_size, self.stride, self.dilation = channels, kernel_size, stride, dilation
+        self.kernel_norm = kernel_norm
         most = max(1, channels // group_channels)
         self.groups = max(g for g in range(1, most + 1) if channels % g == 0)
         hidden = max(1, channels // reduction_ratio)
@@ -195,16 +265,29 @@ class Involution2d(nn.Module):
         self.conv1 = _ConvBN(channels, hidden, affine)
         self.conv2 = _Conv(hidden, kernel_size**2 * self.groups)
 
+    @property
+    def kernel_norm(self):
+        return self._kernel_norm
+
+    @kernel_norm.setter
+    def kernel_norm(self, kernel_norm):
+        _check_kernel_norm(kernel_norm)
+        if kernel_norm == "filter" and self.kernel_size == 1:
+            raise ValueError("kernel_norm 'filter' needs a kernel of more than one tap, got kernel_size 1")
+        self._kernel_norm = kernel_norm
+
     def forward(self, x):
-        hidden = self.conv1(self.avgpool(x))
-        if _fusable(self.conv2):
+        hidden = self.conv1(self.avgpool(x), functools.partial(hidden_features, kernel_norm=self.kernel_norm))
+        if self.kernel_norm != "filter" and _fusable(self.conv2):
             span = self.conv2.conv
             return involution2d_fused(x, hidden, span.weight, span.bias, self.kernel_size, self.stride, self.dilation)
         weight = self.conv2(hidden).unflatten(1, (self.groups, self.kernel_size**2))
+        if self.kernel_norm == "filter":
+            weight = filter_norm(weight)
         return involution2d(x, weight, self.stride, self.dilation)
 
     def extra_repr(self):
         return (
             f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"dilation={self.dilation}, groups={self.groups}"
+            f"dilation={self.dilation}, groups={self.groups}, kernel_norm={self.kernel_norm}"
         )

@@ -69,6 +69,12 @@ def span_backward(grad_weight, hidden, span_weight):
     return grad_hidden, grad_span_weight, grad.sum((0, 2, 3))
 
 
+def rms_norm(hidden, eps):
+    """hidden (N, C, H, W) / sqrt(mean over channels of hidden^2 + eps): shorter than sqrt(C) at every pixel."""
+    squares = hidden.to(_accumulator(hidden)).square()  # float16 ends at 256^2
+    return hidden * torch.rsqrt(squares.mean(1, keepdim=True) + eps).to(hidden.dtype)
+
+
 def taps(K):
     return ((i, j) for i in range(K) for j in range(K))
 

@@ -4,7 +4,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from operations import OPS, FactorizedReduce, Identity, ReLUConvBN, drop_path
+from involution import set_kernel_norm
+from operations import KERNEL_NORM, OPS, FactorizedReduce, Identity, ReLUConvBN, drop_path
 
 
 class Cell(nn.Module):
@@ -75,9 +76,10 @@ class NetworkCIFAR(nn.Module):
         layers: number of cells.
         auxiliary: add the auxiliary head (used in training only).
         genotype: a `genotypes.Genotype`.
+        kernel_norm: what bounds the kernels of the involutions, one of `involution.KERNEL_NORMS`.
     """
 
-    def __init__(self, C, num_classes, layers, auxiliary, genotype):
+    def __init__(self, C, num_classes, layers, auxiliary, genotype, kernel_norm=KERNEL_NORM):
         super().__init__()
         self._layers = layers
         self._auxiliary = auxiliary
@@ -101,6 +103,7 @@ class NetworkCIFAR(nn.Module):
             self.auxiliary_head = AuxiliaryHeadCIFAR(C_to_auxiliary, num_classes)
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(C_prev, num_classes)
+        set_kernel_norm(self, kernel_norm)
 
     def forward(self, input):
         """(N, 3, H, W) -> logits (N, num_classes) and the auxiliary logits (None outside training)."""

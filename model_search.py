@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 import fast_cell
 from genotypes import PRIMITIVES, Genotype
-from involution import all_are_watched, is_watched
-from operations import OPS, FactorizedReduce, ReLUConvBN
+from involution import all_are_watched, is_watched, set_kernel_norm
+from operations import KERNEL_NORM, OPS, FactorizedReduce, ReLUConvBN
 
 
 class MixedOp(nn.Module):
@@ -79,9 +79,10 @@ class Network(nn.Module):
         primitives: names in `operations.OPS`.
         fast: compute the cells by fast_cell.py, not edge by edge; the results are equal, but on a CPU they cannot be
             differentiated twice. `net.fast` may be changed at any time.
+        kernel_norm: what bounds the kernels of the involutions, one of `involution.KERNEL_NORMS`.
 
     Raises:
-        ValueError: an unknown primitive, none but `none`, or a count below one.
+        ValueError: an unknown primitive or kernel_norm, no primitive but `none`, or a count below one.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Network(nn.Module):
         stem_multiplier=3,
         primitives=PRIMITIVES,
         fast=True,
+        kernel_norm=KERNEL_NORM,
     ):
         super().__init__()
         _check_counts(C=C, num_classes=num_classes, layers=layers, steps=steps, multiplier=multiplier)
@@ -105,7 +107,7 @@ class Network(nn.Module):
             raise ValueError(f"primitives must be names in operations.OPS besides none, got {unknown or primitives}")
         self._C, self._num_classes, self._layers, self._criterion = C, num_classes, layers, criterion
         self._steps, self._multiplier, self._stem_multiplier = steps, multiplier, stem_multiplier
-        self._primitives, self.fast = list(primitives), fast
+        self._primitives, self.fast, self._kernel_norm = list(primitives), fast, kernel_norm
 
         C_curr = stem_multiplier * C
         self.stem = nn.Sequential(nn.Conv2d(3, C_curr, 3, padding=1, bias=False), nn.BatchNorm2d(C_curr))
@@ -125,6 +127,7 @@ class Network(nn.Module):
         edges = sum(2 + i for i in range(steps))
         self.alphas_normal = nn.Parameter(1e-3 * torch.randn(edges, len(primitives)))
         self.alphas_reduce = nn.Parameter(1e-3 * torch.randn(edges, len(primitives)))
+        set_kernel_norm(self, kernel_norm)
 
     def forward(self, input):
         """(N, 3, H, W) -> logits (N, num_classes)."""
@@ -159,6 +162,7 @@ class Network(nn.Module):
             self._stem_multiplier,
             self._primitives,
             self.fast,
+            self._kernel_norm,
         ).to(self.alphas_normal)
         with torch.no_grad():
             for new, old in zip(net.arch_parameters(), self.arch_parameters(), strict=True):

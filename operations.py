@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from involution import Involution2d
 
+KERNEL_NORM = "soft_rms"  # of the involutions of OPS (involution.KERNEL_NORMS)
+
 OPS = {
     "none": lambda C, stride, affine: Zero(stride),
     "skip_connect": lambda C, stride, affine: Identity() if stride == 1 else FactorizedReduce(C, C, affine),
@@ -49,15 +51,12 @@ class Identity(nn.Module):
 class InvoBN(nn.Module):
     """ReLU, involution, 1x1 convolution, batch norm: an involution where DARTS has its depthwise convolution.
 
-    At first all pixels share one kernel, the bias of `conv2`. An involution multiplies its input with a function of it,
-    so that a pixel of twice the usual size leaves it four times the usual size, and a chain of them, one after the
-    other through all cells, goes to infinity; batch norm's running statistics do not see a single image. With PyTorch's
-    initial weights that happened to one test image in eight after an epoch of training, with these to none.
+    Its kernels are bounded. At first all pixels share one, the bias of `conv2`.
     """
 
     def __init__(self, C, kernel_size, stride, dilation, affine):
         super().__init__()
-        involution = Involution2d(C, kernel_size, stride, dilation, affine=affine)
+        involution = Involution2d(C, kernel_size, stride, dilation, affine=affine, kernel_norm=KERNEL_NORM)
         nn.init.zeros_(involution.conv2.conv.weight)
         self.op = nn.Sequential(
             nn.ReLU(),

@@ -32,12 +32,14 @@ from tqdm import tqdm
 import genotypes
 import involution
 import visualize
+from operations import KERNEL_NORM
 from utils import AverageMeter, UserError, load_checkpoint, load_weights, number, replacing, user_value, write_text
 
 logger = logging.getLogger("darts.run")
 
 # settings that may differ between a run and its continuation: they do not change what is computed
 PORTABLE = ("data", "device", "gpu", "report_freq", "cuda_graph")
+_BEFORE = {"kernel_norm": "none"}  # what runs did that are older than the setting
 _SAVE_EVERY = 300  # seconds between two checkpoints within an epoch
 
 
@@ -55,6 +57,11 @@ def add_arguments(parser, seed):
     )
     group.add_argument("--seed", type=number(int, low=0, high=2**63 - 1), default=seed, help="random seed")
     group.add_argument("--report_freq", type=number(int, low=1), default=50, help="steps between two report lines")
+
+
+def settings(saved):
+    """The settings (a dict) that a run keeps, with those that are younger than the run."""
+    return _BEFORE | saved
 
 
 def _not_empty(text):
@@ -117,7 +124,7 @@ def _read_config(folder, script):
         config = json.loads((folder / "config.json").read_text())
         if config["script"] != script:
             raise UserError(f"--resume {folder}: that run is one of {config['script']}, not of {script}")
-        return dict(config["args"])
+        return settings(dict(config["args"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
@@ -146,7 +153,7 @@ class Run:
         self.meter = AverageMeter()
         self.history = []  # a dict of numbers for every finished epoch
         self._signal = None
-        self._said_why_no_drawing = False
+        self._said_why_no_drawing = self._said_not_finite = False
         self.folder = Path(args.resume) if args.resume is not None else _new_folder(kind, args.save)
         self.checkpoint = self.folder / "checkpoint.pt"
         if args.resume is not None:
@@ -206,8 +213,15 @@ class Run:
         lr = self.parts["optimizer"].param_groups[0]["lr"]
         return UserError(
             f"{what} in epoch {self.epoch + 1}, step {step}, at learning rate {lr:.3g}; "
-            f"the last good checkpoint is {self.checkpoint}; try a lower --learning_rate"
+            f"the last good checkpoint is {self.checkpoint}; {self._cure()}"
         )
+
+    def _cure(self):
+        """What a user can do about numbers that are not finite."""
+        layers = [m for m in self.parts["model"].modules() if isinstance(m, involution.Involution2d)]
+        if any(layer.kernel_norm == "none" for layer in layers):
+            return f"bound the kernels of the involutions: a new run with --kernel_norm {KERNEL_NORM}"
+        return "try a lower --learning_rate"
 
     def stop_if_asked(self):
         """After SIGINT or SIGTERM: save, say how to go on, exit with 128 + signal."""
@@ -233,9 +247,11 @@ class Run:
         )
         if valid.finite_images == 0:
             raise self.diverged("no validation image has finite logits any more", self.step)
-        if valid.finite_images < valid.images:
-            lost = valid.images - valid.finite_images
-            logger.warning("%d of %d validation images have logits that are not finite", lost, valid.images)
+        lost = valid.images - valid.finite_images
+        if lost and not self._said_not_finite:
+            what = "%d of %d validation images have logits that are not finite, and count as misses; %s"
+            logger.warning(what, lost, valid.images, self._cure())
+        self._said_not_finite |= lost > 0
         row = dict(epoch=self.epoch + 1, lr=lr, train_loss=self.meter.loss, train_acc=self.meter.top1)
         self.history.append(row | dict(valid_loss=valid.loss, valid_acc=valid.top1) | more)
         self.parts["scheduler"].step()

@@ -14,6 +14,7 @@ import torch.nn as nn
 
 import data
 import genotypes
+import run_folder
 import utils
 from model import NetworkCIFAR
 from train import add_network_arguments, infer
@@ -50,7 +51,7 @@ def load_run(parser, argv=None):
         raise utils.UserError(f"{path} is a search: train what it found (python train.py --arch {path.parent}) first")
     if not {"model", "args", "normalization", "classes"} <= set(state):
         return args, state, {}
-    settings = vars(args) | {k: v for k, v in state["args"].items() if hasattr(args, k)}
+    settings = vars(args) | {k: v for k, v in run_folder.settings(state["args"]).items() if hasattr(args, k)}
     return argparse.Namespace(**(settings | parser.given(argv))), state["model"], state
 
 
@@ -67,7 +68,8 @@ def main():
         load_train = functools.partial(data.load, args.dataset, args.data, True, args.image_size)
         normalization = data.Normalization.of(args.dataset, load_train)
     genotype = genotypes.parse(args.arch)
-    model = NetworkCIFAR(args.init_channels, len(images.classes), args.layers, args.auxiliary, genotype)
+    classes = len(images.classes)
+    model = NetworkCIFAR(args.init_channels, classes, args.layers, args.auxiliary, genotype, args.kernel_norm)
     utils.load_weights(model, weights, args.model_path)
     batches = data.Batches(images, args.batch_size, normalization, augmentation=None)
     meter = infer(batches, model.to(device, memory_format=torch.channels_last), nn.CrossEntropyLoss())

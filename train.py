@@ -89,6 +89,7 @@ def add_network_arguments(parser):
     )
     group.add_argument("--layers", type=utils.number(int, low=1, high=1000), default=20, help="number of cells")
     group.add_argument("--auxiliary", action="store_true", help="with the auxiliary head, used in training only")
+    utils.add_kernel_norm_argument(group)
 
 
 def parse_args(argv=None):
@@ -123,7 +124,7 @@ def main():
     device = utils.pick_device(args)
     torch.manual_seed(args.seed)
     train_batches, test_batches, normalization, classes = load_data(args, device)
-    model = NetworkCIFAR(args.init_channels, len(classes), args.layers, args.auxiliary, genotype)
+    model = NetworkCIFAR(args.init_channels, len(classes), args.layers, args.auxiliary, genotype, args.kernel_norm)
     model.to(device, memory_format=torch.channels_last)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(

@@ -106,6 +106,7 @@ def parse_args(argv=None):
         help="number of cells, two of which reduce",
     )
     group.add_argument("--search_space", choices=genotypes.SEARCH_SPACES, default="involution", help="primitives")
+    utils.add_kernel_norm_argument(group)
     group = parser.add_argument_group("weights")
     group.add_argument("--epochs", type=utils.number(int, low=1), default=50, help="passes over the training images")
     group.add_argument("--batch_size", type=utils.number(int, low=2), default=64, help="images a step")
@@ -136,7 +137,8 @@ def main():
     torch.manual_seed(args.seed)
     train_batches, search_batches, classes = load_data(args, device)
     primitives = genotypes.SEARCH_SPACES[args.search_space]
-    model = Network(args.init_channels, len(classes), args.layers, nn.CrossEntropyLoss(), primitives=primitives)
+    settings = dict(primitives=primitives, kernel_norm=args.kernel_norm)
+    model = Network(args.init_channels, len(classes), args.layers, nn.CrossEntropyLoss(), **settings)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 import involution
+import operations
 
 logger = logging.getLogger("darts")
 
@@ -95,6 +96,15 @@ def add_data_arguments(parser):
     )
     group.add_argument("--subset", metavar="N", type=number(int, low=2), help="use at most N images of each set")
     return group
+
+
+def add_kernel_norm_argument(group):
+    group.add_argument(
+        "--kernel_norm",
+        choices=involution.KERNEL_NORMS,
+        default=operations.KERNEL_NORM,
+        help="what bounds the kernels of involutions; none: the involution authors' form, which may overflow",
+    )
 
 
 def add_device_arguments(parser):

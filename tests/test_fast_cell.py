@@ -11,6 +11,7 @@ import fast_cell_torch
 import operations
 from conftest import vary_kernels
 from genotypes import SEARCH_SPACES
+from involution import KERNEL_NORMS, set_kernel_norm
 from model_search import Network
 
 
@@ -65,6 +66,22 @@ def assert_equal_to_plain(net, size=8, batch=4):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_equal_to_the_plain_cell(backend, space, training):
     assert_equal_to_plain(make(SEARCH_SPACES[space]).train(training))
+
+
+@pytest.mark.parametrize("kernel_norm", KERNEL_NORMS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("C", [8, 20], ids=lambda C: f"C={C}")  # hidden features of common and of uncommon width
+def test_equal_whatever_bounds_the_kernels(backend, kernel_norm, training, C):
+    assert_equal_to_plain(make(SEARCH_SPACES["involution"], C, kernel_norm=kernel_norm).train(training))
+
+
+def test_kernels_bounded_in_two_ways_on_one_state(backend):
+    net = make(["sep_invo_3x3", "dil_invo_3x3", "sep_invo_5x5"])
+    for cell in net.cells:
+        for edge in cell._ops:
+            set_kernel_norm(edge._ops[0], "rms")
+            set_kernel_norm(edge._ops[1], "tanh")
+    assert_equal_to_plain(net)
 
 
 def test_a_primitive_twice_on_an_edge(backend):
