@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALL = "--init_channels 4 --layers 3 --image_size 8 --rounds 1 --threads 1".split()
@@ -50,3 +51,23 @@ def test_bench_data_compares_both_pipelines(tmp_path):
     row = (tmp_path / "bench_data.md").read_text().splitlines()[-1]
     assert row.startswith("| 8 |") and row.endswith("×** |")
     assert (tmp_path / "bench_data.png").stat().st_size > 1000
+
+
+def test_bench_kernel_norm_keeps_the_runs_that_it_has(tmp_path):
+    for number in range(32):
+        folder = tmp_path / "images" / ("train" if number < 16 else "test") / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (8 * number, 0, 0)).save(folder / f"{number}.png")
+    small = "--archs DARTS_L20 --init_channels 4 --layers 3 --batch_size 8 --epochs 1 --seeds 1".split()
+    command = ["bench_kernel_norm.py", *small, "--csv", tmp_path / "runs.csv", "--out", tmp_path]
+    done = run(*command, "--data", tmp_path / "images")
+    assert done.returncode == 0, done.stderr
+    runs = (tmp_path / "runs.csv").read_text()
+    assert len(runs.splitlines()) == 1 + 1 + 6 + 2  # header, yardstick, every form, two with other first kernels
+    assert "| DARTS_L20 | `soft_rms` | shared | 1 |" in (tmp_path / "bench_kernel_norm.md").read_text()
+    kept = "".join(runs.splitlines(keepends=True)[:-1])
+    (tmp_path / "runs.csv").write_text(kept)
+    assert run(*command, "--data", tmp_path / "images").returncode == 0  # makes the run that is missing
+    again = (tmp_path / "runs.csv").read_text()
+    assert again.startswith(kept) and len(again.splitlines()) == len(runs.splitlines())
+    assert (tmp_path / "bench_kernel_norm.png").stat().st_size > 1000
