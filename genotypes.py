@@ -15,6 +15,7 @@ import ast
 import difflib
 import json
 import re
+import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -38,6 +39,8 @@ _ALIASES.update(
     for alias in (("dil_invo2d", "dil_involution") if primitive[:3] == "dil" else ("invo2d", "invo", "involution"))
 )
 
+_TOO_DEEP = "malformed genotype: nested too deep"
+_LONGEST_MESSAGE = 500  # characters
 _LONGEST_TEXT = 20_000  # characters; a genotype of 100 steps has about 10,000
 
 # ------------------------------------------------------------------------------------------- named genotypes
@@ -186,9 +189,19 @@ def parse(text):
             (JSON as a run writes it, or an expression).
 
     Raises:
-        ValueError: says what is wrong and where, and offers near names.
+        ValueError: says in one line what is wrong and where, and offers near names.
     """
-    text = str(text).strip()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's, about the syntax of a text that is then refused
+            return _parse(str(text).strip())
+    except (RecursionError, MemoryError):
+        raise ValueError(_TOO_DEEP) from None
+    except ValueError as error:
+        raise ValueError(_shorten(" ".join(str(error).split()), _LONGEST_MESSAGE)) from None
+
+
+def _parse(text):
     if text in NAMED:
         return NAMED[text]
     if text and _exists(text):
@@ -196,7 +209,7 @@ def parse(text):
     if "(" in text:
         return _parse_expression(text)
     raise ValueError(
-        f"unknown genotype {text[:80]!r}{_did_you_mean(text, NAMED)} (a genotype is one of {', '.join(NAMED)}, "
+        f"unknown genotype {text[:80]!r}{_did_you_mean(text[:80], NAMED)} (a genotype is one of {', '.join(NAMED)}, "
         "a Genotype(...) expression, or the path of a run folder or genotype file)"
     )
 
@@ -235,14 +248,14 @@ def _read_file(path):
         raise ValueError(f"{path} is empty: it holds no genotype")
     try:
         return _parse_json(text) if text.startswith("{") else _parse_expression(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{path}: {error if isinstance(error, ValueError) else _TOO_DEEP}") from None
 
 
 def _parse_json(text):
     try:
         fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"not a JSON genotype: {error}") from None
     if not isinstance(fields, dict) or set(fields) != set(Genotype._fields):
         raise ValueError(f"a genotype has the fields {', '.join(Genotype._fields)}, got {_shorten(text)}")
@@ -266,8 +279,8 @@ def _parse_expression(text):
     except SyntaxError as error:
         near = (error.text or "").rstrip()[max(0, (error.offset or 1) - 20) :][:40]
         raise ValueError(f"malformed genotype: {error.msg} (line {error.lineno}, near {near!r})") from None
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"malformed genotype: {error or 'nested too deep'}") from None
+    except ValueError as error:
+        raise ValueError(f"malformed genotype: {error}") from None
     if not (isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id == "Genotype"):
         raise ValueError(f"a genotype expression must be Genotype(...), got {_shorten(text)!r}")
     names = [*Genotype._fields[: len(tree.args)], *(keyword.arg for keyword in tree.keywords)]
@@ -343,5 +356,5 @@ def _did_you_mean(name, names):
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _shorten(text):
-    return text if len(text) <= 60 else text[:57] + "..."
+def _shorten(text, length=60):
+    return text if len(text) <= length else text[: length - 3] + "..."

@@ -178,7 +178,8 @@ def hidden_features(v, kernel_norm):
 def filter_norm(weight):
     """Kernels (N, G, K*K, H, W) less their mean over the taps, of length one."""
     centered = weight - weight.mean(2, keepdim=True)
-    return centered * torch.rsqrt(centered.square().sum(2, keepdim=True) + _FILTER_EPS)
+    squares = centered.to(torch.promote_types(weight.dtype, torch.float32)).square()
+    return centered * torch.rsqrt(squares.sum(2, keepdim=True) + _FILTER_EPS).to(weight.dtype)
 
 
 def set_kernel_norm(module, kernel_norm):

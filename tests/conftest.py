@@ -46,6 +46,27 @@ def vary_kernels(network):
     return network
 
 
+def logits_of_scaled_images(network, size=16):
+    """The largest |logit| of images times 1, 10, 100 and 1,000, after a few steps that batch norms have followed."""
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+    logits = lambda input: output[0] if isinstance(output := network(input), tuple) else output  # noqa: E731
+    for norm in norms:
+        norm.momentum = 0.5  # so that their running statistics are those of the batches after these steps
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(logits(torch.randn(8, 3, size, size)), torch.arange(8))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimizer.step()
+    for norm in norms:
+        norm.momentum = 0.1
+    network.eval()
+    images = torch.randn(4, 3, size, size)
+    with torch.no_grad():
+        return [logits(images * scale).abs().max().item() for scale in (1, 10, 100, 1000)]
+
+
 def assert_one_clear_line(result, *says):
     """Exit code 2 and a single line on stderr that says everything in `says`."""
     assert result.returncode == 2, result.stdout + result.stderr

@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import re
 
 import pytest
 from hypothesis import given
@@ -167,16 +169,83 @@ def test_spellings(alias, primitive):
         ("Genotype(" + "9" * 5000 + ")", "malformed"),
         ("Genotype(" + "-" * 15000 + "1)", ""),
         ("Genotype(" + " " * 30000 + ")", "at most 20000 characters"),
+        (GOOD.replace("0", "[" * 500 + "]" * 500, 1), "malformed"),
+        (GOOD.replace("0", "-" * 900 + "1", 1), "malformed genotype: nested too deep"),
+        (GOOD.replace("0", "-" * 5000 + "1", 1), "malformed"),
+        (GOOD.replace("0", "'" + "0" * 9000 + "'", 1), "input node '0000"),
+        (GOOD.replace("0", "1if 1else 2", 1), "may hold"),
+        (GOOD.replace("0", "1 is 1", 1), "may hold"),
+        (GOOD.replace("none", r"no\d", 1), "unknown primitive"),
+        (GOOD.replace("none", "no\ud800", 1), "malformed"),
+        ("(" * 10_000_000, "at most 20000 characters"),
+        ("a/" * 5_000_000, "unknown genotype 'a/a/"),
         ("Genotype(\0)", "malformed"),
         ("x" * 5000, "unknown genotype"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_bad_text_says_what_is_wrong(text, says):
+    assert says in refusal(text)
+
+
+def refusal(text):
+    """What `parse` says of a text that is no genotype."""
     with pytest.raises(ValueError) as caught:
         genotypes.parse(text)
-    message = str(caught.value)
-    assert says in message
-    assert len(message) < 600
+    assert_is_a_line(str(caught.value))
+    return str(caught.value)
+
+
+def assert_is_a_line(message):
+    assert message.splitlines() == [message] and len(message) <= 500
+
+
+# what trips parsers, warns there, or looks like something else than it is
+HOSTILE = [
+    *"-+~*.,:;=()[]{}'\"\\#@\0\n\r\t \u00a0\u2028\ufeff\ufffd\ud800²٣７é’“`",
+    *"lambda: 1if '\\d' f'{ .a () [0] (( [[ range( Genotype( normal= \"normal\": 007 1_0 1e999 NaN null True".split(),
+    *("not ", "await ", "1 is 1", "'" * 3, "9" * 5000, "0x" + "f" * 5000),
+]
+
+
+def hostile_texts(valid, count):
+    """Texts that differ from a valid one in a few characters or tokens, or by something repeated up to 3,000 times."""
+    rng = random.Random(0)
+    for k in range(count):
+        pieces = list(valid) if k % 2 else re.findall(r"\w+|\s+|.", valid)
+        for _ in range(rng.randint(1, 3)):
+            start = rng.randrange(len(pieces))
+            times = rng.randint(3, 3000) if k % 10 == 0 else rng.choice([0, 1, 1, 2])
+            pieces[start : start + rng.randint(0, 2)] = [rng.choice([*HOSTILE, rng.choice(pieces)]) * times]
+        yield "".join(pieces)
+
+
+def is_read(text):
+    """Whether `parse` reads a text, and reads its own writing of it too; where not, it is refused."""
+    try:
+        genotype = genotypes.parse(text)
+    except ValueError as error:
+        assert_is_a_line(str(error))
+        return False
+    assert genotypes.parse(genotypes.format(genotype)) == genotype
+    return True
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("valid, count", [(GOOD, 90_000), (L10_IN_CURLY_QUOTES, 9_000)], ids=["short", "pasted"])
+def test_any_text_is_a_genotype_or_refused_in_one_line(valid, count):
+    read = sum(map(is_read, hostile_texts(valid, count)))
+    assert count // 100 < read < count // 2  # both sides of the border are met
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_file_is_a_genotype_or_refused_in_one_line(tmp_path):
+    path = tmp_path / "genotype.json"
+    read = 0
+    for text in hostile_texts(genotypes.to_json(genotypes.parse(GOOD)), 1_000):
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        read += is_read(path)
+    assert 10 < read < 500
 
 
 @pytest.mark.parametrize(
@@ -207,6 +276,9 @@ def test_nothing_is_ever_executed(attack, tmp_path):
     "content, says",
     [
         ("{", "not a JSON genotype"),
+        ('{"normal":' + "[" * 9_000 + "]" * 9_000 + "}", "nested too deep"),
+        ('{"normal":' + "[" * 100_000, "nested too deep"),
+        ('{"normal_concat": [' + "7" * 5000 + "]}", "not a JSON genotype"),
         ("[1]", "must be Genotype(...)"),
         ('{"normal": []}', "a genotype has the fields"),
         (json.dumps({name: 1 for name in Genotype._fields}), "normal must list two"),

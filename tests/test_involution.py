@@ -1,6 +1,7 @@
 """involution.py and its torch and cpu backends; tests/test_involution_triton.py has the third."""
 
 import logging
+import math
 import os
 import random
 import subprocess
@@ -20,7 +21,15 @@ import involution_cpu
 import involution_ops
 from benchmarks import cuda_peer
 from benchmarks.bench_involution import peak_memory
-from involution import Involution2d, backend, involution2d, involution2d_fused, involution2d_reference
+from involution import (
+    KERNEL_NORMS,
+    Involution2d,
+    backend,
+    involution2d,
+    involution2d_fused,
+    involution2d_reference,
+    set_kernel_norm,
+)
 
 ROOT = Path(involution.__file__).parent
 # bfloat16 keeps eight bits of each input and result; float32 sums up to 81 taps, and whole batches for the span
@@ -501,10 +510,11 @@ def test_opcheck(each_backend, case, layout):
     opcheck(ops.fused_backward.default, (*detached, K, s, d))  # is never differentiated itself
 
 
+@pytest.mark.parametrize("kernel_norm", KERNEL_NORMS)
 @pytest.mark.parametrize("name", ["reference", "torch", "cpu"])
-def test_compile_without_a_graph_break(monkeypatch, name):
+def test_compile_without_a_graph_break(monkeypatch, name, kernel_norm):
     monkeypatch.setenv("INVOLUTION_BACKEND", name)
-    module, x = Involution2d(32, 5, stride=2), torch.randn(2, 32, 9, 9)
+    module, x = Involution2d(32, 5, stride=2, kernel_norm=kernel_norm), torch.randn(2, 32, 9, 9)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     parameters = list(module.parameters())
     results = [torch.autograd.grad(f(x).square().sum(), parameters) for f in (module, compiled)]
@@ -533,10 +543,12 @@ def test_on_the_meta_device():
     assert [g.shape for g in gradients] == [input.shape, weight.shape]
 
 
-def test_export():
-    module, x = Involution2d(16, 3).eval(), torch.randn(2, 16, 8, 8)
+@pytest.mark.parametrize("kernel_norm", KERNEL_NORMS)
+def test_export(kernel_norm):
+    module, x = Involution2d(16, 3, kernel_norm=kernel_norm).eval(), torch.randn(2, 16, 8, 8)
     program = torch.export.export(module, (x,))
-    assert any("fused_forward" in str(node.target) for node in program.graph.nodes)
+    operator = "darts_involution.forward" if kernel_norm == "filter" else "darts_involution.fused_forward"
+    assert any(operator in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(x), module(x))
 
 
@@ -787,6 +799,72 @@ def test_module_loads_the_authors_weights_strictly():
     module = Involution2d(C, K)
     module.load_state_dict(state, strict=True)
     assert list(module.state_dict()) == list(state)
+
+
+def test_module_without_bounds_is_the_authors(cpu_backend):
+    module, x = Involution2d(16, 3, stride=2), torch.randn(2, 16, 8, 8)
+    bn, pooled = module.conv1.bn, F.avg_pool2d(x, 2)
+    hidden = torch.relu(F.batch_norm(module.conv1.conv(pooled), None, None, bn.weight, bn.bias, True))
+    span = module.conv2.conv
+    assert torch.equal(module(x), involution2d_fused(x, hidden, span.weight, span.bias, 3, 2))
+    assert module.kernel_norm == "none"
+
+
+@pytest.mark.parametrize("kernel_norm", KERNEL_NORMS)
+def test_bounded_kernels_are_what_the_table_says(kernel_norm):
+    """Each form from its definition, on pixels from tiny to huge."""
+    torch.manual_seed(0)
+    module = Involution2d(16, 3, group_channels=8, kernel_norm=kernel_norm).double().eval()
+    x = torch.randn(3, 16, 5, 5).double() * torch.tensor([1e-3, 1.0, 1e5]).view(3, 1, 1, 1)
+    v = module.conv1.bn(module.conv1.conv(x))
+    h = torch.where(v > 0, v, 0)
+    mean_square = (h**2).sum(1, keepdim=True) / h.shape[1]
+    hidden = {
+        "relu6": torch.where(h < 6, h, 6),
+        "tanh": 1 - 2 / ((2 * v).exp() + 1),
+        "rms": h / (mean_square + 0.001).sqrt(),
+        "soft_rms": h / (mean_square + 1).sqrt(),
+    }.get(kernel_norm, h)
+    weight = module.conv2.conv(hidden).view(3, 2, 9, 5, 5)
+    if kernel_norm == "filter":
+        weight = weight - weight.mean(2, keepdim=True)
+        weight = weight / ((weight**2).sum(2, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(module(x), involution2d_reference(x, weight))
+    bound = {"none": math.inf, "filter": 1}.get(kernel_norm, 100)
+    assert weight[2].abs().max() <= bound and (kernel_norm != "none" or weight[2].abs().max() > 1000)
+
+
+@pytest.mark.parametrize("kernel_norm", KERNEL_NORMS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_two_derivatives_of_the_module(each_backend, kernel_norm, stride):
+    torch.manual_seed(0)
+    module = Involution2d(4, 3, stride, reduction_ratio=1, kernel_norm=kernel_norm).double().eval()
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(module, x) and torch.autograd.gradgradcheck(module, x)
+
+
+@pytest.mark.parametrize("kernel_norm", [name for name in KERNEL_NORMS if name != "none"])
+def test_bounded_kernels_in_low_precision(each_backend, kernel_norm):
+    torch.manual_seed(0)
+    module = Involution2d(16, 3, kernel_norm=kernel_norm).eval()
+    x = 300 * torch.randn(2, 16, 8, 8)  # the squares of its hidden features are past float16
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            output = module(x)
+        assert output.dtype == dtype
+        torch.testing.assert_close(output.float(), module(x), rtol=0.1, atol=0.03 * module(x).abs().max().item())
+
+
+def test_an_unknown_bound_of_the_kernels():
+    with pytest.raises(ValueError, match="kernel_norm must be one of none, relu6, .*, got 'layer'"):
+        Involution2d(16, 3, kernel_norm="layer")
+    module = Involution2d(16, 1)
+    with pytest.raises(ValueError, match="'filter' needs a kernel of more than one tap"):
+        module.kernel_norm = "filter"
+    with pytest.raises(ValueError, match="got 'layer'"):
+        set_kernel_norm(torch.nn.Sequential(module), "layer")
+    set_kernel_norm(torch.nn.Sequential(module), "rms")
+    assert module.kernel_norm == "rms" and "kernel_norm=rms" in repr(module)
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -1,11 +1,16 @@
 """The derived network: shapes, the original's state-dict keys, drop-path, the auxiliary head."""
 
+import math
+
 import pytest
 import torch
 
 import original_darts
+from conftest import logits_of_scaled_images
 from genotypes import NAMED
+from involution import Involution2d
 from model import NetworkCIFAR
+from operations import KERNEL_NORM
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -18,6 +23,39 @@ def test_logits_of_every_named_genotype(name, size):
     assert logits.shape == logits_aux.shape == (2, 10)
     logits, logits_aux = net.eval()(input)
     assert logits.shape == (2, 10) and logits_aux is None
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_network_of_bounded_kernels_is_of_degree_one(name):
+    torch.manual_seed(0)
+    *_, at_100, at_1000 = logits = logits_of_scaled_images(NetworkCIFAR(4, 10, 20, False, NAMED[name]))
+    assert all(map(math.isfinite, logits)) and at_1000 <= 15 * at_100
+
+
+@pytest.mark.parametrize("name", ["DARTS", "DARTS_L20"])
+def test_a_network_of_kernels_without_bounds_overflows(name):
+    torch.manual_seed(0)
+    logits = logits_of_scaled_images(NetworkCIFAR(4, 10, 20, False, NAMED[name], kernel_norm="none"))
+    assert math.isfinite(logits[0]) and not math.isfinite(logits[-1])
+
+
+@pytest.mark.parametrize("name", ["DARTS", "DARTS_L20", "DARTS_V2"])
+def test_no_gradient_is_huge_at_first(name):
+    torch.manual_seed(0)
+    net = NetworkCIFAR(4, 10, 20, False, NAMED[name])
+    torch.nn.functional.cross_entropy(net(torch.randn(8, 3, 16, 16))[0], torch.arange(8)).backward()
+    norms = torch.stack([p.grad.norm() for p in net.parameters() if p.grad is not None])
+    assert norms.max() <= 100 * norms.median()
+
+
+def test_a_bound_of_the_kernels_reaches_every_involution():
+    net = NetworkCIFAR(4, 10, 3, False, NAMED["DARTS"], kernel_norm="tanh")
+    assert {m.kernel_norm for m in net.modules() if isinstance(m, Involution2d)} == {"tanh"}
+    default = NetworkCIFAR(4, 10, 3, False, NAMED["DARTS"])
+    assert {m.kernel_norm for m in default.modules() if isinstance(m, Involution2d)} == {KERNEL_NORM}
+    assert list(net.state_dict()) == list(default.state_dict())
+    with pytest.raises(ValueError, match="kernel_norm must be one of"):
+        NetworkCIFAR(4, 10, 3, False, NAMED["DARTS_V2"], kernel_norm="layer")
 
 
 @pytest.mark.parametrize("name", ["DARTS_V1", "DARTS_V2", "NASNet", "AmoebaNet", "DARTS_L8"])

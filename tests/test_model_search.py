@@ -1,11 +1,15 @@
 """The supernet: the mixture, the interface of the original, the derivation of genotypes."""
 
+import math
+
 import pytest
 import torch
 
 import original_darts
+from conftest import logits_of_scaled_images
 from genotypes import PRIMITIVES, SEARCH_SPACES, Genotype, format, parse
 from model_search import MixedOp, Network
+from operations import KERNEL_NORM
 
 CRITERION = torch.nn.CrossEntropyLoss()
 
@@ -20,6 +24,15 @@ def make(**kwargs):
 def test_logits(space, size):
     net = make(primitives=SEARCH_SPACES[space])
     assert net(torch.randn(2, 3, size, size)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("kernel_norm", [KERNEL_NORM, "none"])
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+def test_a_supernet_is_of_degree_one_where_kernels_are_bounded(kernel_norm, fast):
+    net = make(layers=8, steps=4, multiplier=4, num_classes=10, kernel_norm=kernel_norm, fast=fast)
+    first, _, at_100, at_1000 = logits_of_scaled_images(net)
+    assert math.isfinite(first)
+    assert at_1000 <= 15 * at_100 if kernel_norm == KERNEL_NORM else not math.isfinite(at_1000)
 
 
 @pytest.mark.parametrize("stride", [1, 2])

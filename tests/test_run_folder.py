@@ -12,6 +12,8 @@ import torch
 import data
 import run_folder
 import utils
+from involution import Involution2d
+from operations import KERNEL_NORM
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +28,9 @@ def settings(**kwargs):
     return argparse.Namespace(**(dict(save="EXP", resume=None, epochs=2, report_freq=1, learning_rate=0.1) | kwargs))
 
 
-def make_run(kind="train", **kwargs):
+def make_run(kind="train", model=None, **kwargs):
     torch.manual_seed(0)
-    model = torch.nn.Linear(3, 2)
+    model = model or torch.nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     parts = dict(model=model, optimizer=optimizer, scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2))
     return run_folder.Run(kind, settings(**kwargs), torch.device("cpu"), parts)
@@ -137,6 +139,7 @@ def parse(*argv):
     parser.add_argument("--epochs", type=int, default=9)
     parser.add_argument("--data", default="data")
     parser.add_argument("--learning_rate", type=float, default=0.1)
+    utils.add_kernel_norm_argument(parser)
     run_folder.add_arguments(parser, seed=0)
     return run_folder.parse_args(parser, [str(argument) for argument in argv])
 
@@ -153,6 +156,16 @@ def test_resume_brings_the_settings_of_the_run(saved):
     assert (args.epochs, args.data, args.seed, args.resume) == (2, "there", 5, str(saved))
     assert parse("--resume", saved, "--data", "here").data == "here"
     assert parse("--resume", saved, "--epochs", 2).epochs == 2
+
+
+def test_a_run_from_before_kernels_were_bounded_goes_on_without_bounds(saved):
+    assert "kernel_norm" not in json.loads((saved / "config.json").read_text())["args"]
+    assert (
+        parse("--resume", saved).kernel_norm == parse("--resume", saved, "--kernel_norm", "none").kernel_norm == "none"
+    )
+    with pytest.raises(utils.UserError, match="--kernel_norm is none in that run, not soft_rms"):
+        parse("--resume", saved, "--kernel_norm", "soft_rms")
+    assert parse().kernel_norm == KERNEL_NORM
 
 
 def test_resume_with_other_settings_names_the_setting(saved):
@@ -217,6 +230,15 @@ def test_validation_images_without_finite_logits_are_told(caplog):
     with pytest.raises(utils.UserError, match="no validation image has finite logits any more in epoch 2"):
         run.end_epoch(meter(loss=float("nan"), finite=0))
     assert run.checkpoint.read_bytes() == before and len(run.history) == 1
+
+
+@pytest.mark.parametrize("kernel_norm, cure", [("none", "--kernel_norm soft_rms"), ("rms", "a lower --learning_rate")])
+def test_what_cures_numbers_that_are_not_finite_is_said_once(caplog, kernel_norm, cure):
+    run = make_run(model=Involution2d(4, 3, kernel_norm=kernel_norm))
+    for _ in range(2):
+        run.end_epoch(meter(loss=float("nan"), finite=7))
+    assert caplog.text.count("logits that are not finite") == caplog.text.count(cure) == 1
+    assert cure in str(run.diverged("the loss became nan", 3))
 
 
 def test_a_huge_loss_does_not_hide_the_others():

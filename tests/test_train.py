@@ -64,6 +64,24 @@ def test_a_trained_network_is_tested_as_it_was_in_training(script, uninterrupted
         assert "on 96 images" in result.stdout
 
 
+def test_a_run_keeps_what_bounds_its_kernels(script, tmp_path):
+    arguments = [*TINY, "--epochs", 1, "--learning_rate", 0.5, "--arch", "DARTS_L20", "--layers", 3]
+    for kernel_norm in ("none", "tanh"):
+        result = script("train.py", *arguments, "--kernel_norm", kernel_norm, "--save", kernel_norm)
+        assert result.returncode == 0, result.stderr
+        (folder,) = (tmp_path / "runs").glob(f"train-{kernel_norm}-*")
+        assert f'"kernel_norm": "{kernel_norm}"' in (folder / "config.json").read_text()
+        path = folder / "checkpoint.pt"
+        state = torch.load(path, weights_only=True)
+        if kernel_norm == "none":  # as in a run from before there was the setting
+            del state["args"]["kernel_norm"]
+            torch.save(state, path)
+        last = state["history"][-1]
+        expected = f"test loss {last['valid_loss']:.4f}, top-1 {last['valid_acc']:.2f}%"
+        assert expected in script("test.py", "--model_path", folder).stdout
+        assert expected not in script("test.py", "--model_path", folder, "--kernel_norm", "soft_rms").stdout
+
+
 def test_settings_given_to_test_win(script, uninterrupted):
     assert "on 50 images" in script("test.py", "--model_path", uninterrupted, "--subset", 50).stdout
 
