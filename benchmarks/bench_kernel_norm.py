@@ -3,12 +3,14 @@
 python benchmarks/bench_kernel_norm.py --data data/cifar10_images                    # everything, one run at a time
 python benchmarks/bench_kernel_norm.py --data data/cifar10_images --jobs 2           # two runs at once, a thread each
 python benchmarks/bench_kernel_norm.py --update                                      # table and plot from the CSV
+python benchmarks/bench_kernel_norm.py --cost 11 --threads 2                         # and the time that it takes
 
 --data is a folder as `train.py --dataset folder` reads it. A run is a genotype, a form of `involution.KERNEL_NORMS`,
 how the layer that makes the kernels starts (*shared*: weights zero, so that all pixels have one kernel, as in
 operations.py; *own*: PyTorch's usual ones) and a seed; the rest is as in train.py without drop path. Its epochs are
 rows of results/kernel_norm.csv, written when it has ended: what is in there is not run again, so that this may be
-stopped at any time. Logits are those of the test images, with running statistics, after each epoch.
+stopped at any time. Logits are those of the test images, with running statistics, after each epoch. --cost times steps
+of one network with and without bounds in turn, so many rounds after one that is not counted.
 """
 
 import argparse
@@ -34,8 +36,10 @@ import report
 
 import data
 import genotypes
-from involution import KERNEL_NORMS, Involution2d
+from architect import Architect
+from involution import KERNEL_NORMS, Involution2d, set_kernel_norm
 from model import NetworkCIFAR
+from model_search import Network
 from operations import KERNEL_NORM
 from utils import replacing
 
@@ -115,6 +119,59 @@ def run(key, args):
         row = dict(zip(COLUMNS, (*key, epoch + 1), strict=False)) | test(net, test_batches)
         rows.append(row | {"cpu_seconds": seconds} | {name: getattr(args, name) for name in SETTINGS})
     return rows
+
+
+# ---------------------------------------------------------------------------------------------------------- cost
+
+
+def training_step(batch_size=64):
+    net = NetworkCIFAR(16, 10, 8, False, genotypes.DARTS).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+    input, target = random_batch(batch_size)
+
+    def step():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(input)[0], target).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+        optimizer.step()
+
+    return net, step
+
+
+def search_step(batch_size=16):
+    net = Network(16, 10, 8, nn.CrossEntropyLoss()).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+    settings = dict(momentum=0.9, weight_decay=3e-4, arch_learning_rate=3e-4, arch_weight_decay=1e-3)
+    architect = Architect(net, argparse.Namespace(**settings))
+    train, valid = random_batch(batch_size), random_batch(batch_size)
+    return net, lambda: architect.step(*train, *valid, 0.025, optimizer, unrolled=True)
+
+
+def random_batch(batch_size):
+    return torch.randn(batch_size, 3, 32, 32).to(memory_format=torch.channels_last), torch.randint(10, (batch_size,))
+
+
+def cost_table(rounds):
+    """Time of a step whose kernels are bounded over that of one whose are not; pairs in turn."""
+    yield f"{torch.get_num_threads()} threads; median of {rounds} rounds (first to third quartile of the ratio)."
+    yield ""
+    yield f"| step, 16 channels, 8 cells | `none` | `{KERNEL_NORM}` | ratio |"
+    yield "| --- | --- | --- | --- |"
+    for name, (net, step) in {
+        "training, `DARTS`, batch 64": training_step(),
+        "second-order update of the alphas, default space, batch 16": search_step(),
+    }.items():
+        seconds = {"none": [], KERNEL_NORM: []}
+        for _ in range(1 + rounds):
+            for kernel_norm, times in seconds.items():
+                set_kernel_norm(net, kernel_norm)
+                start = time.perf_counter()
+                step()
+                times.append(time.perf_counter() - start)
+        plain, bounded = (times[1:] for times in seconds.values())
+        low, middle, high = statistics.quantiles([b / a for a, b in zip(plain, bounded, strict=True)])
+        medians = " | ".join(f"{statistics.median(times):.3f} s" for times in (plain, bounded))
+        yield f"| {name} | {medians} | **{middle:.3f}** ({low:.3f}–{high:.3f}) |"
 
 
 # ------------------------------------------------------------------------------------------------------ all runs
@@ -256,6 +313,7 @@ def parse_args():
     parser.add_argument("--archs", nargs="+", choices=ARCHS, default=[*ARCHS], help="genotypes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--cost", type=int, default=0, metavar="ROUNDS", help="of steps that are timed, 2 or more")
     parser.add_argument("--threads", type=int, default=1, help="of each")
     parser.add_argument("--csv", type=Path, default=CSV, help="where the runs are kept")
     report.add_arguments(parser)
@@ -270,7 +328,11 @@ def main():
     if args.data is not None:
         run_missing(args)
     rows = read(args.csv)
-    report.save("bench_kernel_norm", "\n".join(make_table(rows)), args.out, args.update)
+    lines = [report.machine(), "", *make_table(rows)]
+    if args.cost:
+        torch.set_num_threads(args.threads)
+        lines += ["", *cost_table(args.cost)]
+    report.save("bench_kernel_norm", "\n".join(lines), args.out, args.update)
     plot(rows, args.out / "bench_kernel_norm.png")
 
 
