@@ -23,6 +23,7 @@ fast_cell_torch.py.
 import functools
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,9 +32,9 @@ import torch.nn.functional as F
 
 import fast_cell_torch
 import involution
-from involution import RMS_EPS, is_watched
+from involution import RMS_EPS, all_are_watched, is_watched
 from involution_ops import nobody_watches
-from operations import DilConv, FactorizedReduce, Identity, InvoBN, SepConv
+from operations import DilConv, FactorizedReduce, Identity, InvoBN, ReLUConvBN, SepConv, drop_path_factors
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,10 @@ def forward(cell, s0, s1, weights):
         for j in range(len(states) - (1 if node else 2), len(states)):
             plain = []
             leaving = {n: into[n][j][0] for n in range(node, cell._steps)}
-            for n, k, term in _expand(states[j], leaving, cell.training, backend):
+            ops = [((n, k), edge._ops[k]) for n, edge in leaving.items() for k in edge._computed]
+            ops = [(key, op, _kind(op, cell.training, False)) for key, op in ops]
+            relu = functools.cache(functools.partial(F.relu, states[j]))
+            for (n, k), term in _expand(states[j], relu, ops, backend):
                 _check(term, leaving[n]._ops[k], expected.setdefault(n, (*_form(term), leaving[n]._ops[k])))
                 alpha = into[n][j][1][k]
                 if term.weight is None:
@@ -135,30 +139,145 @@ def _sum(parts, linear, backend):
     return backend.mix(parts, [[term for _, term in group] for group in groups.values()], alphas)
 
 
+# ------------------------------------------------------------------------------------------- cells of a genotype
+
+
+class State(NamedTuple):
+    """A node's image (N, C, H, W), or None where nothing reads it but ReLU; and its positive part, made when needed."""
+
+    plain: torch.Tensor | None
+    relu: Callable
+
+
+def serves(x):
+    """Whether `derived` can compute the cells of a network on this tensor."""
+    return choose_backend(x) is not fast_cell_torch and not all_are_watched()
+
+
+def derived(cells, s0, s1, drop_prob):
+    """The output of every `model.Cell` of a network, one after the other, as a list of its nodes (N, C, H, W)."""
+    backend, nodes0, nodes1 = choose_backend(s1), [s0], [s1]
+    plans = [None if is_watched(cell) else [_kind(op, cell.training, True) for op in cell._ops] for cell in cells]
+    cells = list(zip(cells, plans, strict=True))
+    # a feature map is the second input of the cell after it, and the first one of the cell after that
+    states = {} if s0 is s1 else _preprocess(nodes0, [(0, 0)], cells, backend)
+    for k, (cell, kinds) in enumerate(cells):
+        readers = [(k, 1), (k + 1, 0)] if (k, 0) in states or k else [(k, 0), (k, 1), (k + 1, 0)]
+        states.update(_preprocess(nodes1, readers, cells, backend))
+        if kinds is None:
+            nodes = [cell(side_by_side(nodes0), side_by_side(nodes1), drop_prob)]
+        else:
+            nodes = _nodes(cell, kinds, [states.pop((k, 0)), states.pop((k, 1))], drop_prob, backend)
+        nodes0, nodes1 = nodes1, nodes
+        yield nodes
+
+
+def side_by_side(images):
+    """Images as one, their channels one after the other."""
+    return images[0] if len(images) == 1 else torch.cat(images, dim=1)
+
+
+def _preprocess(nodes, readers, cells, backend):
+    """{(k, j): State} of the inputs (cell k, input j) in readers, which read a feature map, given as its nodes."""
+    states, groups = {}, defaultdict(list)
+    for k, j in readers:
+        cell, kinds = cells[k] if k < len(cells) else (None, None)
+        if kinds is None:
+            continue
+        op, wanted = (cell.preprocess0, cell.preprocess1)[j], _wanted(cell, kinds, j)
+        kind, *_ = _kind(op, cell.training, True)
+        if kind not in ("project", "reduce"):
+            plain = op(side_by_side(nodes))
+            states[k, j] = State(plain, functools.cache(functools.partial(F.relu, plain)))
+        else:  # what nobody reads is by itself, so that its weights get no gradient
+            groups[kind, cell.training, any(wanted) or (k, j)].append(((k, j), op, wanted))
+    for (kind, *_), group in groups.items():
+        keys, ops, wanted = zip(*group, strict=True)
+        states.update(zip(keys, _PREPROCESS[kind](nodes, ops, wanted, backend), strict=True))
+    return states
+
+
+def _wanted(cell, kinds, j):
+    """Whether anybody reads state j of a cell itself, and whether its positive part."""
+    reading = {kind in _LINEAR for (kind, *_), i in zip(kinds, cell._indices, strict=True) if i == j}
+    return False in reading or j in cell._concat, True in reading
+
+
+def _nodes(cell, kinds, states, drop_prob, backend):
+    """The nodes that a cell hands on, from the states of its inputs, to which it adds its own."""
+    edges = list(zip(cell._indices, cell._ops, kinds, strict=True))
+    factors = [None] * len(edges)
+    if cell.training and drop_prob > 0:
+        like = next(x for state in states for x in (state.plain, state.relu()) if x is not None)
+        factors = [None if isinstance(op, Identity) else drop_path_factors(like, drop_prob) for op in cell._ops]
+    parts, linear, expected = defaultdict(list), defaultdict(list), {}  # by node
+    for j in range(2 + len(edges) // 2):
+        if j >= 2:
+            states.append(_node(parts.pop(j, []), linear.pop(j, []), _wanted(cell, kinds, j), backend))
+        leaving = [(e, op, kind) for e, (i, op, kind) in enumerate(edges) if i == j]
+        for e, term in _expand(states[j].plain, states[j].relu, leaving, backend):
+            n, factor = 2 + e // 2, factors[e]
+            _check(term, edges[e][1], expected.setdefault(n, (*_form(term), edges[e][1])))
+            if term.weight is None:
+                parts[n].append(term.input if factor is None else term.input * factor)
+            else:
+                linear[n].append((term, factor))
+    return [states[i].plain for i in cell._concat]
+
+
+def _node(parts, linear, wanted, backend):
+    wanted = wanted if any(wanted) else (True, False)
+    terms, factors = zip(*linear, strict=True) if linear else ((), ())
+    return _state(iter(backend.node(parts, terms, factors, wanted)), wanted)
+
+
+def _state(results, wanted):
+    """The next State among results, of which those are there that are wanted."""
+    plain, positive = (next(results) if each else None for each in wanted)
+    return State(plain, lambda: positive)
+
+
+def _project(nodes, ops, wanted, backend):
+    return _projected(nodes, [op.op[1].weight for op in ops], [op.op[2] for op in ops], wanted, backend)
+
+
+def _project_every_second(nodes, ops, wanted, backend):
+    first, second = zip(*map(_every_second, nodes), strict=True)
+    return _projected([*first, *second], list(map(_reducing_weight, ops)), [op.bn for op in ops], wanted, backend)
+
+
+def _projected(images, weights, norms, wanted, backend):
+    wanted = [pair if any(pair) else (True, False) for pair in wanted]
+    results = iter(backend.project(images, weights, norms, wanted))
+    return [_state(results, pair) for pair in wanted]
+
+
+_PREPROCESS = {"project": _project, "reduce": _project_every_second}
+
+
 # ------------------------------------------------------------------------------------- the terms of each primitive
 
 
-def _expand(x, edges, training, backend):
-    """(node, primitive, Term) of every candidate on the edges {node: MixedOp} that leave state x (N, C, H, W)."""
+def _expand(x, relu, ops, backend):
+    """(key, Term) of each (key, operation, kind) that reads state x (N, C, H, W), relu() being its positive part."""
     places = defaultdict(list)
-    for node, edge in edges.items():
-        for k in edge._computed:
-            op = edge._ops[k]
-            places[_kind(op, training)].append((node, k, op))
-    relu = functools.cache(lambda: F.relu(x))
+    for key, op, kind in ops:
+        places[kind].append((key, op))
     for (kind, *_), found in places.items():
-        terms = _TERMS[kind](x, relu, [op for _, _, op in found], backend)
-        for (node, k, _), term in zip(found, terms, strict=True):
-            yield node, k, term
+        terms = _TERMS[kind](x, relu, [op for _, op in found], backend)
+        yield from zip((key for key, _ in found), terms, strict=True)
 
 
-def _kind(op, training):
-    """A key that is equal for operations whose work can be shared, or ('any',) where only their own forward will do."""
+def _kind(op, training, affine):
+    """A key that is equal for operations whose work can be shared, or ('any',) where only their own forward will do.
+
+    affine: whether batch norms may have parameters.
+    """
     modules = _with_descendants(op, [])
     if tuple(map(type, modules)) not in _structures() or any(map(is_watched, modules)):
         return ("any",)
     for parent, m in zip([None, *modules], modules, strict=False):
-        if type(m) is nn.BatchNorm2d and not _is_bare(m, training):
+        if type(m) is nn.BatchNorm2d and not _is_usual_norm(m, training, affine):
             return ("any",)
         if type(m) is nn.Conv2d and not _is_usual(m, biased=type(parent) is involution._Conv):
             return ("any",)
@@ -168,26 +287,31 @@ def _kind(op, training):
     if type(op) is InvoBN:
         kernel_norm = op.op[1].kernel_norm
         return ("involution", op.op[1].stride, kernel_norm) if kernel_norm in _RMS_EPS else ("any",)
+    if isinstance(op, _POOLS):
+        return "bare_pool", type(op), *(str(getattr(op, name)) for name in op.__constants__)
     return _KINDS[type(op)], op.op[1].stride if type(op) in _STRIDED else None
 
 
 _KINDS = {
     Identity: "skip",
     FactorizedReduce: "reduce",
+    ReLUConvBN: "project",
     DilConv: "separable",
     SepConv: "separable_twice",
 }
 _STRIDED = DilConv, SepConv
+_POOLS = nn.MaxPool2d, nn.AvgPool2d
 _RMS_EPS = {"none": None} | RMS_EPS
 
 
 @functools.cache
 def _structures():
-    """The classes of the modules in each operation whose work is shared, as OPS makes them in a supernet."""
+    """The classes of the modules in each operation whose work is shared, as OPS and the cells make them."""
     with torch.device("meta"):
         operations = [Identity(), FactorizedReduce(4, 4, False), DilConv(4, 4, 3, 1, 2, 2, False)]
         operations += [SepConv(4, 4, 3, 1, 1, False), *(InvoBN(4, 3, stride, 1, False) for stride in (1, 2))]
-        operations += [nn.Sequential(pool(3), nn.BatchNorm2d(4)) for pool in (nn.MaxPool2d, nn.AvgPool2d)]
+        operations += [nn.Sequential(pool(3), nn.BatchNorm2d(4)) for pool in _POOLS] + [pool(3) for pool in _POOLS]
+        operations += [ReLUConvBN(4, 4, 1, 1, 0)]
     return {tuple(map(type, operation.modules())) for operation in operations}
 
 
@@ -209,10 +333,12 @@ def _with_descendants(module, found):
     return found
 
 
-def _is_bare(norm, training):
-    """Whether a batch norm is as OPS makes it in a supernet: statistics, no parameters, default constants."""
-    standard = fast_cell_torch.EPS, fast_cell_torch.MOMENTUM, False, True, training
-    return (norm.eps, norm.momentum, norm.affine, norm.track_running_stats, norm.training) == standard
+def _is_usual_norm(norm, training, affine):
+    """Whether a batch norm is as OPS makes it: statistics, default constants, parameters only where those may be."""
+    standard = fast_cell_torch.EPS, fast_cell_torch.MOMENTUM, True, training
+    return (norm.eps, norm.momentum, norm.track_running_stats, norm.training) == standard and (
+        affine or not norm.affine
+    )
 
 
 def _any(x, relu, ops, backend):
@@ -233,16 +359,24 @@ def _pool(x, relu, ops, backend):
     return [Term(normalized)] * len(norms)
 
 
+def _bare_pool(x, relu, ops, backend):
+    return [Term(ops[0](x))] * len(ops)
+
+
 def _reduce(x, relu, ops, backend):
-    """FactorizedReduce is one 1x1 convolution of every second pixel and, beside it, of its diagonal neighbour."""
+    pixels = torch.cat(_every_second(relu()), dim=1)
+    return [Term(pixels, _reducing_weight(op), op.bn) for op in ops]
+
+
+def _every_second(x):
+    """Every second pixel of x, and its diagonal neighbours: FactorizedReduce is one 1x1 convolution of both."""
     H, W = x.shape[2:]
-    shifted = F.pad(relu(), (-1, W % 2, -1, H % 2))
-    pixels = torch.cat([relu()[:, :, ::2, ::2], shifted[:, :, ::2, ::2]], dim=1)
-    C = x.shape[1]
-    return [
-        Term(pixels, torch.cat([_widened(op.conv_1.weight, 0, C), _widened(op.conv_2.weight, C, 0)]), op.bn)
-        for op in ops
-    ]
+    return x[:, :, ::2, ::2], F.pad(x, (-1, W % 2, -1, H % 2))[:, :, ::2, ::2]
+
+
+def _reducing_weight(op):
+    C = op.conv_1.in_channels
+    return torch.cat([_widened(op.conv_1.weight, 0, C), _widened(op.conv_2.weight, C, 0)])
 
 
 def _widened(weight, before, after):
@@ -272,10 +406,12 @@ def _depthwise(x, conv, backend):
     return backend.depthwise(x, conv.weight, conv.stride[0], conv.dilation[0])
 
 
+_LINEAR = "reduce", "involution", "separable", "separable_twice"  # which read a state's positive part only
 _TERMS = {
     "any": _any,
     "skip": _skip,
     "pool": _pool,
+    "bare_pool": _bare_pool,
     "reduce": _reduce,
     "involution": _involution,
     "separable": _separable,

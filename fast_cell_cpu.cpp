@@ -76,9 +76,29 @@ A* scratch(std::vector<A>& buffer, int64_t size) {
 
 template <class A>
 struct Part {
-  const A *x, *mask;  // (pixel, width); an element counts where the mask, if there is one, is positive
+  const A *x, *mask, *more;  // (pixel, width): x where the mask, if there is one, is positive, plus more, if any
   int64_t width;
 };
+
+// to[c] = factor * (x[c] where mask[c] is positive, plus more[c]) for all vectors V that fit into the columns from c on;
+// returns the first column that is left. What is not a number passes a mask, as it passes ReLU.
+template <class V, class A>
+inline int64_t copy_vectors(A* to, const Part<A>& part, int64_t row, A factor, int64_t c) {
+  constexpr int64_t n = sizeof(V) / sizeof(A);
+  const auto read = [&](const A* image) {
+    V vector;
+    std::memcpy(&vector, image + row * part.width + c, sizeof(vector));
+    return vector;
+  };
+  for (; c + n <= part.width; c += n) {
+    V value = read(part.x);
+    if (part.mask) value = read(part.mask) <= 0 ? V{} : value;
+    if (part.more) value += read(part.more);
+    value *= factor;
+    std::memcpy(to + c, &value, sizeof(value));
+  }
+  return c;
+}
 
 class Reader {  // of the numbers and addresses that the caller packs into one array
  public:
@@ -97,38 +117,40 @@ template <class A>
 struct Operand {  // images side by side
   std::vector<Part<A>> parts;
   int64_t width = 0;
+  const A* factors = nullptr;  // one for each `image_pixels` pixels, or null
+  int64_t image_pixels = 1;
 
   explicit Operand(Reader& reader) {
     for (int64_t n = reader.number(); n > 0; --n) {
-      Part<A> part{reader.address<const A>(), reader.address<const A>(), reader.number()};
+      Part<A> part{reader.address<const A>(), reader.address<const A>(), reader.address<const A>(), reader.number()};
       parts.push_back(part);
       width += part.width;
     }
   }
 
+  Operand times(const A* factors, int64_t image_pixels) const {
+    Operand product = *this;
+    product.factors = factors;
+    product.image_pixels = image_pixels;
+    return product;
+  }
+
+  A factor(int64_t pixel) const { return factors ? factors[pixel / image_pixels] : A(1); }
+
   // Rows [p0, p0 + rows) with `pitch` elements between them; copied unless they lie like that in memory
   const A* tile(int64_t p0, int64_t rows, int64_t pitch, std::vector<A>& buffer) const {
-    if (parts.size() == 1 && !parts[0].mask && pitch == width) return parts[0].x + p0 * width;
+    if (parts.size() == 1 && !parts[0].mask && !parts[0].more && !factors && pitch == width)
+      return parts[0].x + p0 * width;
     A* copy = scratch(buffer, rows * pitch);
     if (pitch > width) std::fill_n(copy, rows * pitch, A(0));
     int64_t offset = 0;
     for (const auto& part : parts) {
-      const A *x = part.x + p0 * part.width, *mask = part.mask ? part.mask + p0 * part.width : nullptr;
       for (int64_t p = 0; p < rows; ++p) {
         A* to = copy + p * pitch + offset;
-        int64_t c = 0;
-        for (; c + kQuad <= part.width; c += kQuad, x += kQuad) {
-          Quad<A> four;
-          std::memcpy(&four, x, sizeof(four));
-          if (mask) {
-            Quad<A> sign;
-            std::memcpy(&sign, mask, sizeof(sign));
-            four = sign > 0 ? four : Quad<A>{};
-            mask += kQuad;
-          }
-          std::memcpy(to + c, &four, sizeof(four));
-        }
-        for (; c < part.width; ++c, ++x) to[c] = mask && !(*mask++ > 0) ? A(0) : *x;
+        const A times = factor(p0 + p);
+        int64_t c = copy_vectors<Vec<A>>(to, part, p0 + p, times, 0);
+        c = copy_vectors<Quad<A>>(to, part, p0 + p, times, c);
+        copy_vectors<A>(to, part, p0 + p, times, c);
       }
       offset += part.width;
     }
@@ -178,16 +200,27 @@ void combine_columns(const A* x, int64_t pitch, int64_t depth, const A* matrix, 
   for (; p < rows; ++p) combine_block<A, 1, V>(x + p * pitch, pitch, depth, matrix, width, out + p * width);
 }
 
+// The same for all columns
+template <class A>
+void combine_tile(const A* x, int64_t pitch, int64_t depth, const A* matrix, int64_t width, A* out, int64_t rows) {
+  constexpr int L = kLanes<A>;
+  int64_t c = 0;
+  for (; c + 2 * L <= width; c += 2 * L) combine_columns<A, 2>(x, pitch, depth, matrix + c, width, out + c, rows);
+  if (c < width) combine_columns<A, 1>(x, pitch, depth, matrix + c, width, out + c, rows);
+}
+
 template <class A>
 struct Source {
   const Operand<A>* operand;
-  std::vector<A> matrix;  // (channel of the operand, channel of the result), padded to whole vectors; or one factor
+  std::vector<A> matrix;     // (channel of the operand, channel of the result), padded to whole vectors; or one factor
+  std::vector<double> bias;  // added with the operand's factors, where it has some
 };
 
 template <class A>
 struct Combination {  // results = bias + sum over sources of matrix * operand, where that is positive if `relu`
   std::vector<Part<A>> results;  // side by side
   bool relu;
+  A* positive = nullptr;  // room for the only result's positive part, where that is wanted too
   std::vector<double> bias;
   std::vector<Source<A>> sources;
   int64_t channels = 0, width;
@@ -198,34 +231,41 @@ struct Combination {  // results = bias + sum over sources of matrix * operand, 
     bias.resize(width);
   }
 
-  // The rows of a source's matrix: row k says what the operand's channel k adds to the results
-  A* add(const Operand<A>& operand) {
-    sources.push_back({&operand, std::vector<A>(operand.width * width)});
-    return sources.back().matrix.data();
+  // A source whose matrix is to be filled in: row k says what the operand's channel k adds to the results
+  Source<A>& add(const Operand<A>& operand) {
+    sources.push_back({&operand, std::vector<A>(operand.width * width), std::vector<double>(width)});
+    return sources.back();
   }
-  void add(const Operand<A>& operand, A factor) { sources.push_back({&operand, {factor}}); }
+  void add(const Operand<A>& operand, A factor) { sources.push_back({&operand, {factor}, {}}); }
 
-  void run(int64_t p0, int64_t rows, std::vector<A>& sums, std::vector<A>& copy) const {
-    constexpr int L = kLanes<A>;
-    const bool in_place = results.size() == 1 && width == channels;
-    A* out = in_place ? const_cast<A*>(results[0].x) + p0 * width : scratch(sums, rows * width);
+  // The sums of a tile (rows, width) alone
+  void add_up(int64_t p0, int64_t rows, A* out, std::vector<A>& copy) const {
     for (int64_t p = 0; p < rows; ++p)
       for (int64_t c = 0; c < width; ++c) out[p * width + c] = A(bias[c]);
     for (const auto& source : sources) {
       const int64_t depth = source.operand->width;
+      if (source.operand->factors && !source.bias.empty())
+        for (int64_t p = 0; p < rows; ++p)
+          for (int64_t c = 0; c < width; ++c) out[p * width + c] += source.operand->factor(p0 + p) * A(source.bias[c]);
       const A *x = source.operand->tile(p0, rows, depth, copy), *matrix = source.matrix.data();
       if (source.matrix.size() == 1) {
         for (int64_t p = 0; p < rows; ++p)
           for (int64_t c = 0; c < channels; ++c) out[p * width + c] += *matrix * x[p * depth + c];
         continue;
       }
-      int64_t c = 0;
-      for (; c + 2 * L <= width; c += 2 * L)
-        combine_columns<A, 2>(x, depth, depth, matrix + c, width, out + c, rows);
-      if (c < width) combine_columns<A, 1>(x, depth, depth, matrix + c, width, out + c, rows);
+      combine_tile(x, depth, depth, matrix, width, out, rows);
     }
+  }
+
+  void run(int64_t p0, int64_t rows, std::vector<A>& sums, std::vector<A>& copy) const {
+    const bool in_place = results.size() == 1 && width == channels;
+    A* out = in_place ? const_cast<A*>(results[0].x) + p0 * width : scratch(sums, rows * width);
+    add_up(p0, rows, out, copy);
     if (relu)
       for (int64_t e = 0; e < rows * width; ++e) out[e] = std::max(out[e], A(0));
+    if (positive)
+      for (int64_t p = 0; p < rows; ++p)
+        for (int64_t c = 0; c < channels; ++c) positive[(p0 + p) * channels + c] = std::max(out[p * width + c], A(0));
     if (in_place) return;
     for (const auto& result : results) {
       A* to = const_cast<A*>(result.x) + p0 * result.width;
@@ -278,6 +318,20 @@ void multiply_columns(const A* a, int64_t a_pitch, int64_t a_width, const A* b, 
   for (; r < a_width; ++r) multiply_block<A, 1, V>(a + r, a_pitch, b, b_pitch, rows, sums + r * b_pitch);
 }
 
+// The same for all columns; of a symmetric result, the part above the diagonal
+template <class A>
+void multiply_tile(const A* a, int64_t a_pitch, int64_t a_width, const A* b, int64_t b_pitch, int64_t rows,
+                   double* sums, bool is_symmetric = false) {
+  constexpr int L = kLanes<A>;
+  for (int64_t c = 0; c < b_pitch; c += 2 * L) {
+    const int64_t height = is_symmetric ? std::min(a_width, c + 2 * L) : a_width;
+    if (c + 2 * L <= b_pitch)
+      multiply_columns<A, 2>(a, a_pitch, height, b + c, b_pitch, rows, sums + c);
+    else
+      multiply_columns<A, 1>(a, a_pitch, height, b + c, b_pitch, rows, sums + c);
+  }
+}
+
 template <class A>
 struct Product {
   const Operand<A>&a, &b;
@@ -309,14 +363,7 @@ struct Product {
         continue;
       }
       const A* y = b.tile(p0, rows, pitch, b_copy);
-      for (int64_t c = 0; c < pitch; c += 2 * L) {
-        // of a symmetric result, the part above the diagonal
-        const int64_t height = is_symmetric ? std::min(a.width, c + 2 * L) : a.width;
-        if (c + 2 * L <= pitch)
-          multiply_columns<A, 2>(x, a.width, height, y + c, pitch, rows, partial + c);
-        else
-          multiply_columns<A, 1>(x, a.width, height, y + c, pitch, rows, partial + c);
-      }
+      multiply_tile(x, a.width, a.width, y, pitch, rows, partial, is_symmetric);
       double* total = partial + a.width * pitch;
       for (int64_t c0 = 0; c0 < a.width; c0 += L) {
         const int64_t width = std::min<int64_t>(L, a.width - c0);
@@ -366,7 +413,7 @@ void multiply(int64_t pixels, std::vector<Product<A>>& products) {
 
 template <class A>
 std::vector<Part<A>> image(A* data, int64_t width) {
-  return {{data, nullptr, width}};
+  return {{data, nullptr, nullptr, width}};
 }
 
 // --------------------------------------------------------------------------------------------------------- spread
@@ -415,18 +462,24 @@ struct Statistics {  // of one candidate; kept from forward to backward
 };
 
 template <class A>
-struct Candidate {  // alpha * norm(W z)
+struct Candidate {  // factor * (scale * norm(W z) + shift); the factor, if there is one, goes by the image
   Operand<A> z;
+  const A* factors;
+  int64_t image_pixels;
+  Operand<A> z_times;
   int64_t C, K;
-  const A* weight;
-  double alpha;
+  const A *weight, *scales;  // null for ones
+  int64_t step;              // from a channel's scale to the next one's: 0 or 1
+  const A* shifts;           // null for zeros
   Statistics stats;
 
   explicit Candidate(Reader& reader)
-      : z(reader), C(reader.number()), K(z.width), weight(reader.address<const A>()),
-        alpha(factor(reader.address<const A>())), stats(reader.address<double>(), C, K) {}
+      : z(reader), factors(reader.address<const A>()), image_pixels(reader.number()),
+        z_times(z.times(factors, image_pixels)), C(reader.number()), K(z.width), weight(reader.address<const A>()),
+        scales(reader.address<const A>()), step(reader.number()), shifts(reader.address<const A>()),
+        stats(reader.address<double>(), C, K) {}
 
-  static double factor(const A* alpha) { return alpha ? double(*alpha) : 1; }
+  double scale(int64_t c) const { return scales ? double(scales[c * step]) : 1; }
 
   void find_statistics(const Product<A>& moments, double pixels) {
     std::vector<double> S(K * K);
@@ -450,27 +503,32 @@ struct Candidate {  // alpha * norm(W z)
   }
 
   void add_to(Combination<A>& node) const {
-    A* matrix = node.add(z);
+    auto& source = node.add(z_times);
+    auto& bias = factors ? source.bias : node.bias;
     for (int64_t c = 0; c < C; ++c) {
-      const double scale = alpha * stats.s[c];
-      node.bias[c] -= scale * stats.mean[c];
-      for (int64_t k = 0; k < K; ++k) matrix[k * node.width + c] = A(scale * weight[c * K + k]);
+      const double slope = scale(c) * stats.s[c];
+      bias[c] += (shifts ? shifts[c] : 0) - slope * stats.mean[c];
+      for (int64_t k = 0; k < K; ++k) source.matrix[k * node.width + c] = A(slope * weight[c * K + k]);
     }
   }
 
-  // The gradients of alpha and W; and that of z, as a combination of the node's gradient g and z
+  // The gradients of the scales (summed up where they are one), of the shifts and of W; and that of z, as a combination
+  // of z and of the node's gradient g, the candidate's factors included
   void differentiate(const Operand<A>& g, const std::vector<double>& M, const std::vector<double>& G, double pixels,
-                     bool training, double* grad_alpha, A* grad_weight, Combination<A>* grad_z) const {
-    A* of_g = grad_z ? grad_z->add(g) : nullptr;
+                     bool training, double* grad_scales, double* grad_shifts, A* grad_weight,
+                     Combination<A>* grad_z) const {
+    A* of_g = grad_z ? grad_z->add(g).matrix.data() : nullptr;
     std::vector<double> of_z(training && grad_z ? K * K : 0);
-    *grad_alpha = 0;
+    if (scales) std::fill_n(grad_scales, step ? C : 1, 0.0);
+    if (shifts) std::copy_n(G.data(), C, grad_shifts);
     for (int64_t c = 0; c < C; ++c) {
       const A* W = weight + c * K;
       const double s = stats.s[c];
       double q = 0;
       for (int64_t k = 0; k < K; ++k) q += M[c * K + k] * W[k];
       q = s * (q - stats.mean[c] * G[c]);
-      *grad_alpha += q;
+      if (scales) grad_scales[c * step] += q;
+      const double alpha = scale(c);
       if (grad_weight)
         for (int64_t k = 0; k < K; ++k) {
           const double explained = training ? G[c] * stats.mean_z[k] + s * q * stats.WS[c * K + k] : 0;
@@ -488,7 +546,7 @@ struct Candidate {  // alpha * norm(W z)
       }
     }
     if (!training || !grad_z) return;
-    A* matrix = grad_z->add(z);
+    auto& matrix = grad_z->add(z).matrix;
     for (int64_t k = 0; k < K; ++k)
       for (int64_t j = 0; j < K; ++j) matrix[k * grad_z->width + j] = A(of_z[k * K + j]);
   }
@@ -499,6 +557,7 @@ void mix(int64_t pixels, bool training, Reader reader) {
   const bool relu = reader.number();
   const Operand<A> results(reader);
   Combination<A> node(results.parts, relu);
+  node.positive = reader.address<A>();
   const auto parts = read_operands<A>(reader);
   for (const auto& part : parts) node.add(part, A(1));
   std::deque<Candidate<A>> candidates;
@@ -529,33 +588,257 @@ void mix_backward(int64_t pixels, bool training, Reader reader) {
   for (int64_t n = reader.number(); n > 0;) {
     const int64_t bytes = pixels * g.width * sizeof(A), count = std::min(n, std::max<int64_t>(2, kBatchBytes / bytes));
     std::deque<Candidate<A>> candidates;
+    std::deque<Operand<A>> gradients;
     std::deque<std::deque<Operand<A>>> operands;
     std::vector<Product<A>> products;
     std::vector<Combination<A>> combinations;
-    std::vector<double*> to_alpha;
+    std::vector<double*> to_scales, to_shifts;
     std::vector<A*> to_weight;
     std::vector<int64_t> of_candidate;
     for (int64_t k = 0; k < count; ++k) {
       candidates.emplace_back(reader);
-      products.emplace_back(g, candidates.back().z);
-      to_alpha.push_back(reader.address<double>());
+      const auto& candidate = candidates.back();
+      gradients.push_back(g.times(candidate.factors, candidate.image_pixels));
+      products.emplace_back(gradients.back(), candidate.z);
+      to_scales.push_back(reader.address<double>());
+      to_shifts.push_back(reader.address<double>());
       to_weight.push_back(reader.address<A>());
       A* grad_z = reader.address<A>();
       of_candidate.push_back(grad_z ? int64_t(combinations.size()) : -1);
       operands.push_back(read_operands<A>(reader));  // what else is added to the gradient of z
       if (!grad_z) continue;
-      combinations.emplace_back(image(grad_z, candidates.back().K), false);
+      combinations.emplace_back(image(grad_z, candidate.K), false);
       for (const auto& operand : operands.back()) combinations.back().add(operand, A(1));
     }
     multiply(pixels, products);
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k)
-        candidates[k].differentiate(g, products[k].result, products[k].sum, pixels, training, to_alpha[k],
-                                    to_weight[k], of_candidate[k] < 0 ? nullptr : &combinations[of_candidate[k]]);
+        candidates[k].differentiate(gradients[k], products[k].result, products[k].sum, pixels, training, to_scales[k],
+                                    to_shifts[k], to_weight[k],
+                                    of_candidate[k] < 0 ? nullptr : &combinations[of_candidate[k]]);
     });
     combine(pixels, combinations);
     n -= count;
   }
+}
+
+// -------------------------------------------------------------------------------------------------------- project
+
+// From here on v = W z, z the positive part of an image of many channels, is computed and kept: its statistics are sums
+// over v itself. The equations are those of `project` in fast_cell_cpu.py.
+
+inline int64_t chunks_of(int64_t pixels) { return std::max<int64_t>(1, std::min<int64_t>(16, pixels / 1024)); }
+
+// f(chunk, p0, rows) for the tiles of a fixed number of chunks of the pixels, a chunk by one thread
+template <class F>
+void for_tiles(int64_t pixels, int64_t tile, const F& f) {
+  const int64_t chunks = chunks_of(pixels);
+  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t last = pixels * (chunk + 1) / chunks;
+      for (int64_t p0 = pixels * chunk / chunks; p0 < last; p0 += tile) f(chunk, p0, std::min(tile, last - p0));
+    }
+  });
+}
+
+// sums[0][c] += sum over rows of v[c], sums[1][c] += that of v[c]², by way of the squares of its distance from the mean
+template <class A>
+void add_moments(const A* v, int64_t rows, int64_t C, double* sums) {
+  constexpr int L = kLanes<A>;
+  for (int64_t c0 = 0; c0 < C; c0 += L) {
+    const int64_t width = std::min<int64_t>(L, C - c0);
+    A total[L] = {}, mean[L] = {}, square[L] = {};
+    for (int64_t p = 0; p < rows; ++p)
+      for (int64_t c = 0; c < width; ++c) total[c] += v[p * C + c0 + c];
+    for (int64_t c = 0; c < width; ++c) mean[c] = total[c] / rows;
+    for (int64_t p = 0; p < rows; ++p)
+      for (int64_t c = 0; c < width; ++c) {
+        const A distance = v[p * C + c0 + c] - mean[c];
+        square[c] += distance * distance;
+      }
+    for (int64_t c = 0; c < width; ++c) {
+      sums[c0 + c] += total[c];
+      sums[C + c0 + c] += square[c] + double(total[c]) * total[c] / rows;
+    }
+  }
+}
+
+// The sums of the chunks, in their order
+inline std::vector<double> total_of(const std::vector<double>& partial, int64_t size) {
+  std::vector<double> total(size);
+  for (size_t e = 0; e < partial.size(); ++e) total[e % size] += partial[e];
+  return total;
+}
+
+template <class A>
+struct Projection {  // scale * norm(v) + shift, v = W z
+  Operand<A> z;
+  int64_t C, K;
+  const A* weight;
+  A* v;  // null where it is not kept
+  const A *scales, *shifts;  // null for ones and zeros
+  Statistics stats;
+
+  explicit Projection(Reader& reader)
+      : z(reader), C(reader.number()), K(z.width), weight(reader.address<const A>()), v(reader.address<A>()),
+        scales(reader.address<const A>()), shifts(reader.address<const A>()), stats(reader.address<double>(), C, 0) {}
+
+  double scale(int64_t c) const { return scales ? double(scales[c]) : 1; }
+
+  void find_statistics(const std::vector<double>& sums, double pixels) {
+    for (int64_t c = 0; c < C; ++c) {
+      stats.mean[c] = sums[c] / pixels;
+      stats.var[c] = std::max(sums[C + c] / pixels - stats.mean[c] * stats.mean[c], 0.0);
+    }
+  }
+};
+
+// Rows of scale * (v - mean) + shift, and of its positive part, for the channels [c0, c0 + width) of C
+template <class A>
+void normalize(const A* v, int64_t rows, int64_t C, int64_t c0, int64_t width, const A* mean, const A* slope,
+               const A* shift, A* plain, A* positive) {
+  for (int64_t p = 0; p < rows; ++p, v += C)
+    for (int64_t c = 0; c < width; ++c) {
+      const A value = (v[c0 + c] - mean[c0 + c]) * slope[c0 + c] + shift[c0 + c];
+      if (plain) plain[p * width + c] = value;
+      if (positive) positive[p * width + c] = std::max(value, A(0));
+    }
+}
+
+template <class A>
+void project(int64_t pixels, bool training, Reader reader) {
+  Projection<A> p(reader);
+  const int64_t C = p.C;
+  std::vector<Part<A>> results;  // x: room for the result, more: for its positive part; either may be null
+  for (int64_t n = reader.number(); n > 0; --n) {
+    Part<A> result{reader.address<A>(), nullptr, reader.address<A>(), reader.number()};
+    results.push_back(result);
+  }
+  std::vector<A> mean(C), slope(C), shift(C);
+  const auto finish = [&](const A* v, int64_t p0, int64_t rows) {
+    int64_t c0 = 0;
+    for (const auto& result : results) {
+      const auto at = [&](const A* image) { return image ? const_cast<A*>(image) + p0 * result.width : nullptr; };
+      normalize(v, rows, C, c0, result.width, mean.data(), slope.data(), shift.data(), at(result.x), at(result.more));
+      c0 += result.width;
+    }
+  };
+  const auto find_slopes = [&] {
+    for (int64_t c = 0; c < C; ++c) {
+      p.stats.s[c] = 1 / std::sqrt(p.stats.var[c] + kEps);
+      mean[c] = A(p.stats.mean[c]);
+      slope[c] = A(p.scale(c) * p.stats.s[c]);
+      shift[c] = p.shifts ? p.shifts[c] : A(0);
+    }
+  };
+  Combination<A> product(image(p.v, C), false);
+  auto& matrix = product.add(p.z).matrix;
+  for (int64_t c = 0; c < C; ++c)
+    for (int64_t k = 0; k < p.K; ++k) matrix[k * product.width + c] = p.weight[c * p.K + k];
+  if (!training) find_slopes();
+  std::vector<double> sums(training ? chunks_of(pixels) * 2 * C : 0);
+  for_tiles(pixels, kCombined, [&](int64_t chunk, int64_t p0, int64_t rows) {
+    thread_local std::vector<A> sums_of_tile, copy, room;
+    A* v = p.v ? p.v + p0 * C : scratch(room, rows * C);
+    A* tile = product.width == C ? v : scratch(sums_of_tile, rows * product.width);
+    product.add_up(p0, rows, tile, copy);
+    if (tile != v)
+      for (int64_t r = 0; r < rows; ++r) std::copy_n(tile + r * product.width, C, v + r * C);
+    if (training)
+      add_moments(v, rows, C, sums.data() + chunk * 2 * C);
+    else
+      finish(v, p0, rows);
+  });
+  if (!training) return;
+  p.find_statistics(total_of(sums, 2 * C), pixels);
+  find_slopes();
+  for (int64_t c = 0; c < C; ++c) p.stats.var[c] *= pixels / (pixels - 1.0);
+  for_tiles(pixels, kCombined, [&](int64_t, int64_t p0, int64_t rows) { finish(p.v + p0 * C, p0, rows); });
+}
+
+// sums[0][c] += sum over rows of g[c], sums[1][c] += that of g[c] * (v[c] - mean[c])
+template <class A>
+void add_gradients(const A* g, const A* v, const A* mean, int64_t rows, int64_t C, double* sums) {
+  constexpr int L = kLanes<A>;
+  for (int64_t c0 = 0; c0 < C; c0 += L) {
+    const int64_t width = std::min<int64_t>(L, C - c0);
+    A total[L] = {}, product[L] = {};
+    for (int64_t p = 0; p < rows; ++p)
+      for (int64_t c = 0; c < width; ++c) {
+        const int64_t e = p * C + c0 + c;
+        total[c] += g[e];
+        product[c] += g[e] * (v[e] - mean[c0 + c]);
+      }
+    for (int64_t c = 0; c < width; ++c) {
+      sums[c0 + c] += total[c];
+      sums[C + c0 + c] += product[c];
+    }
+  }
+}
+
+// Rows of a tile (rows, pitch) to the images that lie side by side in it, zero where z is
+template <class A>
+void put_positive(const std::vector<Part<A>>& parts, const std::vector<A*>& to, const A* tile, const A* z,
+                  int64_t pitch, int64_t p0, int64_t rows) {
+  for (size_t n = 0; n < parts.size(); ++n) {
+    const int64_t width = parts[n].width;
+    if (to[n])
+      for (int64_t p = 0; p < rows; ++p) {
+        const Part<A> row{tile + p * pitch, z + p * pitch, nullptr, width};
+        A* out = to[n] + (p0 + p) * width;
+        copy_vectors<A>(out, row, 0, A(1), copy_vectors<Quad<A>>(out, row, 0, A(1), copy_vectors<Vec<A>>(out, row, 0, A(1), 0)));
+      }
+    tile += width;
+    z += width;
+  }
+}
+
+template <class A>
+void project_backward(int64_t pixels, bool training, Reader reader) {
+  const Projection<A> p(reader);
+  const Operand<A> g(reader);
+  double *to_scales = reader.address<double>(), *to_shifts = reader.address<double>();
+  A* to_weight = reader.address<A>();
+  std::vector<A*> to_z;
+  for (size_t n = 0; n < p.z.parts.size(); ++n) to_z.push_back(reader.address<A>());
+  const int64_t C = p.C, K = p.K, pitch = round_up(K, kLanes<A>), chunks = chunks_of(pixels);
+
+  std::vector<A> mean(p.stats.mean, p.stats.mean + C), slope(C), of_v(C), constant(C);
+  std::vector<double> sums(chunks * 2 * C);
+  for_tiles(pixels, kMultiplied, [&](int64_t chunk, int64_t p0, int64_t rows) {
+    thread_local std::vector<A> copy;
+    add_gradients(g.tile(p0, rows, C, copy), p.v + p0 * C, mean.data(), rows, C, sums.data() + chunk * 2 * C);
+  });
+  sums = total_of(sums, 2 * C);
+  for (int64_t c = 0; c < C; ++c) {
+    const double s = p.stats.s[c], G = sums[c], q = s * sums[C + c];
+    to_shifts[c] = G;
+    to_scales[c] = q;
+    slope[c] = A(p.scale(c) * s);
+    constant[c] = A(training ? G / pixels : 0);
+    of_v[c] = A(training ? s * q / pixels : 0);
+  }
+
+  std::vector<A> matrix(C * pitch);
+  for (int64_t c = 0; c < C; ++c) std::copy_n(p.weight + c * K, K, matrix.data() + c * pitch);
+  std::vector<double> products(chunks * C * pitch);
+  for_tiles(pixels, kMultiplied, [&](int64_t chunk, int64_t p0, int64_t rows) {
+    thread_local std::vector<A> g_copy, z_copy, v_room, z_room;
+    const A *from = g.tile(p0, rows, C, g_copy), *v = p.v + p0 * C, *z = p.z.tile(p0, rows, pitch, z_copy);
+    A *to_v = scratch(v_room, rows * C), *out = scratch(z_room, rows * pitch);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < C; ++c) {
+        const int64_t e = r * C + c;
+        to_v[e] = slope[c] * (from[e] - constant[c] - (v[e] - mean[c]) * of_v[c]);
+      }
+    multiply_tile(to_v, C, C, z, pitch, rows, products.data() + chunk * C * pitch);
+    std::fill_n(out, rows * pitch, A(0));
+    combine_tile(to_v, C, C, matrix.data(), pitch, out, rows);
+    put_positive(p.z.parts, to_z, out, z, pitch, p0, rows);
+  });
+  products = total_of(products, C * pitch);
+  for (int64_t c = 0; c < C; ++c)
+    for (int64_t k = 0; k < K; ++k) to_weight[c * K + k] = A(products[c * pitch + k]);
 }
 
 // ------------------------------------------------------------------------------------------------------- rms norm
@@ -839,6 +1122,14 @@ int fast_cell_mix(int64_t is_double, int64_t pixels, int64_t training, const int
 
 int fast_cell_mix_backward(int64_t is_double, int64_t pixels, int64_t training, const int64_t* packed) {
   return with_dtype(is_double, [&](auto zero) { mix_backward<decltype(zero)>(pixels, training, Reader(packed)); });
+}
+
+int fast_cell_project(int64_t is_double, int64_t pixels, int64_t training, const int64_t* packed) {
+  return with_dtype(is_double, [&](auto zero) { project<decltype(zero)>(pixels, training, Reader(packed)); });
+}
+
+int fast_cell_project_backward(int64_t is_double, int64_t pixels, int64_t training, const int64_t* packed) {
+  return with_dtype(is_double, [&](auto zero) { project_backward<decltype(zero)>(pixels, training, Reader(packed)); });
 }
 
 int fast_cell_rms_norm(int64_t is_double, int64_t pixels, int64_t width, double eps, void* x, void* scale) {

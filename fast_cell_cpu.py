@@ -30,7 +30,7 @@ import involution_cpu
 from fast_cell_torch import track
 from involution_cpu import BuildError
 
-__all__ = ["BuildError", "depthwise", "heads", "involutions", "library", "mix", "spread"]
+__all__ = ["BuildError", "depthwise", "heads", "involutions", "library", "mix", "node", "project", "spread"]
 
 
 def library():
@@ -43,7 +43,7 @@ def library():
 
 def heads(x, weights, norms):
     """[relu(norm_k(weight_k * x))] of x (N, C, H, W) and 1x1 convolutions (C_k, C, 1, 1)."""
-    return _Heads.apply(norms, x, *weights)
+    return _Heads.apply(norms, x, *weights, *_scales(norms), *_shifts(norms))
 
 
 def involutions(x, pooled, layers, rms_eps):
@@ -52,7 +52,8 @@ def involutions(x, pooled, layers, rms_eps):
     spans = [layer.conv2.conv for layer in layers]
     weights = [layer.conv1.conv.weight for layer in layers]
     weights += [span.weight for span in spans] + [span.bias for span in spans]
-    return _Involutions.apply([layer.conv1.bn for layer in layers], geometry, rms_eps, x, pooled, *weights)
+    norms = [layer.conv1.bn for layer in layers]
+    return _Involutions.apply(norms, geometry, rms_eps, x, pooled, *weights, *_scales(norms), *_shifts(norms))
 
 
 def depthwise(x, weight, stride, dilation):
@@ -67,11 +68,44 @@ def spread(images, alphas):
 
 def mix(parts, linear, linear_alphas):
     """A node, as fast_cell_torch.mix."""
+    return _mix(parts, linear, linear_alphas, [None] * len(linear), (True, False))[0]
+
+
+def node(parts, terms, factors, wanted):
+    """(y, relu(y)), or of the two what is wanted, of a node of a derived network
+
+        y = sum of parts + sum_k factors_k (scale_k norm_k(weight_k * z_k) + shift_k),
+
+    scale and shift being the norm's parameters, where it has any, and a factor None or one number for every image.
+    """
+    norms = [term.norm for term in terms]
+    return _mix(parts, [[term] for term in terms], _scales(norms), _shifts(norms), wanted, factors)
+
+
+def _mix(parts, groups, scales, shifts, wanted, factors=None):
     tensors = list(parts)
-    for terms in linear:
+    for terms in groups:
         tensors += [term.input for term in terms] + [term.weight for term in terms]
-    norms = [[term.norm for term in terms] for terms in linear]
-    return _Mix.apply(norms, len(parts), *linear_alphas, *tensors)
+    norms = [[term.norm for term in terms] for terms in groups]
+    return _Mix.apply(norms, factors or [None] * len(groups), len(parts), wanted, *scales, *shifts, *tensors)
+
+
+def project(images, weights, norms, wanted):
+    """[scale_k norm_k(weight_k * relu(x)) + shift_k] of 1x1 convolutions (C_k, K, 1, 1), K any number of channels.
+
+    x (N, K, H, W) are images side by side. Of every result y, `wanted` says for (y, relu(y)) whether it is needed; what
+    is not is left out.
+    """
+    keep = torch.is_grad_enabled()
+    return _Project.apply(norms, wanted, keep, len(images), *images, *weights, *_scales(norms), *_shifts(norms))
+
+
+def _scales(norms):
+    return [norm.weight for norm in norms]
+
+
+def _shifts(norms):
+    return [norm.bias for norm in norms]
 
 
 def _once_differentiable(backward):
@@ -88,9 +122,9 @@ def _once_differentiable(backward):
 
 class _Heads(Function):
     @staticmethod
-    def forward(ctx, norms, x, *weights):
-        x = _channels_last(x)
-        hidden, ctx.stats = _heads(x, weights, norms)
+    def forward(ctx, norms, x, *tensors):
+        x, (weights, scales, shifts) = _channels_last(x), _thirds(tensors)
+        hidden, ctx.affine, ctx.stats = _heads(x, weights, scales, shifts, norms)
         ctx.training = norms[0].training
         ctx.save_for_backward(x, *weights, *hidden)
         return tuple(hidden)
@@ -100,7 +134,7 @@ class _Heads(Function):
     def backward(ctx, *grads):
         x, *saved = ctx.saved_tensors
         weights, hidden = saved[: len(grads)], saved[len(grads) :]
-        return None, *_heads_backward(grads, x, weights, hidden, ctx.stats, ctx.training)
+        return None, *_heads_backward(grads, x, weights, hidden, ctx.affine, ctx.stats, ctx.training)
 
 
 class _Involutions(Function):
@@ -109,8 +143,11 @@ class _Involutions(Function):
     @staticmethod
     def forward(ctx, norms, geometry, rms_eps, x, pooled, *weights):
         ctx.is_pooled, x, pooled = pooled is not x, _channels_last(x), _channels_last(pooled)
-        layers = _by_layer(weights, geometry)
-        hidden, ctx.stats = _heads(pooled, weights[: len(layers)], norms)
+        affine, weights = weights[3 * len(norms) :], weights[: 3 * len(norms)]
+        layers = _by_layer(weights)
+        hidden, ctx.affine, ctx.stats = _heads(
+            pooled, weights[: len(layers)], affine[: len(norms)], affine[len(norms) :], norms
+        )
         ctx.scales = None if rms_eps is None else _rms_norm(hidden, rms_eps)
         outputs = [
             involution_cpu.fused_forward(x, h, span, bias, *place)
@@ -129,24 +166,29 @@ class _Involutions(Function):
         to_x, to_hidden, to_span, to_bias = zip(
             *(
                 involution_cpu.fused_backward(_channels_last(grad), x, h, span, bias, *place)
-                for grad, h, (_, span, bias), place in zip(
-                    grads, hidden, _by_layer(weights, ctx.geometry), ctx.geometry, strict=True
-                )
+                for grad, h, (_, span, bias), place in zip(grads, hidden, _by_layer(weights), ctx.geometry, strict=True)
             ),
             strict=True,
         )
         if ctx.scales is not None:
             _rms_norm_backward(to_hidden, hidden, ctx.scales)
         more = () if ctx.is_pooled else to_x
-        to_pooled, *to_weight = _heads_backward(to_hidden, pooled, weights[:n], hidden, ctx.stats, ctx.training, more)
+        to_pooled, *to_heads = _heads_backward(
+            to_hidden, pooled, weights[:n], hidden, ctx.affine, ctx.stats, ctx.training, more
+        )
         to_x = sum(to_x[1:], to_x[0]) if ctx.is_pooled else to_pooled
-        return None, None, None, to_x, to_pooled if ctx.is_pooled else None, *to_weight, *to_span, *to_bias
+        to_pooled = to_pooled if ctx.is_pooled else None
+        return None, None, None, to_x, to_pooled, *to_heads[:n], *to_span, *to_bias, *to_heads[n:]
 
 
-def _by_layer(weights, geometry):
+def _by_layer(weights):
     """(head, span, bias) of every layer."""
-    n = len(geometry)
-    return list(zip(weights[:n], weights[n : 2 * n], weights[2 * n :], strict=True))
+    return list(zip(*_thirds(weights), strict=True))
+
+
+def _thirds(tensors):
+    n = len(tensors) // 3
+    return tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
 
 
 class _Depthwise(Function):
@@ -195,69 +237,165 @@ class _Spread(Function):
 
 
 class _Mix(Function):
-    """Arguments: norms of each group; how many parts; alphas of each group; parts; inputs, weights of each group."""
+    """Arguments: norms and factors of each group; how many parts; what of (node, its positive part) is wanted; scales
+    and shifts of each group; parts; inputs, weights of each group.
+
+    Scales are those of the terms or, of a group of one term, of its channels; the latter where there are shifts.
+    """
 
     @staticmethod
-    def forward(ctx, norms, parts, *tensors):
-        alphas, tensors = tensors[: len(norms)], list(tensors[len(norms) :])
+    def forward(ctx, norms, factors, parts, wanted, *tensors):
+        n = len(norms)
+        scales, shifts, tensors = tensors[:n], tensors[n : 2 * n], list(tensors[2 * n :])
         parts, tensors = [_channels_last(x) for x in tensors[:parts]], tensors[parts:]
-        sizes, linear, ctx.stats = [len(group) for group in norms], [], []
-        for group, n in zip(norms, sizes, strict=True):
+        linear, ctx.stats, ctx.factors = [], [], factors
+        for group in norms:
+            n = len(group)
             z, weights = [_channels_last(x) for x in tensors[:n]], [w.contiguous() for w in tensors[n : 2 * n]]
             tensors = tensors[2 * n :]
             linear.append((z, weights))
             ctx.stats.append(_statistics(group, n, *weights[0].shape[:2]))
         like, C = (parts[0], parts[0].shape[1]) if parts else (linear[0][0][0], len(linear[0][1][0]))
-        node = _image(like, C)
-        packed = [False, *_parts([node]), *_operands(parts), sum(sizes)]
-        for (z, weights), alpha, stats in zip(linear, alphas, ctx.stats, strict=True):
-            for x, weight, a, s in zip(z, weights, _items(alpha), _items(stats), strict=True):
-                packed += [*_parts([x]), C, weight.data_ptr(), a, s]
+        plain, positive = (_image(like, C) if each else None for each in wanted)
+        results = [plain if wanted[0] else positive]
+        packed = [not wanted[0], *_parts(results), _address(positive if wanted[0] else None), *_operands(parts)]
+        packed.append(sum(map(len, norms)))
+        for (z, weights), scale, shift, factor, stats in zip(linear, scales, shifts, factors, ctx.stats, strict=True):
+            for k, (x, weight) in enumerate(zip(z, weights, strict=True)):
+                packed += _candidate(x, factor, weight, scale, shift, stats, k)
         ctx.training = all(group[0].training for group in norms)
-        _call_with_statistics("mix", node, ctx.training, packed)
+        _call_with_statistics("mix", results[0], ctx.training, packed)
         for group, stats in zip(norms, ctx.stats, strict=True):
             _track(group, stats, C)
-        ctx.parts = len(parts)
-        ctx.save_for_backward(*alphas, *(tensor for z, w in linear for tensor in (*z, *w)))
-        return node
+        ctx.parts, ctx.wanted = len(parts), wanted
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*scales, *shifts, positive, *(tensor for z, w in linear for tensor in (*z, *w)))
+        return tuple(image for image in (plain, positive) if image is not None)
 
     @staticmethod
     @_once_differentiable
-    def backward(ctx, grad):
-        grad, groups, needed = _channels_last(grad), len(ctx.stats), ctx.needs_input_grad[2:]
-        alphas, tensors = ctx.saved_tensors[:groups], ctx.saved_tensors[groups:]
-        grads = [torch.empty_like(x) if n else None for x, n in zip(tensors, needed[groups + ctx.parts :], strict=True)]
-        left = iter(zip(tensors, grads, strict=True))
-        to_alphas = [torch.empty_like(alpha, dtype=torch.float64) for alpha in alphas]
-        packed = [*_parts([grad]), sum(len(alpha) for alpha in alphas)]
-        for alpha, to_alpha, stats in zip(alphas, to_alphas, ctx.stats, strict=True):
-            z, weights = [next(left) for _ in alpha], [next(left) for _ in alpha]
-            places = zip(z, weights, _items(alpha), _items(to_alpha), _items(stats), strict=True)
-            for (x, to_x), (weight, to_weight), a, to_a, s in places:
-                packed += [*_parts([x]), len(weight), weight.data_ptr(), a, s]
-                packed += [to_a, _address(to_weight), _address(to_x), 0]
-        _call_with_statistics("mix_backward", grad, ctx.training, packed)
-        return None, None, *(to_alpha.to(grad.dtype) for to_alpha in to_alphas), *[grad] * ctx.parts, *grads
+    def backward(ctx, *grads):
+        n, needed = len(ctx.stats), ctx.needs_input_grad[4:]
+        scales, shifts, positive = ctx.saved_tensors[:n], ctx.saved_tensors[n : 2 * n], ctx.saved_tensors[2 * n]
+        tensors, needed = ctx.saved_tensors[2 * n + 1 :], needed[2 * n + ctx.parts :]
+        gradient = _gradient(grads, ctx.wanted, positive)
+        if ctx.parts:
+            gradient = _added_up(gradient), None, None
+        to_inputs = [torch.empty_like(x) if needs else None for x, needs in zip(tensors, needed, strict=True)]
+        left = iter(zip(tensors, to_inputs, strict=True))
+        to_scales, to_shifts = ([_double_like(x) for x in affine] for affine in (scales, shifts))
+        packed = [*_sums([gradient]), sum(len(stats) for stats in ctx.stats)]
+        for scale, shift, to_scale, to_shift, factor, stats in zip(
+            scales, shifts, to_scales, to_shifts, ctx.factors, ctx.stats, strict=True
+        ):
+            z, weights = [next(left) for _ in stats], [next(left) for _ in stats]
+            for k, ((x, to_x), (weight, to_weight)) in enumerate(zip(z, weights, strict=True)):
+                packed += _candidate(x, factor, weight, scale, shift, stats, k)
+                to_own = to_scale if to_scale is None or len(stats) == 1 else to_scale[k]
+                packed += [_address(to_own), _address(to_shift), _address(to_weight), _address(to_x), 0]
+        _call_with_statistics("mix_backward", gradient[0], ctx.training, packed)
+        to_affine = (_as(x, gradient[0]) for x in (*to_scales, *to_shifts))
+        return None, None, None, None, *to_affine, *[gradient[0]] * ctx.parts, *to_inputs
 
 
-def _heads(x, weights, norms):
-    """[relu(norm_k(weight_k * x))], and the statistics that `_heads_backward` needs."""
-    weight = torch.cat(weights)
+def _candidate(x, factor, weight, scale, shift, stats, k):
+    """The k-th term of a group as C++ reads it."""
+    step = int(scale is not None and len(stats) == 1 and len(scale) == len(weight))
+    scale = 0 if scale is None else _items(scale)[0 if step else k]
+    pixels = x.shape[2] * x.shape[3]
+    numbers = _address(factor), pixels, len(weight), weight.data_ptr(), scale, step, _address(shift)
+    return [*_parts([x]), *numbers, _items(stats)[k]]
+
+
+def _gradient(grads, wanted, positive):
+    """(x, mask, more), of an image whose gradient is x where the mask is positive, plus more; or None."""
+    grads = iter(grads)
+    plain, of_positive = (next(grads) if each else None for each in wanted)
+    plain = None if plain is None else _channels_last(plain)
+    if of_positive is None:
+        return None if plain is None else (plain, None, None)
+    return _channels_last(of_positive), positive, plain
+
+
+def _added_up(gradient):
+    if gradient[1] is None:
+        return gradient[0]
+    result = torch.empty_like(gradient[0])
+    one = torch.ones(1, dtype=result.dtype)
+    _call_on_pixels("spread", result, [1, *_sums([gradient]), 1, result.data_ptr(), one.data_ptr()])
+    return result
+
+
+class _Project(Function):
+    @staticmethod
+    def forward(ctx, norms, wanted, keep, n, *tensors):
+        images = [_channels_last(x) for x in tensors[:n]]
+        weights, scales, shifts = _thirds(tensors[n:])
+        scale, shift, weight = _side_by_side(scales, norms, 1), _side_by_side(shifts, norms, 0), torch.cat(weights)
+        training, C = norms[0].training, len(weight)
+        v, stats = _image(images[0], C) if keep or training else None, _statistics(norms, 1, C, 0)
+        results = [
+            [_image(images[0], len(w)) if each else None for each in pair]
+            for w, pair in zip(weights, wanted, strict=True)
+        ]
+        packed = [*_parts(images, masks=images), *_projection(v, weight, scale, shift, stats), len(results)]
+        for w, pair in zip(weights, results, strict=True):
+            packed += [*map(_address, pair), len(w)]
+        _call_with_statistics("project", images[0], training, packed)
+        _track(norms, stats, C)
+        ctx.training, ctx.stats, ctx.wanted, ctx.n, ctx.widths = training, stats, wanted, n, [len(w) for w in weights]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*images, weight, scale, shift, v, *(positive for _, positive in results))
+        return tuple(image for pair in results for image in pair if image is not None)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx, *grads):
+        images, (weight, scale, shift, v, *positive) = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
+        grads, gradients = iter(grads), []
+        for pair, image in zip(ctx.wanted, positive, strict=True):
+            gradients.append(_gradient([next(grads) for each in pair if each], pair, image))
+        to_images = [torch.empty_like(x) if n else None for x, n in zip(images, ctx.needs_input_grad[4:], strict=False)]
+        to_scale, to_shift = torch.empty(2, len(weight), dtype=torch.float64)
+        to_weight = torch.empty_like(weight)
+        packed = [*_parts(images, masks=images), *_projection(v, weight, scale, shift, ctx.stats)]
+        known = (g or (_image(v, n).zero_(), None, None) for g, n in zip(gradients, ctx.widths, strict=True))
+        packed += _sums(list(known))
+        packed += [x.data_ptr() for x in (to_scale, to_shift, to_weight)] + [_address(x) for x in to_images]
+        _call_with_statistics("project_backward", v, ctx.training, packed)
+        per_norm = (
+            to_weight.split(ctx.widths),
+            *(_split_affine(to, affine, ctx.widths, v) for to, affine in ((to_scale, scale), (to_shift, shift))),
+        )
+        used = [gradient is not None for gradient in gradients]
+        per_norm = [to if each else None for tos in per_norm for to, each in zip(tos, used, strict=True)]
+        return None, None, None, None, *to_images, *per_norm
+
+
+def _projection(v, weight, scale, shift, stats):
+    return len(weight), weight.data_ptr(), _address(v), _address(scale), _address(shift), stats.data_ptr()
+
+
+def _heads(x, weights, scales, shifts, norms):
+    """[relu(norm_k(weight_k * x))]; and what `_heads_backward` needs: parameters side by side, and statistics."""
+    weight, affine = torch.cat(weights), (_side_by_side(scales, norms, 1), _side_by_side(shifts, norms, 0))
     hidden, stats = [_image(x, len(w)) for w in weights], _statistics(norms, 1, *weight.shape[:2])
-    packed = [True, *_parts(hidden), 0, 1, *_parts([x]), len(weight), weight.data_ptr(), 0, stats.data_ptr()]
+    packed = [True, *_parts(hidden), 0, 0, 1, *_candidate(x, None, weight, *affine, stats, 0)]
     _call_with_statistics("mix", x, norms[0].training, packed)
     _track(norms, stats, len(weight))
-    return hidden, stats
+    return hidden, affine, stats
 
 
-def _heads_backward(grads, x, weights, hidden, stats, training, more=()):
-    """The gradient of x, plus all images in `more`, and those of the weights."""
+def _heads_backward(grads, x, weights, hidden, affine, stats, training, more=()):
+    """The gradient of x, plus all images in `more`, and those of the weights, scales and shifts."""
     weight, grads, more = torch.cat(weights), [_channels_last(g) for g in grads], [_channels_last(g) for g in more]
-    to_x, to_weight, to_alpha = torch.empty_like(x), torch.empty_like(weight), x.new_empty(1, dtype=torch.float64)
-    packed = [*_parts(grads, hidden), 1, *_parts([x]), len(weight), weight.data_ptr(), 0, stats.data_ptr()]
-    packed += [to_alpha.data_ptr(), to_weight.data_ptr(), to_x.data_ptr(), *_operands(more)]
+    to_x, to_weight, to_affine = torch.empty_like(x), torch.empty_like(weight), [_double_like(a) for a in affine]
+    packed = [*_parts(grads, hidden), 1, *_candidate(x, None, weight, *affine, stats, 0)]
+    packed += [*map(_address, to_affine), to_weight.data_ptr(), to_x.data_ptr(), *_operands(more)]
     _call_with_statistics("mix_backward", x, training, packed)
-    return to_x, *to_weight.split([len(w) for w in weights])
+    widths = [len(w) for w in weights]
+    to_affine = [each for to, a in zip(to_affine, affine, strict=True) for each in _split_affine(to, a, widths, x)]
+    return to_x, *to_weight.split(widths), *to_affine
 
 
 def _rms_norm(hidden, eps):
@@ -276,7 +414,29 @@ def _rms_norm_backward(grads, hidden, scales):
         _call("rms_norm_backward", h, *numbers, *_addresses(grad, h, scale))
 
 
-# ----------------------------------------------------------------------------------------- statistics of candidates
+# ------------------------------------------------------------------------------- parameters and statistics of norms
+
+
+def _side_by_side(parameters, norms, default):
+    """Scales or shifts of batch norms as one; None where no norm has any."""
+    if all(p is None for p in parameters):
+        return None
+    like = next(p for p in parameters if p is not None)
+    missing = (like.new_full((norm.num_features,), default) for norm in norms)
+    return torch.cat([m if p is None else p for p, m in zip(parameters, missing, strict=True)])
+
+
+def _split_affine(gradient, affine, widths, like):
+    """The gradient of `_side_by_side`."""
+    return [None] * len(widths) if affine is None else list(gradient.to(like.dtype).split(widths))
+
+
+def _double_like(x):
+    return None if x is None else torch.empty_like(x, dtype=torch.float64)
+
+
+def _as(x, like):
+    return None if x is None else x.to(like.dtype)
 
 
 def _statistics(norms, candidates, C, K):
@@ -316,7 +476,15 @@ def _parts(images, masks=()):
     """An `Operand`: images side by side, whose elements count where a mask is positive."""
     packed = [len(images)]
     for k, image in enumerate(images):
-        packed += [image.data_ptr(), masks[k].data_ptr() if masks else 0, image.shape[1]]
+        packed += [image.data_ptr(), masks[k].data_ptr() if masks else 0, 0, image.shape[1]]
+    return packed
+
+
+def _sums(sums):
+    """The same of sums (x, mask, more): x where the mask is positive, plus more; mask and more may be None."""
+    packed = [len(sums)]
+    for image, mask, more in sums:
+        packed += [image.data_ptr(), _address(mask), _address(more), image.shape[1]]
     return packed
 
 

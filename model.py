@@ -4,6 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import fast_cell
 from involution import set_kernel_norm
 from operations import KERNEL_NORM, OPS, FactorizedReduce, Identity, ReLUConvBN, drop_path
 
@@ -77,12 +78,15 @@ class NetworkCIFAR(nn.Module):
         auxiliary: add the auxiliary head (used in training only).
         genotype: a `genotypes.Genotype`.
         kernel_norm: what bounds the kernels of the involutions, one of `involution.KERNEL_NORMS`.
+        fast: on a CPU, compute the cells by fast_cell.py, not module by module; the results are equal, but they cannot
+            be differentiated twice. `net.fast` may be changed at any time.
     """
 
-    def __init__(self, C, num_classes, layers, auxiliary, genotype, kernel_norm=KERNEL_NORM):
+    def __init__(self, C, num_classes, layers, auxiliary, genotype, kernel_norm=KERNEL_NORM, fast=True):
         super().__init__()
         self._layers = layers
         self._auxiliary = auxiliary
+        self.fast = fast
         self.drop_path_prob = 0.0
 
         C_curr = 3 * C
@@ -109,8 +113,13 @@ class NetworkCIFAR(nn.Module):
         """(N, 3, H, W) -> logits (N, num_classes) and the auxiliary logits (None outside training)."""
         logits_aux = None
         s0 = s1 = self.stem(input)
+        nodes = None  # of every cell, where they are computed fast: a list of images, to be laid side by side
+        if self.fast and all(type(cell) is Cell for cell in self.cells) and fast_cell.serves(s1):
+            nodes = fast_cell.derived(self.cells, s0, s1, self.drop_path_prob)
         for i, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, self.drop_path_prob)
+            s0, s1 = s1, cell(s0, s1, self.drop_path_prob) if nodes is None else next(nodes)
             if i == 2 * self._layers // 3 and self._auxiliary and self.training:
-                logits_aux = self.auxiliary_head(s1)
+                logits_aux = self.auxiliary_head(s1 if nodes is None else fast_cell.side_by_side(s1))
+        if nodes is not None:
+            s1 = fast_cell.side_by_side(s1)
         return self.classifier(self.global_pooling(s1).flatten(1)), logits_aux

@@ -150,5 +150,10 @@ class FactorizedReduce(nn.Module):
 
 def drop_path(x, drop_prob):
     """Zero whole images of x (N, C, H, W) with probability `drop_prob`, scale the others by 1 / (1 - drop_prob)."""
+    return x * drop_path_factors(x, drop_prob)
+
+
+def drop_path_factors(x, drop_prob):
+    """What `drop_path` multiplies the images of x with: (N, 1, 1, 1)."""
     keep = 1 - drop_prob
-    return x * x.new_empty(len(x), 1, 1, 1).bernoulli_(keep).div_(keep)
+    return x.new_empty(len(x), 1, 1, 1).bernoulli_(keep).div_(keep)

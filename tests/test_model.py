@@ -1,13 +1,15 @@
 """The derived network: shapes, the original's state-dict keys, drop-path, the auxiliary head."""
 
+import copy
 import math
 
 import pytest
 import torch
+import torch.nn as nn
 
 import original_darts
-from conftest import logits_of_scaled_images
-from genotypes import NAMED
+from conftest import logits_of_scaled_images, vary_kernels
+from genotypes import NAMED, Genotype, known_primitives
 from involution import Involution2d
 from model import NetworkCIFAR
 from operations import KERNEL_NORM
@@ -97,3 +99,81 @@ def test_drop_path_acts_in_training_only():
 @pytest.mark.parametrize("layers", [1, 2, 4])
 def test_any_depth(layers):
     assert NetworkCIFAR(4, 10, layers, False, NAMED["DARTS_L20"])(torch.randn(2, 3, 8, 8))[0].shape == (2, 10)
+
+
+# ------------------------------------------------------------------------------------- fast cells against plain ones
+
+
+def make(genotype, C=8, layers=3, drop_path_prob=0.4, auxiliary=False):
+    """A float64 network with a reduction cell after a normal one; weights and running statistics at random."""
+    torch.manual_seed(0)
+    net = vary_kernels(NetworkCIFAR(C, 5, layers, auxiliary, genotype))
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            module.running_mean.uniform_(0.5, 1.5)
+            module.running_var.uniform_(0.5, 1.5)
+    net.drop_path_prob = drop_path_prob
+    return net.double().to(memory_format=torch.channels_last)
+
+
+def results(net, size, batch=4):
+    """Everything that a step can see: logits, gradients by name, and buffers."""
+    torch.manual_seed(1)
+    input = torch.randn(batch, 3, *(size if isinstance(size, tuple) else (size, size))).double()
+    outputs = [logits for logits in net(input) if logits is not None]
+    grads = torch.autograd.grad(
+        sum(logits.square().sum() for logits in outputs), list(net.parameters()), allow_unused=True
+    )
+    grads = {f"grad {name}": grad for (name, _), grad in zip(net.named_parameters(), grads, strict=True)}
+    return dict(enumerate(outputs)) | grads | {name: buffer.clone() for name, buffer in net.named_buffers()}
+
+
+def assert_equal_to_plain(net, size=8):
+    plain = copy.deepcopy(net)
+    plain.fast = False
+    expected = results(plain, size)
+    for name, value in results(net, size).items():
+        assert (value is None) == (expected[name] is None), name
+        if value is not None:
+            scale = max(1e-3, expected[name].abs().max().item())
+            assert (value - expected[name]).abs().max().item() <= 1e-9 * scale, name
+
+
+def of_primitives(normal, reduce):
+    """A genotype of two nodes whose edges have these primitives in turn."""
+    normal, reduce = (
+        [(primitives[k % len(primitives)], node) for k, node in enumerate((0, 1, 2, 1))]
+        for primitives in (normal, reduce)
+    )
+    return Genotype(normal, [2, 3], reduce, [2, 3])
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_fast_cells_are_equal_to_plain_ones(name):
+    assert_equal_to_plain(make(NAMED[name]))
+    assert_equal_to_plain(make(NAMED[name]).eval())
+
+
+@pytest.mark.parametrize("primitive", known_primitives())
+def test_fast_cells_of_every_primitive(primitive):
+    assert_equal_to_plain(make(of_primitives([primitive, "skip_connect"], [primitive])))
+    assert_equal_to_plain(make(of_primitives([primitive], [primitive, "dil_conv_3x3"])).eval())
+
+
+def test_hooks_of_derived_cells_are_called():
+    net, seen = make(NAMED["DARTS"], auxiliary=True), []
+    first, second, third = net.cells
+    hooked = first.preprocess1, first._ops[1].op[1].conv2, second, third._ops[1].op[0], third.preprocess0.bn
+    for module in hooked:
+        module.register_forward_hook(lambda module, args, output: seen.append(module))
+    assert_equal_to_plain(net, 32)
+    assert sorted(id(module) for module in seen if module in hooked) == sorted(map(id, hooked))
+
+
+@pytest.mark.parametrize("size", [7, (5, 10)], ids=["odd", "not square"])
+@pytest.mark.parametrize("C", [3, 20], ids=lambda C: f"C={C}")
+def test_fast_cells_of_sizes_that_fill_no_vector(size, C):
+    assert_equal_to_plain(make(NAMED["DARTS"], C), size)
+    assert_equal_to_plain(make(NAMED["NASNet"], C), size)
