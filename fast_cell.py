@@ -1,4 +1,4 @@
-"""A cell of the supernet computed state by state instead of edge by edge: the same function, several times faster.
+"""Cells computed state by state instead of edge by edge: the same function, several times faster.
 
 `model_search.Cell` and its `MixedOp` edges say what a cell is and hold its parameters and buffers; `forward` here
 computes it from them with the work shared that the edges have in common:
@@ -13,6 +13,13 @@ computes it from them with the work shared that the edges have in common:
 
       where W_k z_k is the last 1x1 convolution of a candidate, which is never written to memory on the CPU.
     - the plain terms of a state (itself, its pooled images) are weighted and summed for all nodes in one sweep.
+
+`derived` does the same for the cells of a genotype, `model.Cell`, on a CPU: what a state's edges share is computed
+once, and a node is made in one go, with the factors of drop path. Besides,
+
+    - a feature map is handed on as the nodes that it consists of. The preprocessing blocks that read it, those of the
+      next two cells, are one 1x1 convolution of all of them.
+    - ReLU is no pass of its own: whatever makes a state writes its positive part too, where an edge reads that.
 
 An operation of another class than those of operations.py, one with hooks, or one whose batch norm is not as `OPS`
 makes it is a plain term: its own forward is called. Two backends do the work, with the same functions (`heads`,
@@ -154,6 +161,15 @@ def serves(x):
     return choose_backend(x) is not fast_cell_torch and not all_are_watched()
 
 
+def stem(module, x):
+    """The stem of a network: a convolution and a batch norm."""
+    if tuple(map(type, module.modules())) != (nn.Sequential, nn.Conv2d, nn.BatchNorm2d):
+        return module(x)
+    if any(map(is_watched, module.modules())) or not _is_usual_norm(module[1], module.training, True):
+        return module(x)
+    return choose_backend(x).normalize(module[0](x), module[1])
+
+
 def derived(cells, s0, s1, drop_prob):
     """The output of every `model.Cell` of a network, one after the other, as a list of its nodes (N, C, H, W)."""
     backend, nodes0, nodes1 = choose_backend(s1), [s0], [s1]
@@ -242,7 +258,7 @@ def _project(nodes, ops, wanted, backend):
 
 
 def _project_every_second(nodes, ops, wanted, backend):
-    first, second = zip(*map(_every_second, nodes), strict=True)
+    first, second = zip(*map(backend.every_second, nodes), strict=True)
     return _projected([*first, *second], list(map(_reducing_weight, ops)), [op.bn for op in ops], wanted, backend)
 
 
@@ -364,14 +380,9 @@ def _bare_pool(x, relu, ops, backend):
 
 
 def _reduce(x, relu, ops, backend):
-    pixels = torch.cat(_every_second(relu()), dim=1)
+    """FactorizedReduce is one 1x1 convolution of every second pixel and, beside it, of its diagonal neighbour."""
+    pixels = torch.cat(backend.every_second(relu()), dim=1)
     return [Term(pixels, _reducing_weight(op), op.bn) for op in ops]
-
-
-def _every_second(x):
-    """Every second pixel of x, and its diagonal neighbours: FactorizedReduce is one 1x1 convolution of both."""
-    H, W = x.shape[2:]
-    return x[:, :, ::2, ::2], F.pad(x, (-1, W % 2, -1, H % 2))[:, :, ::2, ::2]
 
 
 def _reducing_weight(op):

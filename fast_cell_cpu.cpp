@@ -3,6 +3,7 @@
 // An image is channels-last: a matrix (pixel, channel), and a 1x1 convolution a product with it. `combine` adds such
 // products up without writing any of them to memory; `multiply` sums the outer products of two images over their
 // pixels, of which batch statistics and weight gradients are made; `mix` is a node of the two, `spread` weighted sums.
+// `project` makes the states of a derived network's cells from wide images.
 // Sums over pixels run over short tiles in the images' dtype and over tiles in double precision; their order never
 // depends on the number of threads.
 
@@ -32,7 +33,8 @@ constexpr int64_t kCombined = 48;         // pixels of a tile of `combine`: a mu
 constexpr int64_t kMultiplied = 128;      // pixels of a tile of `multiply`
 constexpr int64_t kBatchBytes = 4 << 20;  // of the candidates that backward visits twice in turn
 constexpr double kEps = 1e-5;             // of batch norm
-constexpr int kRows = 12;                 // vectors of sums that are held in registers
+constexpr int kSums = kVectorBytes == 64 ? 24 : 12;  // vectors of sums of `combine` that are held in registers
+constexpr int kOuterSums = kVectorBytes == 64 ? 16 : 8;  // and of `multiply`
 
 template <class A>
 constexpr int kLanes = kVectorBytes / sizeof(A);
@@ -70,6 +72,16 @@ template <class A>
 A* scratch(std::vector<A>& buffer, int64_t size) {
   if (int64_t(buffer.size()) < size) buffer.resize(size);
   return buffer.data();
+}
+
+// f(c0, width) for the channels in vectors; the width of a whole one is a constant, so that loops over it become one
+// instruction
+template <class A, class F>
+inline void for_vectors(int64_t C, const F& f) {
+  constexpr int64_t L = kLanes<A>;
+  int64_t c0 = 0;
+  for (; c0 + L <= C; c0 += L) f(c0, std::integral_constant<int64_t, L>());
+  if (c0 < C) f(c0, C - c0);
 }
 
 // ------------------------------------------------------------------------------------------------------- operands
@@ -114,6 +126,13 @@ class Reader {  // of the numbers and addresses that the caller packs into one a
 };
 
 template <class A>
+inline void copy_row(A* to, const Part<A>& part, int64_t row, A factor = 1) {
+  int64_t c = copy_vectors<Vec<A>>(to, part, row, factor, 0);
+  c = copy_vectors<Quad<A>>(to, part, row, factor, c);
+  copy_vectors<A>(to, part, row, factor, c);
+}
+
+template <class A>
 struct Operand {  // images side by side
   std::vector<Part<A>> parts;
   int64_t width = 0;
@@ -145,13 +164,7 @@ struct Operand {  // images side by side
     if (pitch > width) std::fill_n(copy, rows * pitch, A(0));
     int64_t offset = 0;
     for (const auto& part : parts) {
-      for (int64_t p = 0; p < rows; ++p) {
-        A* to = copy + p * pitch + offset;
-        const A times = factor(p0 + p);
-        int64_t c = copy_vectors<Vec<A>>(to, part, p0 + p, times, 0);
-        c = copy_vectors<Quad<A>>(to, part, p0 + p, times, c);
-        copy_vectors<A>(to, part, p0 + p, times, c);
-      }
+      for (int64_t p = 0; p < rows; ++p) copy_row(copy + p * pitch + offset, part, p0 + p, factor(p0 + p));
       offset += part.width;
     }
     return copy;
@@ -172,7 +185,7 @@ template <class A, int R, int V>
 inline void combine_block(const A* x, int64_t pitch, int64_t depth, const A* matrix, int64_t width, A* out) {
   constexpr int L = kLanes<A>;
   Vec<A> sum[R][V];
-#pragma GCC unroll 12
+#pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) sum[r][v] = load(out + r * width + v * L);
@@ -180,12 +193,12 @@ inline void combine_block(const A* x, int64_t pitch, int64_t depth, const A* mat
     Vec<A> row[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) row[v] = load(matrix + k * width + v * L);
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sum[r][v] += row[v] * x[r * pitch + k];
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) store(out + r * width + v * L, sum[r][v]);
@@ -193,7 +206,7 @@ inline void combine_block(const A* x, int64_t pitch, int64_t depth, const A* mat
 
 template <class A, int V>
 void combine_columns(const A* x, int64_t pitch, int64_t depth, const A* matrix, int64_t width, A* out, int64_t rows) {
-  constexpr int R = kRows / V;
+  constexpr int R = kSums / V;
   int64_t p = 0;
   for (; p + R <= rows; p += R)
     combine_block<A, R, V>(x + p * pitch, pitch, depth, matrix, width, out + p * width);
@@ -240,8 +253,12 @@ struct Combination {  // results = bias + sum over sources of matrix * operand, 
 
   // The sums of a tile (rows, width) alone
   void add_up(int64_t p0, int64_t rows, A* out, std::vector<A>& copy) const {
-    for (int64_t p = 0; p < rows; ++p)
-      for (int64_t c = 0; c < width; ++c) out[p * width + c] = A(bias[c]);
+    for_vectors<A>(width, [&](int64_t c0, auto lanes) {
+      A first[kLanes<A>];
+      for (int64_t c = 0; c < lanes; ++c) first[c] = A(bias[c0 + c]);
+      for (int64_t p = 0; p < rows; ++p)
+        for (int64_t c = 0; c < lanes; ++c) out[p * width + c0 + c] = first[c];
+    });
     for (const auto& source : sources) {
       const int64_t depth = source.operand->width;
       if (source.operand->factors && !source.bias.empty())
@@ -249,8 +266,10 @@ struct Combination {  // results = bias + sum over sources of matrix * operand, 
           for (int64_t c = 0; c < width; ++c) out[p * width + c] += source.operand->factor(p0 + p) * A(source.bias[c]);
       const A *x = source.operand->tile(p0, rows, depth, copy), *matrix = source.matrix.data();
       if (source.matrix.size() == 1) {
-        for (int64_t p = 0; p < rows; ++p)
-          for (int64_t c = 0; c < channels; ++c) out[p * width + c] += *matrix * x[p * depth + c];
+        for_vectors<A>(channels, [&](int64_t c0, auto lanes) {
+          for (int64_t p = 0; p < rows; ++p)
+            for (int64_t c = c0; c < c0 + lanes; ++c) out[p * width + c] += *matrix * x[p * depth + c];
+        });
         continue;
       }
       combine_tile(x, depth, depth, matrix, width, out, rows);
@@ -264,13 +283,16 @@ struct Combination {  // results = bias + sum over sources of matrix * operand, 
     if (relu)
       for (int64_t e = 0; e < rows * width; ++e) out[e] = std::max(out[e], A(0));
     if (positive)
-      for (int64_t p = 0; p < rows; ++p)
-        for (int64_t c = 0; c < channels; ++c) positive[(p0 + p) * channels + c] = std::max(out[p * width + c], A(0));
+      for_vectors<A>(channels, [&](int64_t c0, auto lanes) {
+        for (int64_t p = 0; p < rows; ++p)
+          for (int64_t c = c0; c < c0 + lanes; ++c)
+            positive[(p0 + p) * channels + c] = std::max(out[p * width + c], A(0));
+      });
     if (in_place) return;
     for (const auto& result : results) {
       A* to = const_cast<A*>(result.x) + p0 * result.width;
       for (int64_t p = 0; p < rows; ++p)
-        for (int64_t c = 0; c < result.width; ++c) to[p * result.width + c] = out[p * width + c];
+        copy_row(to + p * result.width, Part<A>{out + p * width, nullptr, nullptr, result.width}, 0);
       out += result.width;
     }
   }
@@ -297,7 +319,7 @@ inline void multiply_block(const A* a, int64_t a_pitch, const A* b, int64_t b_pi
     Vec<A> row[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) row[v] = load(b + v * L);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sum[r][v] += row[v] * a[r];
@@ -312,9 +334,10 @@ inline void multiply_block(const A* a, int64_t a_pitch, const A* b, int64_t b_pi
 template <class A, int V>
 void multiply_columns(const A* a, int64_t a_pitch, int64_t a_width, const A* b, int64_t b_pitch, int64_t rows,
                       double* sums) {
-  constexpr int R = 8 / V;
+  constexpr int R = kOuterSums / V;
   int64_t r = 0;
   for (; r + R <= a_width; r += R) multiply_block<A, R, V>(a + r, a_pitch, b, b_pitch, rows, sums + r * b_pitch);
+  for (; r + 4 <= a_width; r += 4) multiply_block<A, 4, V>(a + r, a_pitch, b, b_pitch, rows, sums + r * b_pitch);
   for (; r < a_width; ++r) multiply_block<A, 1, V>(a + r, a_pitch, b, b_pitch, rows, sums + r * b_pitch);
 }
 
@@ -365,13 +388,12 @@ struct Product {
       const A* y = b.tile(p0, rows, pitch, b_copy);
       multiply_tile(x, a.width, a.width, y, pitch, rows, partial, is_symmetric);
       double* total = partial + a.width * pitch;
-      for (int64_t c0 = 0; c0 < a.width; c0 += L) {
-        const int64_t width = std::min<int64_t>(L, a.width - c0);
+      for_vectors<A>(a.width, [&](int64_t c0, auto width) {
         A lanes[L] = {};
         for (int64_t p = 0; p < rows; ++p)
           for (int64_t c = 0; c < width; ++c) lanes[c] += x[p * a.width + c0 + c];
         for (int64_t c = 0; c < width; ++c) total[c0 + c] += lanes[c];
-      }
+      });
     }
   }
 
@@ -624,8 +646,8 @@ void mix_backward(int64_t pixels, bool training, Reader reader) {
 
 // -------------------------------------------------------------------------------------------------------- project
 
-// From here on v = W z, z the positive part of an image of many channels, is computed and kept: its statistics are sums
-// over v itself. The equations are those of `project` in fast_cell_cpu.py.
+// Here v = W z, z the positive part of an image of many channels, is computed and kept: its statistics are sums over v
+// itself. Without W, v is given.
 
 inline int64_t chunks_of(int64_t pixels) { return std::max<int64_t>(1, std::min<int64_t>(16, pixels / 1024)); }
 
@@ -645,8 +667,7 @@ void for_tiles(int64_t pixels, int64_t tile, const F& f) {
 template <class A>
 void add_moments(const A* v, int64_t rows, int64_t C, double* sums) {
   constexpr int L = kLanes<A>;
-  for (int64_t c0 = 0; c0 < C; c0 += L) {
-    const int64_t width = std::min<int64_t>(L, C - c0);
+  for_vectors<A>(C, [&](int64_t c0, auto width) {
     A total[L] = {}, mean[L] = {}, square[L] = {};
     for (int64_t p = 0; p < rows; ++p)
       for (int64_t c = 0; c < width; ++c) total[c] += v[p * C + c0 + c];
@@ -660,7 +681,7 @@ void add_moments(const A* v, int64_t rows, int64_t C, double* sums) {
       sums[c0 + c] += total[c];
       sums[C + c0 + c] += square[c] + double(total[c]) * total[c] / rows;
     }
-  }
+  });
 }
 
 // The sums of the chunks, in their order
@@ -674,8 +695,8 @@ template <class A>
 struct Projection {  // scale * norm(v) + shift, v = W z
   Operand<A> z;
   int64_t C, K;
-  const A* weight;
-  A* v;  // null where it is not kept
+  const A* weight;  // null where v is given
+  A* v;             // null where it is not kept
   const A *scales, *shifts;  // null for ones and zeros
   Statistics stats;
 
@@ -697,12 +718,18 @@ struct Projection {  // scale * norm(v) + shift, v = W z
 template <class A>
 void normalize(const A* v, int64_t rows, int64_t C, int64_t c0, int64_t width, const A* mean, const A* slope,
                const A* shift, A* plain, A* positive) {
-  for (int64_t p = 0; p < rows; ++p, v += C)
-    for (int64_t c = 0; c < width; ++c) {
-      const A value = (v[c0 + c] - mean[c0 + c]) * slope[c0 + c] + shift[c0 + c];
-      if (plain) plain[p * width + c] = value;
-      if (positive) positive[p * width + c] = std::max(value, A(0));
+  for_vectors<A>(width, [&](int64_t first, auto lanes) {
+    const int64_t from = c0 + first;
+    for (int64_t p = 0; p < rows; ++p) {
+      A value[kLanes<A>];
+      for (int64_t c = 0; c < lanes; ++c)
+        value[c] = (v[p * C + from + c] - mean[from + c]) * slope[from + c] + shift[from + c];
+      if (plain)
+        for (int64_t c = 0; c < lanes; ++c) plain[p * width + first + c] = value[c];
+      if (positive)
+        for (int64_t c = 0; c < lanes; ++c) positive[p * width + first + c] = std::max(value[c], A(0));
     }
+  });
 }
 
 template <class A>
@@ -732,17 +759,19 @@ void project(int64_t pixels, bool training, Reader reader) {
     }
   };
   Combination<A> product(image(p.v, C), false);
-  auto& matrix = product.add(p.z).matrix;
-  for (int64_t c = 0; c < C; ++c)
-    for (int64_t k = 0; k < p.K; ++k) matrix[k * product.width + c] = p.weight[c * p.K + k];
+  if (p.weight) {
+    auto& matrix = product.add(p.z).matrix;
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t k = 0; k < p.K; ++k) matrix[k * product.width + c] = p.weight[c * p.K + k];
+  }
   if (!training) find_slopes();
   std::vector<double> sums(training ? chunks_of(pixels) * 2 * C : 0);
   for_tiles(pixels, kCombined, [&](int64_t chunk, int64_t p0, int64_t rows) {
     thread_local std::vector<A> sums_of_tile, copy, room;
     A* v = p.v ? p.v + p0 * C : scratch(room, rows * C);
     A* tile = product.width == C ? v : scratch(sums_of_tile, rows * product.width);
-    product.add_up(p0, rows, tile, copy);
-    if (tile != v)
+    if (p.weight) product.add_up(p0, rows, tile, copy);
+    if (p.weight && tile != v)
       for (int64_t r = 0; r < rows; ++r) std::copy_n(tile + r * product.width, C, v + r * C);
     if (training)
       add_moments(v, rows, C, sums.data() + chunk * 2 * C);
@@ -760,8 +789,7 @@ void project(int64_t pixels, bool training, Reader reader) {
 template <class A>
 void add_gradients(const A* g, const A* v, const A* mean, int64_t rows, int64_t C, double* sums) {
   constexpr int L = kLanes<A>;
-  for (int64_t c0 = 0; c0 < C; c0 += L) {
-    const int64_t width = std::min<int64_t>(L, C - c0);
+  for_vectors<A>(C, [&](int64_t c0, auto width) {
     A total[L] = {}, product[L] = {};
     for (int64_t p = 0; p < rows; ++p)
       for (int64_t c = 0; c < width; ++c) {
@@ -773,7 +801,7 @@ void add_gradients(const A* g, const A* v, const A* mean, int64_t rows, int64_t 
       sums[c0 + c] += total[c];
       sums[C + c0 + c] += product[c];
     }
-  }
+  });
 }
 
 // Rows of a tile (rows, pitch) to the images that lie side by side in it, zero where z is
@@ -783,11 +811,8 @@ void put_positive(const std::vector<Part<A>>& parts, const std::vector<A*>& to, 
   for (size_t n = 0; n < parts.size(); ++n) {
     const int64_t width = parts[n].width;
     if (to[n])
-      for (int64_t p = 0; p < rows; ++p) {
-        const Part<A> row{tile + p * pitch, z + p * pitch, nullptr, width};
-        A* out = to[n] + (p0 + p) * width;
-        copy_vectors<A>(out, row, 0, A(1), copy_vectors<Quad<A>>(out, row, 0, A(1), copy_vectors<Vec<A>>(out, row, 0, A(1), 0)));
-      }
+      for (int64_t p = 0; p < rows; ++p)
+        copy_row(to[n] + (p0 + p) * width, Part<A>{tile + p * pitch, z + p * pitch, nullptr, width}, 0);
     tile += width;
     z += width;
   }
@@ -798,7 +823,7 @@ void project_backward(int64_t pixels, bool training, Reader reader) {
   const Projection<A> p(reader);
   const Operand<A> g(reader);
   double *to_scales = reader.address<double>(), *to_shifts = reader.address<double>();
-  A* to_weight = reader.address<A>();
+  A* to_weight = reader.address<A>();  // or, where v is given, the gradient of v
   std::vector<A*> to_z;
   for (size_t n = 0; n < p.z.parts.size(); ++n) to_z.push_back(reader.address<A>());
   const int64_t C = p.C, K = p.K, pitch = round_up(K, kLanes<A>), chunks = chunks_of(pixels);
@@ -820,17 +845,21 @@ void project_backward(int64_t pixels, bool training, Reader reader) {
   }
 
   std::vector<A> matrix(C * pitch);
-  for (int64_t c = 0; c < C; ++c) std::copy_n(p.weight + c * K, K, matrix.data() + c * pitch);
+  for (int64_t c = 0; p.weight && c < C; ++c) std::copy_n(p.weight + c * K, K, matrix.data() + c * pitch);
   std::vector<double> products(chunks * C * pitch);
   for_tiles(pixels, kMultiplied, [&](int64_t chunk, int64_t p0, int64_t rows) {
     thread_local std::vector<A> g_copy, z_copy, v_room, z_room;
-    const A *from = g.tile(p0, rows, C, g_copy), *v = p.v + p0 * C, *z = p.z.tile(p0, rows, pitch, z_copy);
-    A *to_v = scratch(v_room, rows * C), *out = scratch(z_room, rows * pitch);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < C; ++c) {
-        const int64_t e = r * C + c;
-        to_v[e] = slope[c] * (from[e] - constant[c] - (v[e] - mean[c]) * of_v[c]);
-      }
+    const A *from = g.tile(p0, rows, C, g_copy), *v = p.v + p0 * C;
+    A *to_v = p.weight ? scratch(v_room, rows * C) : to_weight + p0 * C, *out = scratch(z_room, rows * pitch);
+    for_vectors<A>(C, [&](int64_t c0, auto width) {
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t k = 0; k < width; ++k) {
+          const int64_t c = c0 + k, e = r * C + c;
+          to_v[e] = slope[c] * (from[e] - constant[c] - (v[e] - mean[c]) * of_v[c]);
+        }
+    });
+    if (!p.weight) return;
+    const A* z = p.z.tile(p0, rows, pitch, z_copy);
     multiply_tile(to_v, C, C, z, pitch, rows, products.data() + chunk * C * pitch);
     std::fill_n(out, rows * pitch, A(0));
     combine_tile(to_v, C, C, matrix.data(), pitch, out, rows);
@@ -839,6 +868,31 @@ void project_backward(int64_t pixels, bool training, Reader reader) {
   products = total_of(products, C * pitch);
   for (int64_t c = 0; c < C; ++c)
     for (int64_t k = 0; k < K; ++k) to_weight[c * K + k] = A(products[c * pitch + k]);
+}
+
+// --------------------------------------------------------------------------------------------------- every second
+
+// Of images (N, H, W, C) every second pixel of every second row, from the first on and from the second on: `first` and
+// `second`, (N, ceil(H/2), ceil(W/2), C), the latter with zeros past the edge. `gather` reads x, else x is written.
+template <class A>
+void every_second(int64_t N, int64_t H, int64_t W, int64_t C, bool gather, A* x, A* first, A* second) {
+  const int64_t Ho = (H + 1) / 2, Wo = (W + 1) / 2;
+  at::parallel_for(0, N * Ho, std::max<int64_t>(1, 8192 / (Wo * C)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t y = row % Ho * 2;
+      A *of_first = first + row * Wo * C, *of_second = second + row * Wo * C;
+      A* upper = x + (row / Ho * H + y) * W * C;
+      A* lower = y + 1 < H ? upper + W * C : nullptr;
+      for (int64_t w = 0; w < W; ++w) {
+        A *above = upper + w * C, *below = lower ? lower + w * C : nullptr;
+        A* pixel = (w % 2 ? of_second : of_first) + w / 2 * C;
+        if (A* from = w % 2 ? below : above) gather ? std::copy_n(from, C, pixel) : std::copy_n(pixel, C, from);
+        if (A* between = w % 2 ? above : below; between && !gather) std::fill_n(between, C, A(0));
+      }
+      if (gather && !lower) std::fill_n(of_second, Wo * C, A(0));
+      if (gather && W % 2) std::fill_n(of_second + (Wo - 1) * C, C, A(0));
+    }
+  });
 }
 
 // ------------------------------------------------------------------------------------------------------- rms norm
@@ -1130,6 +1184,14 @@ int fast_cell_project(int64_t is_double, int64_t pixels, int64_t training, const
 
 int fast_cell_project_backward(int64_t is_double, int64_t pixels, int64_t training, const int64_t* packed) {
   return with_dtype(is_double, [&](auto zero) { project_backward<decltype(zero)>(pixels, training, Reader(packed)); });
+}
+
+int fast_cell_every_second(int64_t is_double, int64_t N, int64_t H, int64_t W, int64_t C, int64_t gather, void* x,
+                           void* first, void* second) {
+  return with_dtype(is_double, [&](auto zero) {
+    using A = decltype(zero);
+    every_second(N, H, W, C, gather, (A*)x, (A*)first, (A*)second);
+  });
 }
 
 int fast_cell_rms_norm(int64_t is_double, int64_t pixels, int64_t width, double eps, void* x, void* scale) {

@@ -14,6 +14,19 @@ node's gradient g and q = s (diag(M Wᵀ) - mean v * G), the sum of g * norm(v),
     d z     = alpha Wᵀ (s g - s² q/P (W z - mean v) - s G/P)
     d W     = alpha s (M - G mᵀ - s q (W S)).
 
+In a derived network the batch norm has parameters, and drop path a factor m for every image: the term is
+m (gamma norm(v) + beta). With alpha = gamma, g = m times the node's gradient, d gamma = q, d beta = G, and the first
+summand of d z alone has the factor m.
+
+`project` starts from the nodes of a cell before, four times as wide as its result: there S would be dearer than W z,
+so that v is computed once, kept, and normalised in a second, narrow pass. With x the norm of v,
+
+    d v = gamma s (g - G/P - x q/P),        d z = Wᵀ d v where z is positive,        d W = sum over pixels of (d v) zᵀ,
+
+which takes one pass over g and v for G and q, and one over all for the rest. Everything that reads a feature map is one
+projection. An image that others read through ReLU is written together with its positive part, whose gradient joins the
+image's where that is read.
+
 The statistics are computed in double precision, from sums of single precision over short tiles: in float32 norm(v) is
 as exact as PyTorch's where a channel's mean is up to a hundred times its spread (2.5e-4 there, relative), and less
 exact beyond (1.4e-2 at a thousand times, PyTorch's 2.3e-3). The loops over pixels are in fast_cell_cpu.cpp.
@@ -30,7 +43,19 @@ import involution_cpu
 from fast_cell_torch import track
 from involution_cpu import BuildError
 
-__all__ = ["BuildError", "depthwise", "heads", "involutions", "library", "mix", "node", "project", "spread"]
+__all__ = [
+    "BuildError",
+    "depthwise",
+    "every_second",
+    "heads",
+    "involutions",
+    "library",
+    "mix",
+    "node",
+    "normalize",
+    "project",
+    "spread",
+]
 
 
 def library():
@@ -98,6 +123,16 @@ def project(images, weights, norms, wanted):
     """
     keep = torch.is_grad_enabled()
     return _Project.apply(norms, wanted, keep, len(images), *images, *weights, *_scales(norms), *_shifts(norms))
+
+
+def normalize(v, norm):
+    """A batch norm of an image."""
+    return _Normalize.apply(norm, v, norm.weight, norm.bias)
+
+
+def every_second(x):
+    """Every second pixel of x (N, C, H, W), and its diagonal neighbours, as fast_cell_torch.every_second."""
+    return _EverySecond.apply(x)
 
 
 def _scales(norms):
@@ -372,8 +407,61 @@ class _Project(Function):
         return None, None, None, None, *to_images, *per_norm
 
 
+class _Normalize(Function):
+    """A `_Project` of an image that is there."""
+
+    @staticmethod
+    def forward(ctx, norm, v, scale, shift):
+        v, stats = _channels_last(v), _statistics([norm], 1, norm.num_features, 0)
+        result = torch.empty_like(v)
+        packed = [0, *_projection(v, None, scale, shift, stats), 1, result.data_ptr(), 0, v.shape[1]]
+        _call_with_statistics("project", v, norm.training, packed)
+        _track([norm], stats, norm.num_features)
+        ctx.training, ctx.stats = norm.training, stats
+        ctx.save_for_backward(v, scale, shift)
+        return result
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx, grad):
+        v, scale, shift = ctx.saved_tensors
+        to_v, (to_scale, to_shift) = torch.empty_like(v), torch.empty(2, v.shape[1], dtype=torch.float64)
+        packed = [0, *_projection(v, None, scale, shift, ctx.stats), *_parts([_channels_last(grad)])]
+        packed += [x.data_ptr() for x in (to_scale, to_shift, to_v)]
+        _call_with_statistics("project_backward", v, ctx.training, packed)
+        to_scale, to_shift = (
+            None if each is None else to.to(v.dtype) for to, each in ((to_scale, scale), (to_shift, shift))
+        )
+        return None, to_v, to_scale, to_shift
+
+
+class _EverySecond(Function):
+    @staticmethod
+    def forward(ctx, x):
+        x, (H, W) = _channels_last(x), x.shape[2:]
+        first, second = (_image(x, x.shape[1], -(-H // 2), -(-W // 2)) for _ in range(2))
+        _every_second(x, True, first, second)
+        ctx.size = H, W
+        return first, second
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx, *grads):
+        grads = [_channels_last(grad) for grad in grads]
+        to_x = _image(grads[0], grads[0].shape[1], *ctx.size)
+        _every_second(to_x, False, *grads)
+        return to_x
+
+
+def _every_second(x, gather, first, second):
+    N, C, H, W = x.shape
+    numbers = (ctypes.c_int64(number) for number in (N, H, W, C, gather))
+    _call("every_second", x, *numbers, *_addresses(x, first, second))
+
+
 def _projection(v, weight, scale, shift, stats):
-    return len(weight), weight.data_ptr(), _address(v), _address(scale), _address(shift), stats.data_ptr()
+    """A `Projection` without its operand."""
+    return stats.shape[1] // 3, *map(_address, (weight, v, scale, shift, stats))
 
 
 def _heads(x, weights, scales, shifts, norms):
@@ -525,6 +613,11 @@ def _pixels(image):
     return image.numel() // image.shape[1]
 
 
+@functools.cache
+def _function(name):
+    return getattr(library(), f"fast_cell_{name}")
+
+
 def _call(name, like, *arguments):
-    if getattr(library(), f"fast_cell_{name}")(ctypes.c_int64(like.dtype == torch.float64), *arguments):
+    if _function(name)(ctypes.c_int64(like.dtype == torch.float64), *arguments):
         raise MemoryError(f"fast_cell_{name} could not allocate its scratch memory")

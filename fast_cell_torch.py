@@ -40,6 +40,12 @@ def depthwise(x, weight, stride, dilation):
     return F.conv2d(x, weight, None, stride, dilation * (weight.shape[-1] // 2), dilation, groups=x.shape[1])
 
 
+def every_second(x):
+    """Every second pixel of x (N, C, H, W), and its diagonal neighbours, zero past the edge of an odd-sized image."""
+    H, W = x.shape[2:]
+    return x[:, :, ::2, ::2], F.pad(x, (-1, W % 2, -1, H % 2))[:, :, ::2, ::2]
+
+
 def spread(images, alphas):
     """[sum_t alphas[n, t] * images[t]] for every row n of alphas (nodes, images)."""
     return [sum(alpha * x for alpha, x in zip(row, images, strict=True)) for row in alphas.unbind()]

@@ -112,14 +112,12 @@ class NetworkCIFAR(nn.Module):
     def forward(self, input):
         """(N, 3, H, W) -> logits (N, num_classes) and the auxiliary logits (None outside training)."""
         logits_aux = None
-        s0 = s1 = self.stem(input)
-        nodes = None  # of every cell, where they are computed fast: a list of images, to be laid side by side
-        if self.fast and all(type(cell) is Cell for cell in self.cells) and fast_cell.serves(s1):
-            nodes = fast_cell.derived(self.cells, s0, s1, self.drop_path_prob)
+        fast = self.fast and fast_cell.serves(input) and all(type(cell) is Cell for cell in self.cells)
+        s0 = s1 = fast_cell.stem(self.stem, input) if fast else self.stem(input)
+        outputs = fast_cell.derived(self.cells, s0, s1, self.drop_path_prob) if fast else None
         for i, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, self.drop_path_prob) if nodes is None else next(nodes)
+            s0, s1 = s1, next(outputs) if fast else cell(s0, s1, self.drop_path_prob)
             if i == 2 * self._layers // 3 and self._auxiliary and self.training:
-                logits_aux = self.auxiliary_head(s1 if nodes is None else fast_cell.side_by_side(s1))
-        if nodes is not None:
-            s1 = fast_cell.side_by_side(s1)
+                logits_aux = self.auxiliary_head(fast_cell.side_by_side(s1) if fast else s1)
+        s1 = fast_cell.side_by_side(s1) if fast else s1
         return self.classifier(self.global_pooling(s1).flatten(1)), logits_aux

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -122,6 +123,7 @@ def results(net, size, batch=4):
     """Everything that a step can see: logits, gradients by name, and buffers."""
     torch.manual_seed(1)
     input = torch.randn(batch, 3, *(size if isinstance(size, tuple) else (size, size))).double()
+    input = input.to(net.classifier.weight.dtype)
     outputs = [logits for logits in net(input) if logits is not None]
     grads = torch.autograd.grad(
         sum(logits.square().sum() for logits in outputs), list(net.parameters()), allow_unused=True
@@ -177,3 +179,63 @@ def test_hooks_of_derived_cells_are_called():
 def test_fast_cells_of_sizes_that_fill_no_vector(size, C):
     assert_equal_to_plain(make(NAMED["DARTS"], C), size)
     assert_equal_to_plain(make(NAMED["NASNet"], C), size)
+
+
+def test_operations_of_derived_cells_that_are_not_as_they_were_made():
+    net = make(NAMED["DARTS"])
+    first, second, third = net.cells
+    first.preprocess1.op[2] = nn.BatchNorm2d(8, momentum=0.5).double()
+    first._ops[0].op[3] = nn.BatchNorm2d(8, affine=False).double()
+    second._ops[1].op[0] = nn.Tanh()
+    second.preprocess0.op[2].eval()
+    third._ops[0] = nn.LPPool2d(1, 3, 2, ceil_mode=True)
+    assert_equal_to_plain(net)
+    net.cells[1].eval()
+    assert_equal_to_plain(net)
+
+
+def test_a_derived_state_that_nobody_reads():
+    normal = [("sep_invo_3x3", 1), ("sep_conv_3x3", 1), ("skip_connect", 1), ("dil_conv_3x3", 1)]
+    reduce = [("max_pool_3x3", 1), ("sep_invo_3x3", 1), ("none", 2), ("avg_pool_3x3", 1)]
+    genotype = Genotype(normal, [3], reduce, [2, 3])
+    assert_equal_to_plain(make(genotype, layers=6))
+
+
+def test_fast_derived_cells_in_float32_are_as_exact_as_plain_ones():
+    net, errors = make(NAMED["DARTS"], C=16, drop_path_prob=0.0), {}
+    expected = results(copy.deepcopy(net), 16)
+    for fast in (True, False):
+        other = copy.deepcopy(net).float()
+        other.fast = fast
+        differences = {name: value.double() - expected[name] for name, value in results(other, 16).items()}
+        errors[fast] = sum(d.norm() / (expected[name].double().norm() + 1e-3) for name, d in differences.items())
+    assert errors[True] < 1.5 * errors[False]
+
+
+def test_a_step_is_the_same_for_any_number_of_threads():
+    found = []
+    for threads in (1, 1, 2):
+        torch.set_num_threads(threads)
+        try:
+            found.append(results(make(NAMED["DARTS"], C=16).float(), 32))
+        finally:
+            torch.set_num_threads(1)
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    for name in found[0].keys() - {"grad stem.0.weight", "grad classifier.weight"}:  # which PyTorch sums up by thread
+        assert torch.equal(found[0][name], found[2][name]), name
+
+
+def test_derived_network_is_compiled_exported_and_pickled():
+    net = make(NAMED["DARTS_V2"], layers=1, drop_path_prob=0.0).eval()
+    input = torch.randn(2, 3, 8, 8).double()
+    expected = net(input)[0]
+    exported = torch.export.export(net, (input,)).module()
+    for other in (pickle.loads(pickle.dumps(net)), torch.compile(net, backend="eager", fullgraph=True), exported):
+        assert torch.allclose(other(input)[0], expected, rtol=1e-9)
+
+
+def test_a_second_derivative_of_fast_derived_cells_is_refused():
+    net = make(NAMED["DARTS_V2"], layers=1)
+    loss = net(torch.randn(4, 3, 8, 8).double())[0].square().sum()
+    with pytest.raises(RuntimeError, match="network.fast = False"):
+        torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
