@@ -101,7 +101,7 @@ def _cpu_backend():
     try:
         fast_cell_cpu.library()
     except fast_cell_cpu.BuildError as error:
-        logger.warning("supernet: no C++ backend (%s); plain PyTorch is used, which is slower", error)
+        logger.warning("cells: no C++ backend (%s); plain PyTorch is used, which is slower", error)
         return fast_cell_torch
     return fast_cell_cpu
 
@@ -303,6 +303,8 @@ def _kind(op, training, affine):
     if type(op) is InvoBN:
         kernel_norm = op.op[1].kernel_norm
         return ("involution", op.op[1].stride, kernel_norm) if kernel_norm in _RMS_EPS else ("any",)
+    if type(op) is ReLUConvBN and op.op[1].kernel_size != (1, 1):  # of a single channel
+        return ("any",)
     if isinstance(op, _POOLS):
         return "bare_pool", type(op), *(str(getattr(op, name)) for name in op.__constants__)
     return _KINDS[type(op)], op.op[1].stride if type(op) in _STRIDED else None
@@ -401,6 +403,10 @@ def _involution(x, relu, ops, backend):
     return [Term(output, op.op[2].weight, op.op[3]) for op, output in zip(ops, outputs, strict=True)]
 
 
+def _convolution(x, relu, ops, backend):
+    return [Term(relu(), op.op[1].weight, op.op[2]) for op in ops]
+
+
 def _separable(x, relu, ops, backend):
     return [Term(_depthwise(relu(), op.op[1], backend), op.op[2].weight, op.op[3]) for op in ops]
 
@@ -417,13 +423,14 @@ def _depthwise(x, conv, backend):
     return backend.depthwise(x, conv.weight, conv.stride[0], conv.dilation[0])
 
 
-_LINEAR = "reduce", "involution", "separable", "separable_twice"  # which read a state's positive part only
+_LINEAR = "reduce", "project", "involution", "separable", "separable_twice"  # which read a state's positive part only
 _TERMS = {
     "any": _any,
     "skip": _skip,
     "pool": _pool,
     "bare_pool": _bare_pool,
     "reduce": _reduce,
+    "project": _convolution,
     "involution": _involution,
     "separable": _separable,
     "separable_twice": _separable_twice,

@@ -112,9 +112,10 @@ class Blur(nn.Module):
 
 def test_a_new_primitive(backend, monkeypatch):
     monkeypatch.setitem(operations.OPS, "blur", Blur)
+    monkeypatch.setitem(operations.OPS, "conv_1x1", lambda C, s, affine: operations.ReLUConvBN(C, C, 1, s, 0, affine))
     monkeypatch.setitem(operations.OPS, "blur_pool", lambda C, stride, affine: nn.LPPool2d(1, 3, stride))
     assert_equal_to_plain(make(["none", "blur", "sep_invo_3x3", "conv_7x1_1x7", "sep_conv_7x7"]))
-    assert_equal_to_plain(make(["none", "blur"]))
+    assert_equal_to_plain(make(["none", "blur", "conv_1x1"]))
 
 
 def test_operations_that_are_not_as_they_were_made(backend):

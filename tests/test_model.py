@@ -11,9 +11,9 @@ import torch.nn as nn
 import original_darts
 from conftest import logits_of_scaled_images, vary_kernels
 from genotypes import NAMED, Genotype, known_primitives
-from involution import Involution2d
+from involution import KERNEL_NORMS, Involution2d, set_kernel_norm
 from model import NetworkCIFAR
-from operations import KERNEL_NORM
+from operations import KERNEL_NORM, OPS, ReLUConvBN
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -172,6 +172,20 @@ def test_fast_cells_are_equal_to_plain_ones(name):
 def test_fast_cells_of_every_primitive(primitive):
     assert_equal_to_plain(make(of_primitives([primitive, "skip_connect"], [primitive])))
     assert_equal_to_plain(make(of_primitives([primitive], [primitive, "dil_conv_3x3"])).eval())
+
+
+@pytest.mark.parametrize("kernel_norm", KERNEL_NORMS)
+def test_fast_cells_whatever_bounds_the_kernels(kernel_norm):
+    net = make(NAMED["DARTS"])
+    set_kernel_norm(net, kernel_norm)
+    assert_equal_to_plain(net)
+    assert_equal_to_plain(net.eval())
+
+
+@pytest.mark.parametrize("C, K", [(8, 1), (8, 3), (1, 3)])
+def test_fast_cells_of_a_convolution_of_ones_own(monkeypatch, C, K):
+    monkeypatch.setitem(OPS, "conv", lambda C, stride, affine: ReLUConvBN(C, C, K, stride, K // 2, affine))
+    assert_equal_to_plain(make(of_primitives(["conv", "sep_conv_3x3"], ["conv"]), C))
 
 
 def test_hooks_of_derived_cells_are_called():
