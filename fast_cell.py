@@ -170,15 +170,14 @@ def stem(module, x):
     return choose_backend(x).normalize(module[0](x), module[1])
 
 
-def derived(cells, s0, s1, drop_prob):
+def derived(cells, stem, drop_prob):
     """The output of every `model.Cell` of a network, one after the other, as a list of its nodes (N, C, H, W)."""
-    backend, nodes0, nodes1 = choose_backend(s1), [s0], [s1]
+    backend, nodes0, nodes1, states = choose_backend(stem), [stem], [stem], {}
     plans = [None if is_watched(cell) else [_kind(op, cell.training, True) for op in cell._ops] for cell in cells]
     cells = list(zip(cells, plans, strict=True))
-    # a feature map is the second input of the cell after it, and the first one of the cell after that
-    states = {} if s0 is s1 else _preprocess(nodes0, [(0, 0)], cells, backend)
     for k, (cell, kinds) in enumerate(cells):
-        readers = [(k, 1), (k + 1, 0)] if (k, 0) in states or k else [(k, 0), (k, 1), (k + 1, 0)]
+        # a feature map is the second input of the cell after it, and the first one of the cell after that
+        readers = [(k, 1), (k + 1, 0)] if k else [(0, 0), (0, 1), (1, 0)]
         states.update(_preprocess(nodes1, readers, cells, backend))
         if kinds is None:
             nodes = [cell(side_by_side(nodes0), side_by_side(nodes1), drop_prob)]
@@ -201,15 +200,15 @@ def _preprocess(nodes, readers, cells, backend):
         if kinds is None:
             continue
         op, wanted = (cell.preprocess0, cell.preprocess1)[j], _wanted(cell, kinds, j)
-        kind, *_ = _kind(op, cell.training, True)
-        if kind not in ("project", "reduce"):
+        kind = _kind(op, cell.training, True)
+        if kind[0] not in _PREPROCESS:
             plain = op(side_by_side(nodes))
             states[k, j] = State(plain, functools.cache(functools.partial(F.relu, plain)))
         else:  # what nobody reads is by itself, so that its weights get no gradient
             groups[kind, cell.training, any(wanted) or (k, j)].append(((k, j), op, wanted))
     for (kind, *_), group in groups.items():
         keys, ops, wanted = zip(*group, strict=True)
-        states.update(zip(keys, _PREPROCESS[kind](nodes, ops, wanted, backend), strict=True))
+        states.update(zip(keys, _PREPROCESS[kind[0]](nodes, ops, wanted, backend), strict=True))
     return states
 
 
@@ -287,7 +286,7 @@ def _expand(x, relu, ops, backend):
 def _kind(op, training, affine):
     """A key that is equal for operations whose work can be shared, or ('any',) where only their own forward will do.
 
-    affine: whether batch norms may have parameters.
+    affine: whether batch norms may have parameters; those of operations with one key have, or none has.
     """
     modules = _with_descendants(op, [])
     if tuple(map(type, modules)) not in _structures() or any(map(is_watched, modules)):
@@ -297,17 +296,18 @@ def _kind(op, training, affine):
             return ("any",)
         if type(m) is nn.Conv2d and not _is_usual(m, biased=type(parent) is involution._Conv):
             return ("any",)
+    affines = tuple(m.affine for m in modules if type(m) is nn.BatchNorm2d)
     if type(op) is nn.Sequential:
         pool = modules[1]
         return "pool", type(pool), *(str(getattr(pool, name)) for name in pool.__constants__)
     if type(op) is InvoBN:
         kernel_norm = op.op[1].kernel_norm
-        return ("involution", op.op[1].stride, kernel_norm) if kernel_norm in _RMS_EPS else ("any",)
+        return ("involution", op.op[1].stride, kernel_norm, affines) if kernel_norm in _RMS_EPS else ("any",)
     if type(op) is ReLUConvBN and op.op[1].kernel_size != (1, 1):  # of a single channel
         return ("any",)
     if isinstance(op, _POOLS):
         return "bare_pool", type(op), *(str(getattr(op, name)) for name in op.__constants__)
-    return _KINDS[type(op)], op.op[1].stride if type(op) in _STRIDED else None
+    return _KINDS[type(op)], op.op[1].stride if type(op) in _STRIDED else None, affines
 
 
 _KINDS = {

@@ -189,6 +189,7 @@ class _Involutions(Function):
             for h, (_, span, bias), place in zip(hidden, layers, geometry, strict=True)
         ]
         ctx.geometry, ctx.training = geometry, norms[0].training
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, pooled, *hidden, *weights)
         return tuple(outputs)
 
@@ -198,6 +199,10 @@ class _Involutions(Function):
         n = len(grads)
         x, pooled, *saved = ctx.saved_tensors
         hidden, weights = saved[:n], saved[n:]
+        used = [grad is not None for grad in grads]
+        grads = [
+            _image(x, x.shape[1], *h.shape[2:]).zero_() if g is None else g for g, h in zip(grads, hidden, strict=True)
+        ]
         to_x, to_hidden, to_span, to_bias = zip(
             *(
                 involution_cpu.fused_backward(_channels_last(grad), x, h, span, bias, *place)
@@ -213,7 +218,15 @@ class _Involutions(Function):
         )
         to_x = sum(to_x[1:], to_x[0]) if ctx.is_pooled else to_pooled
         to_pooled = to_pooled if ctx.is_pooled else None
-        return None, None, None, to_x, to_pooled, *to_heads[:n], *to_span, *to_bias, *to_heads[n:]
+        per_layer = *to_heads[:n], *to_span, *to_bias, *to_heads[n:]  # of five kinds
+        return (
+            None,
+            None,
+            None,
+            to_x,
+            to_pooled,
+            *(to if each else None for to, each in zip(per_layer, used * 5, strict=True)),
+        )
 
 
 def _by_layer(weights):
@@ -298,7 +311,7 @@ class _Mix(Function):
         for (z, weights), scale, shift, factor, stats in zip(linear, scales, shifts, factors, ctx.stats, strict=True):
             for k, (x, weight) in enumerate(zip(z, weights, strict=True)):
                 packed += _candidate(x, factor, weight, scale, shift, stats, k)
-        ctx.training = all(group[0].training for group in norms)
+        ctx.training = any(group[0].training for group in norms)
         _call_with_statistics("mix", results[0], ctx.training, packed)
         for group, stats in zip(norms, ctx.stats, strict=True):
             _track(group, stats, C)
@@ -366,7 +379,7 @@ class _Project(Function):
     def forward(ctx, norms, wanted, keep, n, *tensors):
         images = [_channels_last(x) for x in tensors[:n]]
         weights, scales, shifts = _thirds(tensors[n:])
-        scale, shift, weight = _side_by_side(scales, norms, 1), _side_by_side(shifts, norms, 0), torch.cat(weights)
+        scale, shift, weight = _side_by_side(scales), _side_by_side(shifts), torch.cat(weights)
         training, C = norms[0].training, len(weight)
         v, stats = _image(images[0], C) if keep or training else None, _statistics(norms, 1, C, 0)
         results = [
@@ -394,8 +407,9 @@ class _Project(Function):
         to_scale, to_shift = torch.empty(2, len(weight), dtype=torch.float64)
         to_weight = torch.empty_like(weight)
         packed = [*_parts(images, masks=images), *_projection(v, weight, scale, shift, ctx.stats)]
-        known = (g or (_image(v, n).zero_(), None, None) for g, n in zip(gradients, ctx.widths, strict=True))
-        packed += _sums(list(known))
+        # a list, since C++ reads the zeros too
+        known = [g or (_image(v, n).zero_(), None, None) for g, n in zip(gradients, ctx.widths, strict=True)]
+        packed += _sums(known)
         packed += [x.data_ptr() for x in (to_scale, to_shift, to_weight)] + [_address(x) for x in to_images]
         _call_with_statistics("project_backward", v, ctx.training, packed)
         per_norm = (
@@ -424,15 +438,12 @@ class _Normalize(Function):
     @staticmethod
     @_once_differentiable
     def backward(ctx, grad):
-        v, scale, shift = ctx.saved_tensors
+        (v, scale, shift), grad = ctx.saved_tensors, _channels_last(grad)
         to_v, (to_scale, to_shift) = torch.empty_like(v), torch.empty(2, v.shape[1], dtype=torch.float64)
-        packed = [0, *_projection(v, None, scale, shift, ctx.stats), *_parts([_channels_last(grad)])]
+        packed = [0, *_projection(v, None, scale, shift, ctx.stats), *_parts([grad])]
         packed += [x.data_ptr() for x in (to_scale, to_shift, to_v)]
         _call_with_statistics("project_backward", v, ctx.training, packed)
-        to_scale, to_shift = (
-            None if each is None else to.to(v.dtype) for to, each in ((to_scale, scale), (to_shift, shift))
-        )
-        return None, to_v, to_scale, to_shift
+        return None, to_v, *(None if scale is None else to.to(v.dtype) for to in (to_scale, to_shift))
 
 
 class _EverySecond(Function):
@@ -466,7 +477,7 @@ def _projection(v, weight, scale, shift, stats):
 
 def _heads(x, weights, scales, shifts, norms):
     """[relu(norm_k(weight_k * x))]; and what `_heads_backward` needs: parameters side by side, and statistics."""
-    weight, affine = torch.cat(weights), (_side_by_side(scales, norms, 1), _side_by_side(shifts, norms, 0))
+    weight, affine = torch.cat(weights), (_side_by_side(scales), _side_by_side(shifts))
     hidden, stats = [_image(x, len(w)) for w in weights], _statistics(norms, 1, *weight.shape[:2])
     packed = [True, *_parts(hidden), 0, 0, 1, *_candidate(x, None, weight, *affine, stats, 0)]
     _call_with_statistics("mix", x, norms[0].training, packed)
@@ -505,13 +516,9 @@ def _rms_norm_backward(grads, hidden, scales):
 # ------------------------------------------------------------------------------- parameters and statistics of norms
 
 
-def _side_by_side(parameters, norms, default):
-    """Scales or shifts of batch norms as one; None where no norm has any."""
-    if all(p is None for p in parameters):
-        return None
-    like = next(p for p in parameters if p is not None)
-    missing = (like.new_full((norm.num_features,), default) for norm in norms)
-    return torch.cat([m if p is None else p for p, m in zip(parameters, missing, strict=True)])
+def _side_by_side(parameters):
+    """Scales or shifts of batch norms as one; None where the norms have none."""
+    return None if parameters[0] is None else torch.cat(parameters)
 
 
 def _split_affine(gradient, affine, widths, like):

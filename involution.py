@@ -20,7 +20,6 @@ for single images that batch norm's running statistics do not know. `KERNEL_NORM
 kernels are bounded whatever the pixel; with those an involution is of degree one, as a convolution is.
 """
 
-import functools
 import os
 
 import torch
@@ -142,17 +141,19 @@ def _autocast(*tensors):
 class _ConvBN(nn.Module):
     """1x1 convolution, batch norm, activation under the names of the involution authors' module (`conv`, `bn`)."""
 
+    kernel_norm = "none"
+
     def __init__(self, C_in, C_out, affine):
         super().__init__()
         self.conv = nn.Conv2d(C_in, C_out, 1, bias=False)
         self.bn = nn.BatchNorm2d(C_out, affine=affine)
 
-    def forward(self, x, activation=F.relu):
+    def forward(self, x):
         x = self.conv(x)
         if x.device.type == "cpu":
             # PyTorch's channels-last batch norm takes up to seven times as long where there are few channels
             x = x.contiguous()
-        return activation(self.bn(x))
+        return hidden_features(self.bn(x), self.kernel_norm)
 
 
 class _Conv(nn.Module):
@@ -200,8 +201,9 @@ def _check_kernel_norm(kernel_norm):
 
 
 def is_watched(module):
-    """Whether a hook waits for this module to be called."""
-    return bool(
+    """Whether a hook waits for this module to be called, or something else takes the place of its forward."""
+    replaced = "forward" in vars(module) or module._compiled_call_impl is not None
+    return replaced or bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
@@ -235,6 +237,8 @@ class Involution2d(nn.Module):
         ValueError: an even kernel size, a count below one, an unknown kernel_norm, or "filter" for a single tap.
     """
 
+    _kernel_norm = "none"  # of modules that were pickled whole before there was the choice
+
     def __init__(
         self,
         channels,
@@ -257,7 +261,6 @@ class Involution2d(nn.Module):
         )
         check_odd(kernel_size=kernel_size)
         self.channels, self.kernel_size, self.stride, self.dilation = channels, kernel_size, stride, dilation
-        self.kernel_norm = kernel_norm
         most = max(1, channels // group_channels)
         self.groups = max(g for g in range(1, most + 1) if channels % g == 0)
         hidden = max(1, channels // reduction_ratio)
@@ -265,6 +268,7 @@ class Involution2d(nn.Module):
         self.avgpool = nn.AvgPool2d(stride, stride, ceil_mode=True) if stride > 1 else nn.Identity()
         self.conv1 = _ConvBN(channels, hidden, affine)
         self.conv2 = _Conv(hidden, kernel_size**2 * self.groups)
+        self.kernel_norm = kernel_norm
 
     @property
     def kernel_norm(self):
@@ -275,10 +279,10 @@ class Involution2d(nn.Module):
         _check_kernel_norm(kernel_norm)
         if kernel_norm == "filter" and self.kernel_size == 1:
             raise ValueError("kernel_norm 'filter' needs a kernel of more than one tap, got kernel_size 1")
-        self._kernel_norm = kernel_norm
+        self._kernel_norm = self.conv1.kernel_norm = kernel_norm
 
     def forward(self, x):
-        hidden = self.conv1(self.avgpool(x), functools.partial(hidden_features, kernel_norm=self.kernel_norm))
+        hidden = self.conv1(self.avgpool(x))
         if self.kernel_norm != "filter" and _fusable(self.conv2):
             span = self.conv2.conv
             return involution2d_fused(x, hidden, span.weight, span.bias, self.kernel_size, self.stride, self.dilation)

@@ -21,6 +21,8 @@ class Cell(nn.Module):
         self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0)
 
         edges = genotype.reduce if reduction else genotype.normal
+        if len(edges) % 2 or any(not 0 <= node < 2 + k // 2 for k, (_, node) in enumerate(edges)):
+            raise ValueError(f"a cell needs two operations on earlier nodes for each of its own, got {edges}")
         self._concat = genotype.reduce_concat if reduction else genotype.normal_concat
         self.multiplier = len(self._concat)
         self._indices = [node for _, node in edges]
@@ -82,6 +84,8 @@ class NetworkCIFAR(nn.Module):
             be differentiated twice. `net.fast` may be changed at any time.
     """
 
+    fast = True  # of modules that were pickled whole before there was the choice
+
     def __init__(self, C, num_classes, layers, auxiliary, genotype, kernel_norm=KERNEL_NORM, fast=True):
         super().__init__()
         self._layers = layers
@@ -114,7 +118,7 @@ class NetworkCIFAR(nn.Module):
         logits_aux = None
         fast = self.fast and fast_cell.serves(input) and all(type(cell) is Cell for cell in self.cells)
         s0 = s1 = fast_cell.stem(self.stem, input) if fast else self.stem(input)
-        outputs = fast_cell.derived(self.cells, s0, s1, self.drop_path_prob) if fast else None
+        outputs = fast_cell.derived(self.cells, s1, self.drop_path_prob) if fast else None
         for i, cell in enumerate(self.cells):
             s0, s1 = s1, next(outputs) if fast else cell(s0, s1, self.drop_path_prob)
             if i == 2 * self._layers // 3 and self._auxiliary and self.training:

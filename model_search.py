@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import fast_cell
 from genotypes import PRIMITIVES, Genotype
-from involution import all_are_watched, is_watched, set_kernel_norm
+from involution import Involution2d, all_are_watched, is_watched, set_kernel_norm
 from operations import KERNEL_NORM, OPS, FactorizedReduce, ReLUConvBN
 
 
@@ -107,7 +107,7 @@ class Network(nn.Module):
             raise ValueError(f"primitives must be names in operations.OPS besides none, got {unknown or primitives}")
         self._C, self._num_classes, self._layers, self._criterion = C, num_classes, layers, criterion
         self._steps, self._multiplier, self._stem_multiplier = steps, multiplier, stem_multiplier
-        self._primitives, self.fast, self._kernel_norm = list(primitives), fast, kernel_norm
+        self._primitives, self.fast = list(primitives), fast
 
         C_curr = stem_multiplier * C
         self.stem = nn.Sequential(nn.Conv2d(3, C_curr, 3, padding=1, bias=False), nn.BatchNorm2d(C_curr))
@@ -162,8 +162,10 @@ class Network(nn.Module):
             self._stem_multiplier,
             self._primitives,
             self.fast,
-            self._kernel_norm,
         ).to(self.alphas_normal)
+        for new, old in zip(net.modules(), self.modules(), strict=True):
+            if isinstance(old, Involution2d):
+                new.kernel_norm = old.kernel_norm
         with torch.no_grad():
             for new, old in zip(net.arch_parameters(), self.arch_parameters(), strict=True):
                 new.copy_(old)

@@ -56,7 +56,8 @@ def load_run(parser, argv=None):
 
 
 def main():
-    args, weights, state = load_run(build_parser())
+    parser = build_parser()
+    args, weights, state = load_run(parser)
     device = utils.pick_device(args)
     images = data.load(args.dataset, args.data, False, args.image_size, args.subset, args.seed, device)
     if state:
@@ -68,6 +69,13 @@ def main():
         load_train = functools.partial(data.load, args.dataset, args.data, True, args.image_size)
         normalization = data.Normalization.of(args.dataset, load_train)
     genotype = genotypes.parse(args.arch)
+    if not state and "kernel_norm" not in parser.given() and "invo" in args.arch:
+        logger.warning(
+            "%s does not say what bounds the kernels of its involutions: --kernel_norm %s is assumed; weights of "
+            "the involution authors' form need --kernel_norm none",
+            args.model_path,
+            args.kernel_norm,
+        )
     classes = len(images.classes)
     model = NetworkCIFAR(args.init_channels, classes, args.layers, args.auxiliary, genotype, args.kernel_norm)
     utils.load_weights(model, weights, args.model_path)

@@ -187,10 +187,13 @@ def plan(archs, seeds):
             yield arch, KERNEL_NORM, "own", seed
 
 
-def read(path):
-    """The rows of the CSV, numbers as such."""
-    if not path.exists():
-        return []
+def read(args):
+    """The rows of the CSV, numbers as such; and which of them have the settings of `args`."""
+    rows = _read(args.csv) if args.csv.exists() else []
+    return rows, [row for row in rows if all(row[name] == getattr(args, name) for name in SETTINGS)]
+
+
+def _read(path):
     with path.open(newline="") as file:
         return [
             {name: value if name in COLUMNS[:3] else _number(value) for name, value in row.items()}
@@ -213,15 +216,18 @@ def write(path, rows):
 
 
 def run_missing(args):
-    rows = read(args.csv)
-    done = {tuple(row[name] for name in COLUMNS[:4]) for row in rows}
+    rows, same = read(args)
+    done = {tuple(row[name] for name in COLUMNS[:4]) for row in same}
     missing = [key for key in plan(args.archs, args.seeds) if key not in done]
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+    pool = concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context)
+    try:
         futures = [pool.submit(run, key, args) for key in missing]
         for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), desc="runs"):
             rows += [{name: _plain(value) for name, value in row.items()} for row in future.result()]
             write(args.csv, rows)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _plain(value):
@@ -318,8 +324,8 @@ def parse_args():
     parser.add_argument("--csv", type=Path, default=CSV, help="where the runs are kept")
     report.add_arguments(parser)
     args = parser.parse_args()
-    if args.data is None and not read(args.csv):
-        parser.error(f"{args.csv} holds no runs yet: give --data FOLDER")
+    if args.data is None and not read(args)[1]:
+        parser.error(f"{args.csv} holds no runs of these settings yet: give --data FOLDER")
     return args
 
 
@@ -327,7 +333,7 @@ def main():
     args = parse_args()
     if args.data is not None:
         run_missing(args)
-    rows = read(args.csv)
+    _, rows = read(args)
     lines = [report.machine(), "", *make_table(rows)]
     if args.cost:
         torch.set_num_threads(args.threads)

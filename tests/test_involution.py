@@ -855,6 +855,21 @@ def test_bounded_kernels_in_low_precision(each_backend, kernel_norm):
         torch.testing.assert_close(output.float(), module(x), rtol=0.1, atol=0.03 * module(x).abs().max().item())
 
 
+def test_a_conv1_of_ones_own_is_called_with_the_image_alone():
+    module, x = Involution2d(16, 3, kernel_norm="tanh"), torch.randn(2, 16, 8, 8)
+    expected = module(x)
+    module.conv1.register_forward_pre_hook(lambda conv1, args: (args[0],))
+    torch.testing.assert_close(module(x), expected)
+    module.conv1 = torch.nn.Sequential(module.conv1.conv, module.conv1.bn, torch.nn.Tanh())
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_a_module_from_before_there_were_bounds():
+    module = Involution2d(16, 3)
+    del module._kernel_norm, module.conv1.kernel_norm  # as in an older pickle
+    assert module.kernel_norm == "none" and module(torch.randn(2, 16, 8, 8)).isfinite().all()
+
+
 def test_an_unknown_bound_of_the_kernels():
     with pytest.raises(ValueError, match="kernel_norm must be one of none, relu6, .*, got 'layer'"):
         Involution2d(16, 3, kernel_norm="layer")

@@ -15,7 +15,7 @@ import torch
 
 import involution
 import involution_ops
-from involution import Involution2d, involution2d_reference
+from involution import KERNEL_NORMS, Involution2d, involution2d_reference
 
 pytest.importorskip("triton")
 
@@ -203,9 +203,10 @@ def test_a_batch_of_none(triton_backend, device):
             torch.testing.assert_close(actual.double(), right)
 
 
-def test_the_module(triton_backend, device, monkeypatch):
+@pytest.mark.parametrize("kernel_norm", KERNEL_NORMS)
+def test_the_module(triton_backend, device, monkeypatch, kernel_norm):
     """Involution2d by this backend gives the output and gradients that it gives by plain PyTorch."""
-    module = Involution2d(4, 3, stride=2).to(device, memory_format=torch.channels_last)
+    module = Involution2d(4, 3, stride=2, kernel_norm=kernel_norm).to(device, memory_format=torch.channels_last)
     x = torch.randn(2, 4, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
     results = []
     for backend in ("torch", "triton"):

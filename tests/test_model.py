@@ -2,14 +2,18 @@
 
 import copy
 import math
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn as nn
 
+import fast_cell
 import original_darts
-from conftest import logits_of_scaled_images, vary_kernels
+from conftest import ROOT, logits_of_scaled_images, vary_kernels
 from genotypes import NAMED, Genotype, known_primitives
 from involution import KERNEL_NORMS, Involution2d, set_kernel_norm
 from model import NetworkCIFAR
@@ -210,11 +214,15 @@ def test_operations_of_derived_cells_that_are_not_as_they_were_made():
     first, second, third = net.cells
     first.preprocess1.op[2] = nn.BatchNorm2d(8, momentum=0.5).double()
     first._ops[0].op[3] = nn.BatchNorm2d(8, affine=False).double()
+    first._ops[1].op[1].conv1.bn = nn.BatchNorm2d(2, affine=False).double()
     second._ops[1].op[0] = nn.Tanh()
     second.preprocess0.op[2].eval()
     third._ops[0] = nn.LPPool2d(1, 3, 2, ceil_mode=True)
     assert_equal_to_plain(net)
     net.cells[1].eval()
+    assert_equal_to_plain(net)
+    net = make(NAMED["DARTS"])
+    net.cells[0].preprocess1.op[2] = nn.BatchNorm2d(8, affine=False).double()
     assert_equal_to_plain(net)
 
 
@@ -223,6 +231,61 @@ def test_a_derived_state_that_nobody_reads():
     reduce = [("max_pool_3x3", 1), ("sep_invo_3x3", 1), ("none", 2), ("avg_pool_3x3", 1)]
     genotype = Genotype(normal, [3], reduce, [2, 3])
     assert_equal_to_plain(make(genotype, layers=6))
+
+
+DEAD_READER = """
+from test_model import Genotype, assert_equal_to_plain, make
+
+edges = [("skip_connect", 0), ("sep_conv_3x3", 0), ("skip_connect", 1), ("sep_invo_3x3", 1)]
+assert_equal_to_plain(make(Genotype(edges, [3], edges, [3]), layers=5))
+"""
+
+
+def test_a_preprocessing_that_only_a_dead_node_reads():
+    """In a process whose allocator fills what is freed, so that no gradient can come from there."""
+    environment = os.environ | {
+        "MALLOC_PERTURB_": "65",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    done = subprocess.run([sys.executable, "-c", DEAD_READER], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_dead_layers_have_no_gradient():
+    edges = [("sep_invo_3x3", 0), ("sep_invo_5x5", 1), ("sep_invo_3x3", 0), ("sep_invo_5x5", 1)]
+    net = make(Genotype(edges, [3], edges, [3]), layers=3)  # in which nobody reads the first node
+    assert_equal_to_plain(net)
+    assert sum(grad is None for name, grad in results(net, 8).items() if "grad" in str(name)) > 0
+
+
+def test_a_gradient_in_another_layout():
+    norm, v = nn.BatchNorm2d(6).double(), torch.randn(3, 6, 4, 5).double().requires_grad_()
+    grad = torch.randn(3, 6, 4, 5).double()  # not channels-last
+    fast = fast_cell.choose_backend(v).normalize(v, copy.deepcopy(norm))
+    for one, other in zip(*(torch.autograd.grad(y, v, grad) for y in (fast, norm(v))), strict=True):
+        assert torch.allclose(one, other, rtol=1e-9)
+
+
+def test_one_pixel_in_evaluation():
+    net = make(of_primitives(["skip_connect", "max_pool_3x3"], ["max_pool_3x3"])).eval()
+    input = torch.randn(1, 3, 1, 1).double()
+    fast, net.fast = net(input)[0], False
+    assert torch.allclose(fast, net(input)[0], rtol=1e-9)
+
+
+def test_a_forward_that_was_replaced_is_called():
+    net, seen = make(NAMED["DARTS"]), []
+    cell, op = net.cells[0], net.cells[1]._ops[0]
+    for module in (cell, op):
+        module.forward = lambda *args, module=module: (seen.append(module), type(module).forward(module, *args))[1]
+    net(torch.randn(4, 3, 8, 8).double())
+    assert seen == [cell, op]
+
+
+@pytest.mark.parametrize("normal", [[("none", 0), ("none", 2)], [("none", 0)]])
+def test_edges_that_no_cell_can_have(normal):
+    with pytest.raises(ValueError, match="two operations on earlier nodes"):
+        NetworkCIFAR(4, 10, 3, False, Genotype(normal, [2], [("none", 0), ("none", 1)], [2]))
 
 
 def test_fast_derived_cells_in_float32_are_as_exact_as_plain_ones():
@@ -249,8 +312,9 @@ def test_a_step_is_the_same_for_any_number_of_threads():
         assert torch.equal(found[0][name], found[2][name]), name
 
 
-def test_derived_network_is_compiled_exported_and_pickled():
-    net = make(NAMED["DARTS_V2"], layers=1, drop_path_prob=0.0).eval()
+@pytest.mark.parametrize("name, layers", [("DARTS", 3), ("DARTS_V2", 1)])
+def test_derived_network_is_compiled_exported_and_pickled(name, layers):
+    net = make(NAMED[name], layers=layers, drop_path_prob=0.0).eval()
     input = torch.randn(2, 3, 8, 8).double()
     expected = net(input)[0]
     exported = torch.export.export(net, (input,)).module()

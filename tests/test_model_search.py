@@ -8,6 +8,7 @@ import torch
 import original_darts
 from conftest import logits_of_scaled_images
 from genotypes import PRIMITIVES, SEARCH_SPACES, Genotype, format, parse
+from involution import Involution2d, set_kernel_norm
 from model_search import MixedOp, Network
 from operations import KERNEL_NORM
 
@@ -75,6 +76,14 @@ def test_state_dict_round_trip_brings_the_alphas():
         net.alphas_normal.normal_()
     other.load_state_dict(net.state_dict())
     assert torch.equal(other.alphas_normal, net.alphas_normal)
+
+
+def test_new_keeps_what_bounds_the_kernels():
+    net = make()
+    set_kernel_norm(net, "tanh")
+    net.cells[0]._ops[0]._ops[4].op[1].kernel_norm = "none"
+    forms = [[m.kernel_norm for m in n.modules() if isinstance(m, Involution2d)] for n in (net, net.new())]
+    assert forms[0] == forms[1] and forms[0].count("none") == 1 and "tanh" in forms[0]
 
 
 def test_new_keeps_every_argument_and_the_alphas():

@@ -11,6 +11,7 @@ import torch
 import genotypes
 import original_darts
 from conftest import assert_one_clear_line, only_run, start_script
+from model import NetworkCIFAR
 
 TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 2 --epochs 2 --report_freq 1".split()
 PRINTED_ARCH = """Genotype(normal=[('sep_invo_3x3', 1), ('sep_invo_3x3', 0), ('sep_invo_3x3', 2), ('dil_invo_3x3', 1),
@@ -82,6 +83,14 @@ def test_a_run_keeps_what_bounds_its_kernels(script, tmp_path):
         assert expected not in script("test.py", "--model_path", folder, "--kernel_norm", "soft_rms").stdout
 
 
+def test_bare_weights_do_not_say_what_bounds_their_kernels(script, tmp_path):
+    torch.save(NetworkCIFAR(4, 10, 3, False, genotypes.DARTS).state_dict(), tmp_path / "weights.pt")
+    network = "--model_path weights.pt --init_channels 4 --layers 3 --dataset digits --subset 20".split()
+    warning = "warning: weights.pt does not say what bounds the kernels of its involutions: --kernel_norm soft_rms"
+    assert warning in script("test.py", *network).stdout
+    assert "warning" not in script("test.py", *network, "--kernel_norm", "none").stdout
+
+
 def test_settings_given_to_test_win(script, uninterrupted):
     assert "on 50 images" in script("test.py", "--model_path", uninterrupted, "--subset", 50).stdout
 
@@ -119,7 +128,6 @@ def test_bad_input(script, tmp_path, arguments, says):
 
 @pytest.mark.parametrize("layers, smallest", [(1, 15), (2, 29), (3, 29), (20, 29)])
 def test_the_auxiliary_head_takes_images_of_the_size_that_the_message_names(layers, smallest):
-    from model import NetworkCIFAR
     from train import smallest_image
 
     assert smallest_image(layers) == smallest
