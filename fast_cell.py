@@ -23,8 +23,8 @@ once, and a node is made in one go, with the factors of drop path. Besides,
 
 An operation of another class than those of operations.py, one with hooks, or one whose batch norm is not as `OPS`
 makes it is a plain term: its own forward is called. Two backends do the work, with the same functions (`heads`,
-`involutions`, `depthwise`, `spread`, `mix`): fast_cell_cpu.py, which cannot be differentiated twice, and
-fast_cell_torch.py.
+`involutions`, `depthwise`, `spread`, `mix`): kernels/fast_cell_cpu.py, which cannot be differentiated twice, and
+kernels/fast_cell_torch.py.
 """
 
 import functools
@@ -37,10 +37,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import fast_cell_torch
 import involution
-from involution import RMS_EPS, all_are_watched, is_watched
-from involution_ops import nobody_watches
+from involution import RMS_EPS, all_are_watched, is_reference_forced, is_watched
+from kernels import build, fast_cell_torch
+from kernels.involution_ops import nobody_watches
 from operations import DilConv, FactorizedReduce, Identity, InvoBN, ReLUConvBN, SepConv, drop_path_factors
 
 logger = logging.getLogger(__name__)
@@ -96,11 +96,11 @@ def choose_backend(x):
 
 @functools.cache
 def _cpu_backend():
-    import fast_cell_cpu
+    from kernels import fast_cell_cpu
 
     try:
         fast_cell_cpu.library()
-    except fast_cell_cpu.BuildError as error:
+    except build.BuildError as error:
         logger.warning("cells: no C++ backend (%s); plain PyTorch is used, which is slower", error)
         return fast_cell_torch
     return fast_cell_cpu
@@ -302,7 +302,9 @@ def _kind(op, training, affine):
         return "pool", type(pool), *(str(getattr(pool, name)) for name in pool.__constants__)
     if type(op) is InvoBN:
         kernel_norm = op.op[1].kernel_norm
-        return ("involution", op.op[1].stride, kernel_norm, affines) if kernel_norm in _RMS_EPS else ("any",)
+        if kernel_norm not in _RMS_EPS or is_reference_forced():
+            return ("any",)
+        return "involution", op.op[1].stride, kernel_norm, affines
     if type(op) is ReLUConvBN and op.op[1].kernel_size != (1, 1):  # of a single channel
         return ("any",)
     if isinstance(op, _POOLS):

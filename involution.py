@@ -9,9 +9,9 @@ memory.
 
 Backends, each with the same five functions (cpu has a sixth, both gradients in one pass); `backend` chooses, and
 INVOLUTION_BACKEND forces one:
-    cpu: involution_cpu.py, C++ built at first use; float32, bfloat16 and float64 on a CPU with a compiler.
-    triton: involution_triton.py; CUDA, or any device under TRITON_INTERPRET=1.
-    torch: involution_torch.py; every device and dtype.
+    cpu: kernels/involution_cpu.py, C++ built at first use; float32, bfloat16 and float64 on a CPU with a compiler.
+    triton: kernels/involution_triton.py; CUDA, or any device under TRITON_INTERPRET=1.
+    torch: kernels/involution_torch.py; every device and dtype.
     reference: the equation below, differentiated by autograd. Slow; to compare with.
 
 A pixel's kernel is a function of the pixel, so that an involution is of degree two in its input: a pixel of twice the
@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import involution_ops
-from involution_arguments import check, check_counts, check_fused, check_odd, kernel_size_of
-from involution_ops import backend
-from involution_torch import rms_norm, shifted, span, taps
+from kernels import involution_ops
+from kernels.involution_arguments import autocast, check, check_counts, check_fused, check_odd, kernel_size_of
+from kernels.involution_ops import backend
+from kernels.involution_torch import rms_norm, shifted, span, taps
 
 __all__ = [
     "KERNEL_NORMS",
@@ -85,9 +85,9 @@ def involution2d(input, weight, stride=1, dilation=1):
     Raises:
         ValueError: an argument of another shape, dtype or device; INVOLUTION_BACKEND asks for the impossible.
     """
-    input, weight = _autocast(input, weight)
+    input, weight = autocast(input, weight)
     stride, dilation = check(input, weight, stride, dilation)
-    if _reference_forced():
+    if is_reference_forced():
         return involution2d_reference(input, weight, stride, dilation)
     return involution_ops.involution(input, weight, stride, dilation)
 
@@ -111,28 +111,16 @@ def involution2d_fused(input, hidden, span_weight, span_bias, kernel_size, strid
     Raises:
         ValueError: as `involution2d`.
     """
-    input, hidden, span_weight, span_bias = _autocast(input, hidden, span_weight, span_bias)
+    input, hidden, span_weight, span_bias = autocast(input, hidden, span_weight, span_bias)
     stride, dilation = check_fused(input, hidden, span_weight, span_bias, kernel_size, stride, dilation)
-    if _reference_forced():
+    if is_reference_forced():
         weight = span(hidden, span_weight, span_bias, kernel_size)
         return involution2d_reference(input, weight, stride, dilation)
     return involution_ops.involution_fused(input, hidden, span_weight, span_bias, kernel_size, stride, dilation)
 
 
-def _reference_forced():
+def is_reference_forced():
     return os.environ.get("INVOLUTION_BACKEND") == "reference"
-
-
-def _autocast(*tensors):
-    """Under autocast an involution runs in the low precision, as convolutions do: all but float64."""
-    device_type = tensors[0].device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-        for tensor in tensors
-    )
 
 
 # --------------------------------------------------------------------------------------------------- module

@@ -6,7 +6,7 @@
 
 Providers, channels-last, kernels given unless said otherwise:
     unfold: the textbook way, F.unfold into (N, C*K*K, H*W), product and sum; autograd's backward.
-    torch: the plain PyTorch passes of involution_torch.py.
+    torch: the plain PyTorch passes of kernels/involution_torch.py.
     cpu, triton: the backend in use on the device.
     cuda peer: a straight CUDA kernel that reads given kernels (cuda_peer.py), on NCHW tensors; where PyTorch can
         compile one.
@@ -214,8 +214,8 @@ def measure(N, C, size, K, device, dtype, rounds):
 def pass_limits(row, batch, element, bandwidth, rate):
     """Seconds that the forward and the backward pass of a row need at least for their bytes and FLOPs.
 
-    Every tensor is read or written once. FLOPs as in involution_ops.py: with fused kernels the products with the span
-    are made once forward and three times backward.
+    Every tensor is read or written once. FLOPs as in kernels/involution_ops.py: with fused kernels the products with
+    the span are made once forward and three times backward.
     """
     C, K, pixels = row["C"], row["K"], batch * row["size"] ** 2
     fused, taps = row["provider"] == "fused", max(1, C // 16) * K * K

@@ -7,11 +7,11 @@ import torch
 import torch.nn as nn
 
 import fast_cell
-import fast_cell_torch
 import operations
 from conftest import vary_kernels
 from genotypes import SEARCH_SPACES
 from involution import KERNEL_NORMS, set_kernel_norm
+from kernels import build, fast_cell_torch
 from model_search import Network
 
 
@@ -251,10 +251,10 @@ def test_a_single_value_of_a_channel_has_no_statistics(backend):
 
 
 def test_without_a_compiler(monkeypatch, caplog):
-    import fast_cell_cpu
+    from kernels import fast_cell_cpu
 
     def fail():
-        raise fast_cell_cpu.BuildError("no compiler")
+        raise build.BuildError("no compiler")
 
     monkeypatch.setattr(fast_cell_cpu, "library", fail)
     monkeypatch.setattr(fast_cell.involution, "backend", lambda: "cpu")

@@ -17,8 +17,6 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import involution
-import involution_cpu
-import involution_ops
 from benchmarks import cuda_peer
 from benchmarks.bench_involution import peak_memory
 from involution import (
@@ -30,6 +28,7 @@ from involution import (
     involution2d_reference,
     set_kernel_norm,
 )
+from kernels import build, involution_cpu, involution_ops
 
 ROOT = Path(involution.__file__).parent
 # bfloat16 keeps eight bits of each input and result; float32 sums up to 81 taps, and whole batches for the span
@@ -67,7 +66,7 @@ def each_backend(request, monkeypatch):
     if request.param == "cpu":
         try:
             involution_cpu.library()
-        except involution_cpu.BuildError as error:
+        except build.BuildError as error:
             pytest.skip(f"no C++ compiler: {error}")
     return request.param
 
@@ -76,7 +75,7 @@ def each_backend(request, monkeypatch):
 def cpu_backend(monkeypatch):
     try:
         involution_cpu.library()
-    except involution_cpu.BuildError as error:
+    except build.BuildError as error:
         pytest.skip(f"no C++ compiler: {error}")
     monkeypatch.setenv("INVOLUTION_BACKEND", "cpu")
 
@@ -683,7 +682,7 @@ print(involution.backend("cpu"))
 
 def test_processes_that_start_at_once_build_once(cpu_backend, tmp_path):
     compiler = tmp_path / "compiler"
-    real = " ".join(involution_cpu._compiler())
+    real = " ".join(build._compiler())
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *-dM*) ;; *) echo >> {tmp_path}/builds ;; esac\nexec {real} "$@"\n')
     compiler.chmod(0o755)
     environment = {"CXX": compiler, "INVOLUTION_CACHE": tmp_path / "cache", "INVOLUTION_BACKEND": ""}
@@ -703,12 +702,12 @@ def test_without_a_compiler_one_warning_and_plain_torch(tmp_path, compiler):
 
 
 def test_without_a_library_the_warning_names_it(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", " ".join(involution_cpu._compiler()) + " -lnosuch")
+    monkeypatch.setenv("CXX", " ".join(build._compiler()) + " -lnosuch")
     monkeypatch.setenv("INVOLUTION_CACHE", str(tmp_path))
     source = tmp_path / "empty.cpp"
     source.touch()
-    with pytest.raises(involution_cpu.BuildError, match="nosuch"):
-        involution_cpu.library(source)
+    with pytest.raises(build.BuildError, match="nosuch"):
+        build.library(source)
     assert [path.suffix for path in tmp_path.iterdir() if path != source] == [".lock"]
 
 
@@ -719,7 +718,7 @@ def test_cache_in_the_working_folder_that_others_can_read(cpu_backend, monkeypat
     source.touch()
     old = os.umask(0o022)
     try:
-        involution_cpu.library(source)
+        build.library(source)
     finally:
         os.umask(old)
     (built,) = tmp_path.glob("*.so")
@@ -733,12 +732,12 @@ def test_import_builds_nothing(tmp_path):
 
 
 def test_cache_name_holds_the_processor(cpu_backend, monkeypatch):
-    compiler = involution_cpu._compiler()
-    native = involution_cpu._key(compiler)
-    assert native == involution_cpu._key(compiler)
+    compiler, source = build._compiler(), Path(involution_cpu.__file__).with_suffix(".cpp")
+    native = build._key(compiler, source)
+    assert native == build._key(compiler, source)
     # as on a machine with other instruction sets, where -march=native defines other macros
-    monkeypatch.setattr(involution_cpu, "_run", lambda command: "#define __AVX10__ 1")
-    assert native != involution_cpu._key(compiler)
+    monkeypatch.setattr(build, "_run", lambda command: "#define __AVX10__ 1")
+    assert native != build._key(compiler, source)
 
 
 def test_backend_by_device(monkeypatch, caplog):

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import involution
-import involution_ops
 from involution import KERNEL_NORMS, Involution2d, involution2d_reference
+from kernels import involution_ops
 
 pytest.importorskip("triton")
 
@@ -74,7 +74,7 @@ def device(request):
 @pytest.fixture
 def triton_backend(device, monkeypatch):
     """The module, with every memory that it allocates filled with NaN."""
-    import involution_triton
+    from kernels import involution_triton
 
     def poisoned(*args, **kwargs):
         memory = allocate(*args, **kwargs)
@@ -286,7 +286,7 @@ def test_without_triton(tmp_path, change, message):
 @pytest.mark.skipif(INTERPRETED, reason="one process is enough")
 def test_where_no_kernel_can_be_launched(monkeypatch, caplog):
     """As on a GPU machine without a C compiler, for Triton's launcher."""
-    import involution_triton
+    from kernels import involution_triton
 
     def launch(*_, **__):
         raise OSError("Failed to find C compiler.\nPlease specify via CC environment variable.")
@@ -311,7 +311,7 @@ COMPILE = textwrap.dedent(
     from triton.backends.compiler import GPUTarget
     from triton.runtime.autotuner import Autotuner
 
-    import involution_triton as backend
+    from kernels import involution_triton as backend
 
     class Driver:
         def get_current_target(self):

@@ -139,3 +139,15 @@ def memory_format(image):
     """Channels-last where an image's channels are neighbours in memory, as in a crop of a channels-last image."""
     last = not image.is_contiguous() and image.stride(1) == 1 and image.shape[1] > 1
     return torch.channels_last if last else torch.contiguous_format
+
+
+def autocast(*tensors):
+    """Under autocast an involution runs in the low precision, as convolutions do: all but float64."""
+    device_type = tensors[0].device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )

@@ -32,7 +32,7 @@ try:
 except ImportError as error:
     raise ImportError("the triton backend needs the triton package (pip install triton)") from error
 
-from involution_arguments import memory_format
+from .involution_arguments import memory_format
 
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 3):  # the first with tuples as arguments
     raise ImportError(f"the triton backend needs Triton 3.3 or later, got {triton.__version__}")

@@ -19,9 +19,8 @@ import torch
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import register_flop_formula
 
-import involution_arguments
-import involution_torch
-from involution_arguments import kernel_size_of, memory_format
+from . import involution_arguments, involution_torch
+from .involution_arguments import kernel_size_of, memory_format
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
 
@@ -74,7 +73,7 @@ def _unavailable(name, device_type):
 
 
 def _module(name):
-    return importlib.import_module(f"involution_{name}")
+    return importlib.import_module(f".involution_{name}", __package__)
 
 
 def _passes(image):

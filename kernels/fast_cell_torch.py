@@ -7,8 +7,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from involution import involution2d_fused
-from involution_torch import rms_norm
+from .involution_arguments import autocast
+from .involution_ops import involution_fused
+from .involution_torch import rms_norm
 
 EPS, MOMENTUM = nn.BatchNorm2d(1).eps, nn.BatchNorm2d(1).momentum
 
@@ -30,7 +31,7 @@ def involutions(x, pooled, layers, rms_eps):
         hidden = [rms_norm(h, rms_eps) for h in hidden]
     spans = [layer.conv2.conv for layer in layers]
     return [
-        involution2d_fused(x, h, span.weight, span.bias, layer.kernel_size, layer.stride, layer.dilation)
+        involution_fused(*autocast(x, h, span.weight, span.bias), layer.kernel_size, layer.stride, layer.dilation)
         for h, span, layer in zip(hidden, spans, layers, strict=True)
     ]
 

@@ -39,12 +39,10 @@ from pathlib import Path
 import torch
 from torch.autograd import Function
 
-import involution_cpu
-from fast_cell_torch import track
-from involution_cpu import BuildError
+from . import build, involution_cpu
+from .fast_cell_torch import track
 
 __all__ = [
-    "BuildError",
     "depthwise",
     "every_second",
     "heads",
@@ -59,8 +57,8 @@ __all__ = [
 
 
 def library():
-    """Return the loaded library, building it first where there is none. Raises BuildError."""
-    return involution_cpu.library(Path(__file__).with_suffix(".cpp"))
+    """Return the loaded library, building it first where there is none. Raises build.BuildError."""
+    return build.library(Path(__file__).with_suffix(".cpp"))
 
 
 # ------------------------------------------------------------------------------------------------------ functions
