@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared"]
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-fopenmp", "-fPIC", "-shared"]
 
 
 class BuildError(RuntimeError):

@@ -901,13 +901,17 @@ void every_second(int64_t N, int64_t H, int64_t W, int64_t C, bool gather, A* x,
 // channels, or 0 for any.
 template <class A, int W>
 void rms_norm(int64_t begin, int64_t end, int64_t width, A eps, A* x, A* scale) {
+  constexpr int64_t kPixels = 64;  // together, so that their roots are taken a vector at a time
   const int64_t C = W ? W : width;
-  for (int64_t p = begin; p < end; ++p) {
-    A* pixel = x + p * C;
-    A sum = 0;
-    for (int64_t c = 0; c < C; ++c) sum += pixel[c] * pixel[c];
-    scale[p] = 1 / std::sqrt(sum / C + eps);
-    for (int64_t c = 0; c < C; ++c) pixel[c] *= scale[p];
+  for (int64_t p0 = begin; p0 < end; p0 += kPixels) {
+    const int64_t count = std::min(kPixels, end - p0);
+    A* pixels = x + p0 * C;
+    A sums[kPixels] = {};
+    for (int64_t p = 0; p < count; ++p)
+      for (int64_t c = 0; c < C; ++c) sums[p] += pixels[p * C + c] * pixels[p * C + c];
+    for (int64_t p = 0; p < count; ++p) scale[p0 + p] = 1 / std::sqrt(sums[p] / C + eps);
+    for (int64_t p = 0; p < count; ++p)
+      for (int64_t c = 0; c < C; ++c) pixels[p * C + c] *= scale[p0 + p];
   }
 }
 
@@ -920,7 +924,8 @@ void rms_norm_backward(int64_t begin, int64_t end, int64_t width, A* grad, const
     const A* pixel = y + p * C;
     A sum = 0;
     for (int64_t c = 0; c < C; ++c) sum += g[c] * pixel[c];
-    for (int64_t c = 0; c < C; ++c) g[c] = scale[p] * (g[c] - pixel[c] * (sum / C));
+    const A mean = sum / C;
+    for (int64_t c = 0; c < C; ++c) g[c] = scale[p] * (g[c] - pixel[c] * mean);
   }
 }
 
