@@ -22,9 +22,9 @@ once, and a node is made in one go, with the factors of drop path. Besides,
     - ReLU is no pass of its own: whatever makes a state writes its positive part too, where an edge reads that.
 
 An operation of another class than those of operations.py, one with hooks, or one whose batch norm is not as `OPS`
-makes it is a plain term: its own forward is called. Two backends do the work, with the same functions (`heads`,
-`involutions`, `depthwise`, `spread`, `mix`): kernels/fast_cell_cpu.py, which cannot be differentiated twice, and
-kernels/fast_cell_torch.py.
+makes it is a plain term: its own forward is called. Two backends do the work: kernels/fast_cell_torch.py, and
+kernels/fast_cell_cpu.py, which cannot be differentiated twice and alone has what `derived` needs besides (`node`,
+`project`, `normalize`); elsewhere derived cells are plain ones.
 """
 
 import functools
@@ -302,7 +302,7 @@ def _kind(op, training, affine):
         return "pool", type(pool), *(str(getattr(pool, name)) for name in pool.__constants__)
     if type(op) is InvoBN:
         kernel_norm = op.op[1].kernel_norm
-        if kernel_norm not in _RMS_EPS or is_reference_forced():
+        if kernel_norm not in _SHARED_NORMS or is_reference_forced():
             return ("any",)
         return "involution", op.op[1].stride, kernel_norm, affines
     if type(op) is ReLUConvBN and op.op[1].kernel_size != (1, 1):  # of a single channel
@@ -321,7 +321,7 @@ _KINDS = {
 }
 _STRIDED = DilConv, SepConv
 _POOLS = nn.MaxPool2d, nn.AvgPool2d
-_RMS_EPS = {"none": None} | RMS_EPS
+_SHARED_NORMS = {"none": None} | RMS_EPS  # the forms of involutions whose work is shared
 
 
 @functools.cache
@@ -401,7 +401,7 @@ def _widened(weight, before, after):
 
 def _involution(x, relu, ops, backend):
     layers = [op.op[1] for op in ops]
-    outputs = backend.involutions(relu(), layers[0].avgpool(relu()), layers, _RMS_EPS[layers[0].kernel_norm])
+    outputs = backend.involutions(relu(), layers[0].avgpool(relu()), layers, _SHARED_NORMS[layers[0].kernel_norm])
     return [Term(output, op.op[2].weight, op.op[3]) for op, output in zip(ops, outputs, strict=True)]
 
 
