@@ -271,8 +271,8 @@ def make_table(rows):
         )
         yield (
             f"| {arch} | {name} | {'–' if arch == YARDSTICK else start} | {len(found)} | "
-            f"{mean_and_std([row['accuracy'] for row in found])} | {loss:.2f} | {lost[arch, kernel_norm, start]} | "
-            f"{spread:.1f} | {seconds:.1f} |"
+            f"{mean_and_std([row['accuracy'] for row in found])} | {loss:.3g} | {lost[arch, kernel_norm, start]} | "
+            f"{spread:.2g} | {seconds:.1f} |"
         )
 
 
