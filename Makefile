@@ -1,5 +1,6 @@
 # make demo    search, retrain, test and draw on the digits set: a few minutes, nothing but the packages to download
 # make test    the test suite
+# make sanitize  the C++ under AddressSanitizer and UndefinedBehaviorSanitizer (GCC; about ten minutes)
 # make lint    style checks
 # make clean   remove the environment (runs/ stays)
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DIGITS := --dataset digits --save demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test sanitize lint clean
 
 demo: .venv/installed
 	@set -e; newest() { ls -td runs/$$1-demo-* | head -n 1; }; \
@@ -31,6 +32,13 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# a library of its own, built with the sanitizers, whose runtime must be there before Python
+sanitize: .venv/installed
+	CXX="g++ -g -fsanitize=address,undefined -fno-sanitize-recover=all" INVOLUTION_CACHE=.venv/sanitized \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q -p no:cacheprovider \
+	tests/test_involution.py tests/test_fast_cell.py tests/test_model.py -k "not compile and not export"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -156,71 +156,105 @@ class State(NamedTuple):
     relu: Callable
 
 
+class _Plan(NamedTuple):
+    """A cell, and the `_kind` of its operations and of its preprocessing; None where only its own forward will do."""
+
+    cell: nn.Module
+    ops: list | None
+    preprocess: list | None
+
+
 def serves(x):
     """Whether `derived` can compute the cells of a network on this tensor."""
     return choose_backend(x) is not fast_cell_torch and not all_are_watched()
 
 
-def stem(module, x):
-    """The stem of a network: a convolution and a batch norm."""
-    if tuple(map(type, module.modules())) != (nn.Sequential, nn.Conv2d, nn.BatchNorm2d):
-        return module(x)
-    if any(map(is_watched, module.modules())) or not _is_usual_norm(module[1], module.training, True):
-        return module(x)
-    return choose_backend(x).normalize(module[0](x), module[1])
-
-
-def derived(cells, stem, drop_prob):
-    """The output of every `model.Cell` of a network, one after the other, as a list of its nodes (N, C, H, W)."""
-    backend, nodes0, nodes1, states = choose_backend(stem), [stem], [stem], {}
-    plans = [None if is_watched(cell) else [_kind(op, cell.training, True) for op in cell._ops] for cell in cells]
-    cells = list(zip(cells, plans, strict=True))
-    for k, (cell, kinds) in enumerate(cells):
+def derived(stem, cells, x, drop_prob, wanted):
+    """{k: the output of cell k, for k in wanted}, of a network of a stem and cells, from images x (N, 3, H, W)."""
+    backend, plans = choose_backend(x), list(map(_plan, cells))
+    nodes0 = nodes1 = [_stem(stem, x, _map_wanted(-1, plans, wanted), backend)]
+    states, maps = {}, {}
+    for k, plan in enumerate(plans):
         # a feature map is the second input of the cell after it, and the first one of the cell after that
         readers = [(k, 1), (k + 1, 0)] if k else [(0, 0), (0, 1), (1, 0)]
-        states.update(_preprocess(nodes1, readers, cells, backend))
-        if kinds is None:
-            nodes = [cell(side_by_side(nodes0), side_by_side(nodes1), drop_prob)]
+        states.update(_preprocess(nodes1, [reader for reader in readers if reader[0] < len(plans)], plans, backend))
+        if plan.ops is None:
+            nodes = [_own_state(plan.cell(_as_one(nodes0), _as_one(nodes1), drop_prob))]
         else:
-            nodes = _nodes(cell, kinds, [states.pop((k, 0)), states.pop((k, 1))], drop_prob, backend)
+            inputs = [states.pop((k, 0)), states.pop((k, 1))]
+            nodes = _nodes(plan, inputs, drop_prob, _map_wanted(k, plans, wanted), backend)
         nodes0, nodes1 = nodes1, nodes
-        yield nodes
+        if k in wanted:
+            maps[k] = _as_one(nodes)
+    return maps
 
 
-def side_by_side(images):
-    """Images as one, their channels one after the other."""
-    return images[0] if len(images) == 1 else torch.cat(images, dim=1)
+def _plan(cell):
+    if is_watched(cell):
+        return _Plan(cell, None, None)
+    kinds = [
+        [_kind(op, cell.training, True) for op in ops] for ops in (cell._ops, (cell.preprocess0, cell.preprocess1))
+    ]
+    return _Plan(cell, *kinds)
 
 
-def _preprocess(nodes, readers, cells, backend):
+def _map_wanted(k, plans, wanted):
+    """Whether anybody reads the feature map of cell k itself, and whether its positive part; -1 is the stem."""
+    readers = [(k + 1, 1), (k + 2, 0)] if k >= 0 else [(0, 0), (0, 1), (1, 0)]
+    shared = [
+        plans[i].ops is not None and plans[i].preprocess[j][0] in _PREPROCESS for i, j in readers if i < len(plans)
+    ]
+    return k in wanted or False in shared, True in shared
+
+
+def _stem(module, x, wanted, backend):
+    """The State of the stem of a network: a convolution and a batch norm."""
+    if tuple(map(type, module.modules())) != (nn.Sequential, nn.Conv2d, nn.BatchNorm2d):
+        return _own_state(module(x))
+    if any(map(is_watched, module.modules())) or not _is_usual_norm(module[1], module.training, True):
+        return _own_state(module(x))
+    return _state(iter(backend.normalize(module[0](x), module[1], wanted)), wanted)
+
+
+def _own_state(plain):
+    return State(plain, functools.cache(functools.partial(F.relu, plain)))
+
+
+def _as_one(nodes):
+    """The feature map of nodes: their channels one after the other."""
+    return nodes[0].plain if len(nodes) == 1 else torch.cat([node.plain for node in nodes], dim=1)
+
+
+def _preprocess(nodes, readers, plans, backend):
     """{(k, j): State} of the inputs (cell k, input j) in readers, which read a feature map, given as its nodes."""
     states, groups = {}, defaultdict(list)
     for k, j in readers:
-        cell, kinds = cells[k] if k < len(cells) else (None, None)
+        cell, kinds, preprocess = plans[k]
         if kinds is None:
             continue
-        op, wanted = (cell.preprocess0, cell.preprocess1)[j], _wanted(cell, kinds, j)
-        kind = _kind(op, cell.training, True)
-        if kind[0] not in _PREPROCESS:
-            plain = op(side_by_side(nodes))
-            states[k, j] = State(plain, functools.cache(functools.partial(F.relu, plain)))
+        op, wanted = (cell.preprocess0, cell.preprocess1)[j], _wanted(plans[k], j)
+        if preprocess[j][0] not in _PREPROCESS:
+            states[k, j] = _own_state(op(_as_one(nodes)))
         else:  # what nobody reads is by itself, so that its weights get no gradient
-            groups[kind, cell.training, any(wanted) or (k, j)].append(((k, j), op, wanted))
+            groups[preprocess[j], cell.training, any(wanted) or (k, j)].append(((k, j), op, wanted))
     for (kind, *_), group in groups.items():
         keys, ops, wanted = zip(*group, strict=True)
-        states.update(zip(keys, _PREPROCESS[kind[0]](nodes, ops, wanted, backend), strict=True))
+        images = [node.relu() for node in nodes]
+        states.update(zip(keys, _PREPROCESS[kind[0]](images, ops, wanted, backend), strict=True))
     return states
 
 
-def _wanted(cell, kinds, j):
-    """Whether anybody reads state j of a cell itself, and whether its positive part."""
-    reading = {kind in _LINEAR for (kind, *_), i in zip(kinds, cell._indices, strict=True) if i == j}
-    return False in reading or j in cell._concat, True in reading
+def _wanted(plan, j, of_map=(True, True)):
+    """Whether anybody reads state j of a cell itself, and whether its positive part; of_map: of the cell's output."""
+    reading = {kind in _LINEAR for (kind, *_), i in zip(plan.ops, plan.cell._indices, strict=True) if i == j}
+    is_output = j in plan.cell._concat
+    return False in reading or (is_output and of_map[0]), True in reading or (is_output and of_map[1])
 
 
-def _nodes(cell, kinds, states, drop_prob, backend):
+def _nodes(plan, states, drop_prob, of_map, backend):
     """The nodes that a cell hands on, from the states of its inputs, to which it adds its own."""
-    edges = list(zip(cell._indices, cell._ops, kinds, strict=True))
+    cell = plan.cell
+    edges = list(zip(cell._indices, cell._ops, plan.ops, strict=True))
     factors = [None] * len(edges)
     if cell.training and drop_prob > 0:
         like = next(x for state in states for x in (state.plain, state.relu()) if x is not None)
@@ -228,7 +262,7 @@ def _nodes(cell, kinds, states, drop_prob, backend):
     parts, linear, expected = defaultdict(list), defaultdict(list), {}  # by node
     for j in range(2 + len(edges) // 2):
         if j >= 2:
-            states.append(_node(parts.pop(j, []), linear.pop(j, []), _wanted(cell, kinds, j), backend))
+            states.append(_node(parts.pop(j, []), linear.pop(j, []), _wanted(plan, j, of_map), backend))
         leaving = [(e, op, kind) for e, (i, op, kind) in enumerate(edges) if i == j]
         for e, term in _expand(states[j].plain, states[j].relu, leaving, backend):
             n, factor = 2 + e // 2, factors[e]
@@ -237,7 +271,7 @@ def _nodes(cell, kinds, states, drop_prob, backend):
                 parts[n].append(term.input if factor is None else term.input * factor)
             else:
                 linear[n].append((term, factor))
-    return [states[i].plain for i in cell._concat]
+    return [states[i] for i in cell._concat]
 
 
 def _node(parts, linear, wanted, backend):
@@ -252,12 +286,12 @@ def _state(results, wanted):
     return State(plain, lambda: positive)
 
 
-def _project(nodes, ops, wanted, backend):
-    return _projected(nodes, [op.op[1].weight for op in ops], [op.op[2] for op in ops], wanted, backend)
+def _project(images, ops, wanted, backend):
+    return _projected(images, [op.op[1].weight for op in ops], [op.op[2] for op in ops], wanted, backend)
 
 
-def _project_every_second(nodes, ops, wanted, backend):
-    first, second = zip(*map(backend.every_second, nodes), strict=True)
+def _project_every_second(images, ops, wanted, backend):
+    first, second = zip(*map(backend.every_second, images), strict=True)
     return _projected([*first, *second], list(map(_reducing_weight, ops)), [op.bn for op in ops], wanted, backend)
 
 
@@ -299,7 +333,7 @@ def _kind(op, training, affine):
     affines = tuple(m.affine for m in modules if type(m) is nn.BatchNorm2d)
     if type(op) is nn.Sequential:
         pool = modules[1]
-        return "pool", type(pool), *(str(getattr(pool, name)) for name in pool.__constants__)
+        return ("pool", type(pool), pool.stride) if _is_usual_pool(pool) else ("any",)
     if type(op) is InvoBN:
         kernel_norm = op.op[1].kernel_norm
         if kernel_norm not in _SHARED_NORMS or is_reference_forced():
@@ -308,7 +342,7 @@ def _kind(op, training, affine):
     if type(op) is ReLUConvBN and op.op[1].kernel_size != (1, 1):  # of a single channel
         return ("any",)
     if isinstance(op, _POOLS):
-        return "bare_pool", type(op), *(str(getattr(op, name)) for name in op.__constants__)
+        return ("bare_pool", type(op), op.stride) if _is_usual_pool(op) else ("any",)
     return _KINDS[type(op)], op.op[1].stride if type(op) in _STRIDED else None, affines
 
 
@@ -346,6 +380,15 @@ def _is_usual(conv, biased):
     return depthwise and (conv.stride, conv.dilation, conv.padding) == ((s, s), (d, d), (d * (K // 2),) * 2)
 
 
+def _is_usual_pool(pool):
+    """Whether a pooling is one of OPS, whose border does not count."""
+    if type(pool) is nn.MaxPool2d:
+        rest = pool.dilation, pool.return_indices, pool.ceil_mode
+    else:
+        rest = 1, pool.count_include_pad, pool.ceil_mode if pool.divisor_override is None else True
+    return (pool.kernel_size, pool.padding, *rest) == (3, 1, 1, False, False) and pool.stride in (1, 2)
+
+
 def _with_descendants(module, found):
     found.append(module)
     for child in module._modules.values():
@@ -370,7 +413,7 @@ def _skip(x, relu, ops, backend):
 
 
 def _pool(x, relu, ops, backend):
-    pooled = ops[0][0](x)
+    pooled = _pooled(x, ops[0][0], backend)
     norms = [norm for _, norm in ops]
     if not norms[0].training:  # the running statistics of the edges may differ
         return [Term(norm(pooled)) for norm in norms]
@@ -380,7 +423,11 @@ def _pool(x, relu, ops, backend):
 
 
 def _bare_pool(x, relu, ops, backend):
-    return [Term(ops[0](x))] * len(ops)
+    return [Term(_pooled(x, ops[0], backend))] * len(ops)
+
+
+def _pooled(x, pool, backend):
+    return backend.pool(x, type(pool) is nn.MaxPool2d, pool.stride)
 
 
 def _reduce(x, relu, ops, backend):

@@ -115,13 +115,22 @@ class NetworkCIFAR(nn.Module):
 
     def forward(self, input):
         """(N, 3, H, W) -> logits (N, num_classes) and the auxiliary logits (None outside training)."""
-        logits_aux = None
+        middle, last = 2 * self._layers // 3, self._layers - 1
+        auxiliary = self._auxiliary and self.training
+        wanted = {middle, last} if auxiliary else {last}
         fast = self.fast and fast_cell.serves(input) and all(type(cell) is Cell for cell in self.cells)
-        s0 = s1 = fast_cell.stem(self.stem, input) if fast else self.stem(input)
-        outputs = fast_cell.derived(self.cells, s1, self.drop_path_prob) if fast else None
-        for i, cell in enumerate(self.cells):
-            s0, s1 = s1, next(outputs) if fast else cell(s0, s1, self.drop_path_prob)
-            if i == 2 * self._layers // 3 and self._auxiliary and self.training:
-                logits_aux = self.auxiliary_head(fast_cell.side_by_side(s1) if fast else s1)
-        s1 = fast_cell.side_by_side(s1) if fast else s1
-        return self.classifier(self.global_pooling(s1).flatten(1)), logits_aux
+        compute = fast_cell.derived if fast else _module_by_module
+        maps = compute(self.stem, self.cells, input, self.drop_path_prob, wanted)
+        logits_aux = self.auxiliary_head(maps[middle]) if auxiliary else None
+        return self.classifier(self.global_pooling(maps[last]).flatten(1)), logits_aux
+
+
+def _module_by_module(stem, cells, x, drop_prob, wanted):
+    """{k: the output of cell k, for k in wanted}."""
+    maps = {}
+    s0 = s1 = stem(x)
+    for k, cell in enumerate(cells):
+        s0, s1 = s1, cell(s0, s1, drop_prob)
+        if k in wanted:
+            maps[k] = s1
+    return maps

@@ -63,7 +63,8 @@ def _compiler():
 def _key(compiler, source):
     # the predefined macros name the compiler's version and every instruction set that it may use
     macros = _run([*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
-    parts = (source.read_text(), macros, torch.__version__, " ".join(compiler + FLAGS))
+    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    parts = (*texts, macros, torch.__version__, " ".join(compiler + FLAGS))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

@@ -1,442 +1,26 @@
-// The loops of fast_cell_cpu.py: sums of small matrix products over the pixels of images, and depthwise convolution.
+// The loops of fast_cell_cpu.py: what a cell computes from its images, with the products of products.h.
 //
-// An image is channels-last: a matrix (pixel, channel), and a 1x1 convolution a product with it. `combine` adds such
-// products up without writing any of them to memory; `multiply` sums the outer products of two images over their
-// pixels, of which batch statistics and weight gradients are made; `mix` is a node of the two, `spread` weighted sums.
-// `project` makes the states of a derived network's cells from wide images.
-// Sums over pixels run over short tiles in the images' dtype and over tiles in double precision; their order never
-// depends on the number of threads.
+// `spread` makes weighted sums, `mix` a node of the candidates that enter it, `project` the states of a derived network's
+// cells from the nodes of the cells before; pooling, every second pixel and the RMS of features are plain loops.
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <deque>
 #include <new>
 #include <type_traits>
-#include <utility>
 #include <vector>
+
+#include "depthwise.h"
+#include "products.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-constexpr int64_t kCombined = 48;         // pixels of a tile of `combine`: a multiple of the rows of a block
-constexpr int64_t kMultiplied = 128;      // pixels of a tile of `multiply`
 constexpr int64_t kBatchBytes = 4 << 20;  // of the candidates that backward visits twice in turn
+constexpr int64_t kWideProduct = 1 << 16;  // elements of a weight whose gradient takes longer tiles
 constexpr double kEps = 1e-5;             // of batch norm
-constexpr int kSums = kVectorBytes == 64 ? 24 : 12;  // vectors of sums of `combine` that are held in registers
-constexpr int kOuterSums = kVectorBytes == 64 ? 16 : 8;  // and of `multiply`
-
-template <class A>
-constexpr int kLanes = kVectorBytes / sizeof(A);
-
-template <class A>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(kVectorBytes)));
-};
-template <class A>
-using Vec = typename VectorOf<A>::type;
-
-constexpr int kQuad = 4;  // the channels of the narrowest common images
-template <class A>
-struct QuadOf {
-  typedef A type __attribute__((vector_size(kQuad * sizeof(A))));
-};
-template <class A>
-using Quad = typename QuadOf<A>::type;
-
-template <class A>
-inline Vec<A> load(const A* p) {
-  Vec<A> v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-template <class A>
-inline void store(A* p, Vec<A> v) {
-  std::memcpy(p, &v, sizeof(v));
-}
-
-inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
-template <class A>
-A* scratch(std::vector<A>& buffer, int64_t size) {
-  if (int64_t(buffer.size()) < size) buffer.resize(size);
-  return buffer.data();
-}
-
-// f(c0, width) for the channels in vectors; the width of a whole one is a constant, so that loops over it become one
-// instruction
-template <class A, class F>
-inline void for_vectors(int64_t C, const F& f) {
-  constexpr int64_t L = kLanes<A>;
-  int64_t c0 = 0;
-  for (; c0 + L <= C; c0 += L) f(c0, std::integral_constant<int64_t, L>());
-  if (c0 < C) f(c0, C - c0);
-}
-
-// ------------------------------------------------------------------------------------------------------- operands
-
-template <class A>
-struct Part {
-  const A *x, *mask, *more;  // (pixel, width): x where the mask, if there is one, is positive, plus more, if any
-  int64_t width;
-};
-
-// to[c] = factor * (x[c] where mask[c] is positive, plus more[c]) for all vectors V that fit into the columns from c on;
-// returns the first column that is left. What is not a number passes a mask, as it passes ReLU.
-template <class V, class A>
-inline int64_t copy_vectors(A* to, const Part<A>& part, int64_t row, A factor, int64_t c) {
-  constexpr int64_t n = sizeof(V) / sizeof(A);
-  const auto read = [&](const A* image) {
-    V vector;
-    std::memcpy(&vector, image + row * part.width + c, sizeof(vector));
-    return vector;
-  };
-  for (; c + n <= part.width; c += n) {
-    V value = read(part.x);
-    if (part.mask) value = read(part.mask) <= 0 ? V{} : value;
-    if (part.more) value += read(part.more);
-    value *= factor;
-    std::memcpy(to + c, &value, sizeof(value));
-  }
-  return c;
-}
-
-class Reader {  // of the numbers and addresses that the caller packs into one array
- public:
-  explicit Reader(const int64_t* next) : next(next) {}
-  int64_t number() { return *next++; }
-  template <class T>
-  T* address() {
-    return (T*)*next++;
-  }
-
- private:
-  const int64_t* next;
-};
-
-template <class A>
-inline void copy_row(A* to, const Part<A>& part, int64_t row, A factor = 1) {
-  int64_t c = copy_vectors<Vec<A>>(to, part, row, factor, 0);
-  c = copy_vectors<Quad<A>>(to, part, row, factor, c);
-  copy_vectors<A>(to, part, row, factor, c);
-}
-
-template <class A>
-struct Operand {  // images side by side
-  std::vector<Part<A>> parts;
-  int64_t width = 0;
-  const A* factors = nullptr;  // one for each `image_pixels` pixels, or null
-  int64_t image_pixels = 1;
-
-  explicit Operand(Reader& reader) {
-    for (int64_t n = reader.number(); n > 0; --n) {
-      Part<A> part{reader.address<const A>(), reader.address<const A>(), reader.address<const A>(), reader.number()};
-      parts.push_back(part);
-      width += part.width;
-    }
-  }
-
-  Operand times(const A* factors, int64_t image_pixels) const {
-    Operand product = *this;
-    product.factors = factors;
-    product.image_pixels = image_pixels;
-    return product;
-  }
-
-  A factor(int64_t pixel) const { return factors ? factors[pixel / image_pixels] : A(1); }
-
-  // Rows [p0, p0 + rows) with `pitch` elements between them; copied unless they lie like that in memory
-  const A* tile(int64_t p0, int64_t rows, int64_t pitch, std::vector<A>& buffer) const {
-    if (parts.size() == 1 && !parts[0].mask && !parts[0].more && !factors && pitch == width)
-      return parts[0].x + p0 * width;
-    A* copy = scratch(buffer, rows * pitch);
-    if (pitch > width) std::fill_n(copy, rows * pitch, A(0));
-    int64_t offset = 0;
-    for (const auto& part : parts) {
-      for (int64_t p = 0; p < rows; ++p) copy_row(copy + p * pitch + offset, part, p0 + p, factor(p0 + p));
-      offset += part.width;
-    }
-    return copy;
-  }
-};
-
-template <class A>
-std::deque<Operand<A>> read_operands(Reader& reader) {  // a deque keeps its elements where they are
-  std::deque<Operand<A>> operands;
-  for (int64_t n = reader.number(); n > 0; --n) operands.emplace_back(reader);
-  return operands;
-}
-
-// -------------------------------------------------------------------------------------------------------- combine
-
-// out[r][v] += sum_k x[r][k] * matrix[k][v]
-template <class A, int R, int V>
-inline void combine_block(const A* x, int64_t pitch, int64_t depth, const A* matrix, int64_t width, A* out) {
-  constexpr int L = kLanes<A>;
-  Vec<A> sum[R][V];
-#pragma GCC unroll 24
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) sum[r][v] = load(out + r * width + v * L);
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<A> row[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) row[v] = load(matrix + k * width + v * L);
-#pragma GCC unroll 24
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) sum[r][v] += row[v] * x[r * pitch + k];
-  }
-#pragma GCC unroll 24
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) store(out + r * width + v * L, sum[r][v]);
-}
-
-template <class A, int V>
-void combine_columns(const A* x, int64_t pitch, int64_t depth, const A* matrix, int64_t width, A* out, int64_t rows) {
-  constexpr int R = kSums / V;
-  int64_t p = 0;
-  for (; p + R <= rows; p += R)
-    combine_block<A, R, V>(x + p * pitch, pitch, depth, matrix, width, out + p * width);
-  for (; p < rows; ++p) combine_block<A, 1, V>(x + p * pitch, pitch, depth, matrix, width, out + p * width);
-}
-
-// The same for all columns
-template <class A>
-void combine_tile(const A* x, int64_t pitch, int64_t depth, const A* matrix, int64_t width, A* out, int64_t rows) {
-  constexpr int L = kLanes<A>;
-  int64_t c = 0;
-  for (; c + 2 * L <= width; c += 2 * L) combine_columns<A, 2>(x, pitch, depth, matrix + c, width, out + c, rows);
-  if (c < width) combine_columns<A, 1>(x, pitch, depth, matrix + c, width, out + c, rows);
-}
-
-template <class A>
-struct Source {
-  const Operand<A>* operand;
-  std::vector<A> matrix;     // (channel of the operand, channel of the result), padded to whole vectors; or one factor
-  std::vector<double> bias;  // added with the operand's factors, where it has some
-};
-
-template <class A>
-struct Combination {  // results = bias + sum over sources of matrix * operand, where that is positive if `relu`
-  std::vector<Part<A>> results;  // side by side
-  bool relu;
-  A* positive = nullptr;  // room for the only result's positive part, where that is wanted too
-  std::vector<double> bias;
-  std::vector<Source<A>> sources;
-  int64_t channels = 0, width;
-
-  Combination(std::vector<Part<A>> images, bool relu) : results(std::move(images)), relu(relu) {
-    for (const auto& result : results) channels += result.width;
-    width = round_up(channels, kLanes<A>);
-    bias.resize(width);
-  }
-
-  // A source whose matrix is to be filled in: row k says what the operand's channel k adds to the results
-  Source<A>& add(const Operand<A>& operand) {
-    sources.push_back({&operand, std::vector<A>(operand.width * width), std::vector<double>(width)});
-    return sources.back();
-  }
-  void add(const Operand<A>& operand, A factor) { sources.push_back({&operand, {factor}, {}}); }
-
-  // The sums of a tile (rows, width) alone
-  void add_up(int64_t p0, int64_t rows, A* out, std::vector<A>& copy) const {
-    for_vectors<A>(width, [&](int64_t c0, auto lanes) {
-      A first[kLanes<A>];
-      for (int64_t c = 0; c < lanes; ++c) first[c] = A(bias[c0 + c]);
-      for (int64_t p = 0; p < rows; ++p)
-        for (int64_t c = 0; c < lanes; ++c) out[p * width + c0 + c] = first[c];
-    });
-    for (const auto& source : sources) {
-      const int64_t depth = source.operand->width;
-      if (source.operand->factors && !source.bias.empty())
-        for (int64_t p = 0; p < rows; ++p)
-          for (int64_t c = 0; c < width; ++c) out[p * width + c] += source.operand->factor(p0 + p) * A(source.bias[c]);
-      const A *x = source.operand->tile(p0, rows, depth, copy), *matrix = source.matrix.data();
-      if (source.matrix.size() == 1) {
-        for_vectors<A>(channels, [&](int64_t c0, auto lanes) {
-          for (int64_t p = 0; p < rows; ++p)
-            for (int64_t c = c0; c < c0 + lanes; ++c) out[p * width + c] += *matrix * x[p * depth + c];
-        });
-        continue;
-      }
-      combine_tile(x, depth, depth, matrix, width, out, rows);
-    }
-  }
-
-  void run(int64_t p0, int64_t rows, std::vector<A>& sums, std::vector<A>& copy) const {
-    const bool in_place = results.size() == 1 && width == channels;
-    A* out = in_place ? const_cast<A*>(results[0].x) + p0 * width : scratch(sums, rows * width);
-    add_up(p0, rows, out, copy);
-    if (relu)
-      for (int64_t e = 0; e < rows * width; ++e) out[e] = std::max(out[e], A(0));
-    if (positive)
-      for_vectors<A>(channels, [&](int64_t c0, auto lanes) {
-        for (int64_t p = 0; p < rows; ++p)
-          for (int64_t c = c0; c < c0 + lanes; ++c)
-            positive[(p0 + p) * channels + c] = std::max(out[p * width + c], A(0));
-      });
-    if (in_place) return;
-    for (const auto& result : results) {
-      A* to = const_cast<A*>(result.x) + p0 * result.width;
-      for (int64_t p = 0; p < rows; ++p)
-        copy_row(to + p * result.width, Part<A>{out + p * width, nullptr, nullptr, result.width}, 0);
-      out += result.width;
-    }
-  }
-};
-
-template <class A>
-void combine(int64_t pixels, const std::vector<Combination<A>>& combinations) {
-  at::parallel_for(0, (pixels + kCombined - 1) / kCombined, 4, [&](int64_t begin, int64_t end) {
-    std::vector<A> sums, copy;
-    for (int64_t tile = begin; tile < end; ++tile)
-      for (const auto& combination : combinations)
-        combination.run(tile * kCombined, std::min(kCombined, pixels - tile * kCombined), sums, copy);
-  });
-}
-
-// ------------------------------------------------------------------------------------------------------- multiply
-
-// sums[r][v] += the tile's sum over p of a[p][r] * b[p][v]
-template <class A, int R, int V>
-inline void multiply_block(const A* a, int64_t a_pitch, const A* b, int64_t b_pitch, int64_t rows, double* sums) {
-  constexpr int L = kLanes<A>;
-  Vec<A> sum[R][V] = {};
-  for (int64_t p = 0; p < rows; ++p, a += a_pitch, b += b_pitch) {
-    Vec<A> row[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) row[v] = load(b + v * L);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) sum[r][v] += row[v] * a[r];
-  }
-  for (int r = 0; r < R; ++r) {
-    A lanes[V * L];
-    std::memcpy(lanes, sum[r], sizeof(lanes));
-    for (int e = 0; e < V * L; ++e) sums[r * b_pitch + e] += lanes[e];
-  }
-}
-
-template <class A, int V>
-void multiply_columns(const A* a, int64_t a_pitch, int64_t a_width, const A* b, int64_t b_pitch, int64_t rows,
-                      double* sums) {
-  constexpr int R = kOuterSums / V;
-  int64_t r = 0;
-  for (; r + R <= a_width; r += R) multiply_block<A, R, V>(a + r, a_pitch, b, b_pitch, rows, sums + r * b_pitch);
-  for (; r + 4 <= a_width; r += 4) multiply_block<A, 4, V>(a + r, a_pitch, b, b_pitch, rows, sums + r * b_pitch);
-  for (; r < a_width; ++r) multiply_block<A, 1, V>(a + r, a_pitch, b, b_pitch, rows, sums + r * b_pitch);
-}
-
-// The same for all columns; of a symmetric result, the part above the diagonal
-template <class A>
-void multiply_tile(const A* a, int64_t a_pitch, int64_t a_width, const A* b, int64_t b_pitch, int64_t rows,
-                   double* sums, bool is_symmetric = false) {
-  constexpr int L = kLanes<A>;
-  for (int64_t c = 0; c < b_pitch; c += 2 * L) {
-    const int64_t height = is_symmetric ? std::min(a_width, c + 2 * L) : a_width;
-    if (c + 2 * L <= b_pitch)
-      multiply_columns<A, 2>(a, a_pitch, height, b + c, b_pitch, rows, sums + c);
-    else
-      multiply_columns<A, 1>(a, a_pitch, height, b + c, b_pitch, rows, sums + c);
-  }
-}
-
-template <class A>
-struct Product {
-  const Operand<A>&a, &b;
-  const bool is_dot;           // the sum of all elements of a * b instead
-  const bool is_symmetric;
-  const int64_t pitch;         // of b's rows in a tile and of the partial sums
-  std::vector<double> result;  // (channel of a, channel of b)
-  std::vector<double> sum;     // of a alone
-
-  Product(const Operand<A>& a, const Operand<A>& b, bool is_dot = false)
-      : a(a), b(b), is_dot(is_dot), is_symmetric(&a == &b), pitch(round_up(b.width, kLanes<A>)) {}
-
-  int64_t size() const { return is_dot ? 1 : a.width * (pitch + 1); }
-
-  // Add the pixels [begin, end) to partial sums (a.width, pitch), followed by those of a alone
-  void run(int64_t begin, int64_t end, double* partial, std::vector<A>& a_copy, std::vector<A>& b_copy) const {
-    constexpr int L = kLanes<A>;
-    for (int64_t p0 = begin; p0 < end; p0 += kMultiplied) {
-      const int64_t rows = std::min(kMultiplied, end - p0);
-      const A* x = a.tile(p0, rows, a.width, a_copy);
-      if (is_dot) {
-        const A* y = b.tile(p0, rows, b.width, b_copy);
-        A lanes[L] = {};
-        int64_t e = 0;
-        for (; e + L <= rows * a.width; e += L)
-          for (int lane = 0; lane < L; ++lane) lanes[lane] += x[e + lane] * y[e + lane];
-        for (; e < rows * a.width; ++e) lanes[0] += x[e] * y[e];
-        for (int lane = 0; lane < L; ++lane) *partial += lanes[lane];
-        continue;
-      }
-      const A* y = b.tile(p0, rows, pitch, b_copy);
-      multiply_tile(x, a.width, a.width, y, pitch, rows, partial, is_symmetric);
-      double* total = partial + a.width * pitch;
-      for_vectors<A>(a.width, [&](int64_t c0, auto width) {
-        A lanes[L] = {};
-        for (int64_t p = 0; p < rows; ++p)
-          for (int64_t c = 0; c < width; ++c) lanes[c] += x[p * a.width + c0 + c];
-        for (int64_t c = 0; c < width; ++c) total[c0 + c] += lanes[c];
-      });
-    }
-  }
-
-  void finish(const double* partial, int64_t chunks) {
-    std::vector<double> total(partial, partial + size());
-    for (int64_t chunk = 1; chunk < chunks; ++chunk)
-      for (int64_t e = 0; e < size(); ++e) total[e] += partial[chunk * size() + e];
-    if (is_dot) {
-      result = total;
-      return;
-    }
-    result.resize(a.width * b.width);
-    for (int64_t r = 0; r < a.width; ++r)
-      for (int64_t c = 0; c < b.width; ++c)
-        result[r * b.width + c] = is_symmetric && r > c ? total[c * pitch + r] : total[r * pitch + c];
-    sum.assign(total.data() + a.width * pitch, total.data() + total.size());
-  }
-};
-
-template <class A>
-void multiply(int64_t pixels, std::vector<Product<A>>& products) {
-  std::vector<int64_t> offset{0};
-  const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>(16, pixels / 2048)), count = products.size();
-  for (const auto& product : products) offset.push_back(offset.back() + product.size() * chunks);
-  std::vector<double> partial(offset.back());
-  // a chunk of pixels after the other, so that what several products share stays in the cache
-  at::parallel_for(0, chunks * count, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> a_copy, b_copy;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t chunk = task / count, k = task % count;
-      products[k].run(pixels * chunk / chunks, pixels * (chunk + 1) / chunks,
-                      partial.data() + offset[k] + chunk * products[k].size(), a_copy, b_copy);
-    }
-  });
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) products[k].finish(partial.data() + offset[k], chunks);
-  });
-}
-
-template <class A>
-std::vector<Part<A>> image(A* data, int64_t width) {
-  return {{data, nullptr, nullptr, width}};
-}
 
 // --------------------------------------------------------------------------------------------------------- spread
 
@@ -579,7 +163,7 @@ void mix(int64_t pixels, bool training, Reader reader) {
   const bool relu = reader.number();
   const Operand<A> results(reader);
   Combination<A> node(results.parts, relu);
-  node.positive = reader.address<A>();
+  node.positives = reader.address<A>();
   const auto parts = read_operands<A>(reader);
   for (const auto& part : parts) node.add(part, A(1));
   std::deque<Candidate<A>> candidates;
@@ -646,7 +230,7 @@ void mix_backward(int64_t pixels, bool training, Reader reader) {
 
 // -------------------------------------------------------------------------------------------------------- project
 
-// Here v = W z, z the positive part of an image of many channels, is computed and kept: its statistics are sums over v
+// Here v = W z, z the positive parts of images of many channels, is computed and kept: its statistics are sums over v
 // itself. Without W, v is given.
 
 inline int64_t chunks_of(int64_t pixels) { return std::max<int64_t>(1, std::min<int64_t>(16, pixels / 1024)); }
@@ -663,46 +247,30 @@ void for_tiles(int64_t pixels, int64_t tile, const F& f) {
   });
 }
 
-// sums[0][c] += sum over rows of v[c], sums[1][c] += that of v[c]², by way of the squares of its distance from the mean
-template <class A>
-void add_moments(const A* v, int64_t rows, int64_t C, double* sums) {
-  constexpr int L = kLanes<A>;
-  for_vectors<A>(C, [&](int64_t c0, auto width) {
-    A total[L] = {}, mean[L] = {}, square[L] = {};
-    for (int64_t p = 0; p < rows; ++p)
-      for (int64_t c = 0; c < width; ++c) total[c] += v[p * C + c0 + c];
-    for (int64_t c = 0; c < width; ++c) mean[c] = total[c] / rows;
-    for (int64_t p = 0; p < rows; ++p)
-      for (int64_t c = 0; c < width; ++c) {
-        const A distance = v[p * C + c0 + c] - mean[c];
-        square[c] += distance * distance;
-      }
-    for (int64_t c = 0; c < width; ++c) {
-      sums[c0 + c] += total[c];
-      sums[C + c0 + c] += square[c] + double(total[c]) * total[c] / rows;
-    }
-  });
-}
-
 // The sums of the chunks, in their order
 inline std::vector<double> total_of(const std::vector<double>& partial, int64_t size) {
   std::vector<double> total(size);
-  for (size_t e = 0; e < partial.size(); ++e) total[e % size] += partial[e];
+  for (size_t first = 0; first < partial.size(); first += size)
+    for (int64_t e = 0; e < size; ++e) total[e] += partial[first + e];
   return total;
 }
 
 template <class A>
 struct Projection {  // scale * norm(v) + shift, v = W z
-  Operand<A> z;
-  int64_t C, K;
+  std::deque<Operand<A>> z;  // side by side
+  int64_t C, K = 0;
   const A* weight;  // null where v is given
   A* v;             // null where it is not kept
   const A *scales, *shifts;  // null for ones and zeros
   Statistics stats;
+  std::vector<A> mean, slope, shift;  // of every channel
 
   explicit Projection(Reader& reader)
-      : z(reader), C(reader.number()), K(z.width), weight(reader.address<const A>()), v(reader.address<A>()),
-        scales(reader.address<const A>()), shifts(reader.address<const A>()), stats(reader.address<double>(), C, 0) {}
+      : z(read_operands<A>(reader)), C(reader.number()), weight(reader.address<const A>()), v(reader.address<A>()),
+        scales(reader.address<const A>()), shifts(reader.address<const A>()), stats(reader.address<double>(), C, 0),
+        mean(C), slope(C), shift(C) {
+    for (const auto& operand : z) K += operand.width;
+  }
 
   double scale(int64_t c) const { return scales ? double(scales[c]) : 1; }
 
@@ -712,162 +280,184 @@ struct Projection {  // scale * norm(v) + shift, v = W z
       stats.var[c] = std::max(sums[C + c] / pixels - stats.mean[c] * stats.mean[c], 0.0);
     }
   }
+
+  void find_slopes() {
+    for (int64_t c = 0; c < C; ++c) {
+      stats.s[c] = 1 / std::sqrt(stats.var[c] + kEps);
+      mean[c] = A(stats.mean[c]);
+      slope[c] = A(scale(c) * stats.s[c]);
+      shift[c] = shifts ? shifts[c] : A(0);
+    }
+  }
+
+  // The channels [c0, c0 + to.channels) of v, or of the whole where `normalized`, as products
+  void add_to(Combination<A>& to, int64_t c0, bool normalized) const {
+    int64_t k0 = 0;
+    for (const auto& operand : z) {
+      auto& matrix = to.add(operand).matrix;
+      for (int64_t c = 0; c < to.channels; ++c)
+        for (int64_t k = 0; k < operand.width; ++k)
+          matrix[k * to.width + c] = weight[(c0 + c) * K + k0 + k] * (normalized ? slope[c0 + c] : A(1));
+      k0 += operand.width;
+    }
+    for (int64_t c = 0; normalized && c < to.channels; ++c) to.bias[c] = shift[c0 + c] - slope[c0 + c] * mean[c0 + c];
+  }
 };
 
-// Rows of scale * (v - mean) + shift, and of its positive part, for the channels [c0, c0 + width) of C
+// Add to sums[0] those of v over the rows, to sums[1] those of v², by way of the squares of its distance from the mean
 template <class A>
-void normalize(const A* v, int64_t rows, int64_t C, int64_t c0, int64_t width, const A* mean, const A* slope,
-               const A* shift, A* plain, A* positive) {
-  for_vectors<A>(width, [&](int64_t first, auto lanes) {
-    const int64_t from = c0 + first;
-    for (int64_t p = 0; p < rows; ++p) {
-      A value[kLanes<A>];
-      for (int64_t c = 0; c < lanes; ++c)
-        value[c] = (v[p * C + from + c] - mean[from + c]) * slope[from + c] + shift[from + c];
-      if (plain)
-        for (int64_t c = 0; c < lanes; ++c) plain[p * width + first + c] = value[c];
-      if (positive)
-        for (int64_t c = 0; c < lanes; ++c) positive[p * width + first + c] = std::max(value[c], A(0));
+void add_moments(const A* v, int64_t rows, int64_t C, double* sums) {
+  thread_local std::vector<double> total, square;
+  thread_local std::vector<A> mean;
+  total.assign(C, 0), square.assign(C, 0), mean.resize(C);
+  add_rows<A>(rows, C, total.data(), [&](int64_t p, int64_t c, auto zero) { return read<decltype(zero)>(v + p * C + c); });
+  for (int64_t c = 0; c < C; ++c) mean[c] = A(total[c] / rows);
+  add_rows<A>(rows, C, square.data(), [&](int64_t p, int64_t c, auto zero) {
+    using V = decltype(zero);
+    const V distance = read<V>(v + p * C + c) - read<V>(mean.data() + c);
+    return V(distance * distance);
+  });
+  for (int64_t c = 0; c < C; ++c) {
+    sums[c] += total[c];
+    sums[C + c] += square[c] + (2 * total[c] - rows * double(mean[c])) * mean[c];
+  }
+}
+
+template <class A>
+struct Result {  // room for an image and for its positive part; either may be null
+  A *plain, *positives;
+  int64_t width;
+};
+
+// Rows of slope * (v - mean) + shift, and of its positive part, for the channels of v from c0 on
+template <class A>
+void normalize(const Projection<A>& p, int64_t c0, const Result<A>& result, int64_t p0, int64_t rows) {
+  for_columns<kLanes<A>>(0, result.width, [&](int64_t first, auto n) {
+    using V = Lanes<A, n>;
+    const int64_t c = c0 + first;
+    const V mean = read<V>(&p.mean[c]), slope = read<V>(&p.slope[c]), shift = read<V>(&p.shift[c]);
+    for (int64_t row = p0; row < p0 + rows; ++row) {
+      const V value = (read<V>(p.v + row * p.C + c) - mean) * slope + shift;
+      if (result.plain) store(result.plain + row * result.width + first, value);
+      if (result.positives) store(result.positives + row * result.width + first, positive(value));
     }
   });
+}
+
+// The results as products, batch norm included
+template <class A>
+std::vector<Combination<A>> normalized(const Projection<A>& p, const std::vector<Result<A>>& results) {
+  std::vector<Combination<A>> combinations;
+  int64_t c0 = 0;
+  for (const auto& result : results) {
+    combinations.emplace_back(image(result.plain ? result.plain : result.positives, result.width), !result.plain);
+    if (result.plain) combinations.back().positives = result.positives;
+    p.add_to(combinations.back(), c0, true);
+    c0 += result.width;
+  }
+  return combinations;
 }
 
 template <class A>
 void project(int64_t pixels, bool training, Reader reader) {
   Projection<A> p(reader);
-  const int64_t C = p.C;
-  std::vector<Part<A>> results;  // x: room for the result, more: for its positive part; either may be null
-  for (int64_t n = reader.number(); n > 0; --n) {
-    Part<A> result{reader.address<A>(), nullptr, reader.address<A>(), reader.number()};
-    results.push_back(result);
-  }
-  std::vector<A> mean(C), slope(C), shift(C);
-  const auto finish = [&](const A* v, int64_t p0, int64_t rows) {
+  std::vector<Result<A>> results;
+  for (int64_t n = reader.number(); n > 0; --n)
+    results.push_back({reader.address<A>(), reader.address<A>(), reader.number()});
+  const auto finish = [&](int64_t p0, int64_t rows) {
     int64_t c0 = 0;
     for (const auto& result : results) {
-      const auto at = [&](const A* image) { return image ? const_cast<A*>(image) + p0 * result.width : nullptr; };
-      normalize(v, rows, C, c0, result.width, mean.data(), slope.data(), shift.data(), at(result.x), at(result.more));
+      normalize(p, c0, result, p0, rows);
       c0 += result.width;
     }
   };
-  const auto find_slopes = [&] {
-    for (int64_t c = 0; c < C; ++c) {
-      p.stats.s[c] = 1 / std::sqrt(p.stats.var[c] + kEps);
-      mean[c] = A(p.stats.mean[c]);
-      slope[c] = A(p.scale(c) * p.stats.s[c]);
-      shift[c] = p.shifts ? p.shifts[c] : A(0);
-    }
-  };
-  Combination<A> product(image(p.v, C), false);
-  if (p.weight) {
-    auto& matrix = product.add(p.z).matrix;
-    for (int64_t c = 0; c < C; ++c)
-      for (int64_t k = 0; k < p.K; ++k) matrix[k * product.width + c] = p.weight[c * p.K + k];
-  }
-  if (!training) find_slopes();
-  std::vector<double> sums(training ? chunks_of(pixels) * 2 * C : 0);
+  if (!training) p.find_slopes();
+  if (p.weight && !p.v) return combine(pixels, normalized(p, results));
+  Combination<A> product(image(p.v, p.C), false);
+  if (p.weight) p.add_to(product, 0, false);
+  std::vector<double> sums(training ? chunks_of(pixels) * 2 * p.C : 0);
   for_tiles(pixels, kCombined, [&](int64_t chunk, int64_t p0, int64_t rows) {
-    thread_local std::vector<A> sums_of_tile, copy, room;
-    A* v = p.v ? p.v + p0 * C : scratch(room, rows * C);
-    A* tile = product.width == C ? v : scratch(sums_of_tile, rows * product.width);
-    if (p.weight) product.add_up(p0, rows, tile, copy);
-    if (p.weight && tile != v)
-      for (int64_t r = 0; r < rows; ++r) std::copy_n(tile + r * product.width, C, v + r * C);
+    thread_local Buffers<A> buffers;
+    if (p.weight) product.run(p0, rows, buffers);
     if (training)
-      add_moments(v, rows, C, sums.data() + chunk * 2 * C);
+      add_moments(p.v + p0 * p.C, rows, p.C, sums.data() + chunk * 2 * p.C);
     else
-      finish(v, p0, rows);
+      finish(p0, rows);
   });
   if (!training) return;
-  p.find_statistics(total_of(sums, 2 * C), pixels);
-  find_slopes();
-  for (int64_t c = 0; c < C; ++c) p.stats.var[c] *= pixels / (pixels - 1.0);
-  for_tiles(pixels, kCombined, [&](int64_t, int64_t p0, int64_t rows) { finish(p.v + p0 * C, p0, rows); });
-}
-
-// sums[0][c] += sum over rows of g[c], sums[1][c] += that of g[c] * (v[c] - mean[c])
-template <class A>
-void add_gradients(const A* g, const A* v, const A* mean, int64_t rows, int64_t C, double* sums) {
-  constexpr int L = kLanes<A>;
-  for_vectors<A>(C, [&](int64_t c0, auto width) {
-    A total[L] = {}, product[L] = {};
-    for (int64_t p = 0; p < rows; ++p)
-      for (int64_t c = 0; c < width; ++c) {
-        const int64_t e = p * C + c0 + c;
-        total[c] += g[e];
-        product[c] += g[e] * (v[e] - mean[c0 + c]);
-      }
-    for (int64_t c = 0; c < width; ++c) {
-      sums[c0 + c] += total[c];
-      sums[C + c0 + c] += product[c];
-    }
-  });
-}
-
-// Rows of a tile (rows, pitch) to the images that lie side by side in it, zero where z is
-template <class A>
-void put_positive(const std::vector<Part<A>>& parts, const std::vector<A*>& to, const A* tile, const A* z,
-                  int64_t pitch, int64_t p0, int64_t rows) {
-  for (size_t n = 0; n < parts.size(); ++n) {
-    const int64_t width = parts[n].width;
-    if (to[n])
-      for (int64_t p = 0; p < rows; ++p)
-        copy_row(to[n] + (p0 + p) * width, Part<A>{tile + p * pitch, z + p * pitch, nullptr, width}, 0);
-    tile += width;
-    z += width;
-  }
+  p.find_statistics(total_of(sums, 2 * p.C), pixels);
+  p.find_slopes();
+  for (int64_t c = 0; c < p.C; ++c) p.stats.var[c] *= pixels / (pixels - 1.0);
+  for_tiles(pixels, kCombined, [&](int64_t, int64_t p0, int64_t rows) { finish(p0, rows); });
 }
 
 template <class A>
 void project_backward(int64_t pixels, bool training, Reader reader) {
-  const Projection<A> p(reader);
+  Projection<A> p(reader);
   const Operand<A> g(reader);
   double *to_scales = reader.address<double>(), *to_shifts = reader.address<double>();
   A* to_weight = reader.address<A>();  // or, where v is given, the gradient of v
   std::vector<A*> to_z;
-  for (size_t n = 0; n < p.z.parts.size(); ++n) to_z.push_back(reader.address<A>());
-  const int64_t C = p.C, K = p.K, pitch = round_up(K, kLanes<A>), chunks = chunks_of(pixels);
+  for (size_t n = 0; n < p.z.size(); ++n) to_z.push_back(reader.address<A>());
+  const int64_t C = p.C, K = p.K, chunks = chunks_of(pixels);
 
-  std::vector<A> mean(p.stats.mean, p.stats.mean + C), slope(C), of_v(C), constant(C);
-  std::vector<double> sums(chunks * 2 * C);
+  std::vector<A> of_v(C), constant(C);
+  for (int64_t c = 0; c < C; ++c) {
+    p.mean[c] = A(p.stats.mean[c]);
+    p.slope[c] = A(p.scale(c) * p.stats.s[c]);
+  }
+  std::vector<double> sums(chunks * 2 * C);  // of g, and of g * (v - mean)
   for_tiles(pixels, kMultiplied, [&](int64_t chunk, int64_t p0, int64_t rows) {
     thread_local std::vector<A> copy;
-    add_gradients(g.tile(p0, rows, C, copy), p.v + p0 * C, mean.data(), rows, C, sums.data() + chunk * 2 * C);
+    const A *from = g.tile(p0, rows, copy), *v = p.v + p0 * C;
+    double* to = sums.data() + chunk * 2 * C;
+    add_rows<A>(rows, C, to, [&](int64_t r, int64_t c, auto zero) { return read<decltype(zero)>(from + r * C + c); });
+    add_rows<A>(rows, C, to + C, [&](int64_t r, int64_t c, auto zero) {
+      using V = decltype(zero);
+      return V(read<V>(from + r * C + c) * (read<V>(v + r * C + c) - read<V>(&p.mean[c])));
+    });
   });
   sums = total_of(sums, 2 * C);
   for (int64_t c = 0; c < C; ++c) {
     const double s = p.stats.s[c], G = sums[c], q = s * sums[C + c];
     to_shifts[c] = G;
     to_scales[c] = q;
-    slope[c] = A(p.scale(c) * s);
     constant[c] = A(training ? G / pixels : 0);
     of_v[c] = A(training ? s * q / pixels : 0);
   }
 
-  std::vector<A> matrix(C * pitch);
-  for (int64_t c = 0; p.weight && c < C; ++c) std::copy_n(p.weight + c * K, K, matrix.data() + c * pitch);
-  std::vector<double> products(chunks * C * pitch);
-  for_tiles(pixels, kMultiplied, [&](int64_t chunk, int64_t p0, int64_t rows) {
-    thread_local std::vector<A> g_copy, z_copy, v_room, z_room;
-    const A *from = g.tile(p0, rows, C, g_copy), *v = p.v + p0 * C;
-    A *to_v = p.weight ? scratch(v_room, rows * C) : to_weight + p0 * C, *out = scratch(z_room, rows * pitch);
-    for_vectors<A>(C, [&](int64_t c0, auto width) {
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t k = 0; k < width; ++k) {
-          const int64_t c = c0 + k, e = r * C + c;
-          to_v[e] = slope[c] * (from[e] - constant[c] - (v[e] - mean[c]) * of_v[c]);
-        }
+  std::vector<double> products(p.weight ? chunks * C * K : 0);
+  const int64_t tile = C * K > kWideProduct ? 2 * kMultiplied : kMultiplied;
+  for_tiles(pixels, tile, [&](int64_t chunk, int64_t p0, int64_t rows) {
+    thread_local std::vector<A> g_copy, z_copy, v_room, zeros;
+    const A *from = g.tile(p0, rows, g_copy), *v = p.v + p0 * C;
+    A* to_v = p.weight ? scratch(v_room, rows * C) : to_weight + p0 * C;
+    for_columns<kLanes<A>>(0, C, [&](int64_t c, auto n) {
+      using V = Lanes<A, n>;
+      const V mean = read<V>(&p.mean[c]), slope = read<V>(&p.slope[c]);
+      const V less = read<V>(&constant[c]), curve = read<V>(&of_v[c]);
+      for (int64_t e = c; e < rows * C; e += C)
+        store(to_v + e, V(slope * (read<V>(from + e) - less - (read<V>(v + e) - mean) * curve)));
     });
-    if (!p.weight) return;
-    const A* z = p.z.tile(p0, rows, pitch, z_copy);
-    multiply_tile(to_v, C, C, z, pitch, rows, products.data() + chunk * C * pitch);
-    std::fill_n(out, rows * pitch, A(0));
-    combine_tile(to_v, C, C, matrix.data(), pitch, out, rows);
-    put_positive(p.z.parts, to_z, out, z, pitch, p0, rows);
+    zeros.resize(K);
+    int64_t k0 = 0;
+    for (size_t n = 0; p.weight && n < to_z.size(); k0 += p.z[n++].width) {
+      const int64_t width = p.z[n].width;
+      const A* z = p.z[n].tile(p0, rows, z_copy);
+      multiply_tile(to_v, C, z, width, rows, products.data() + chunk * C * K + k0, K);
+      if (!to_z[n]) continue;
+      const Input<A> input{to_v, C, p.weight + k0, K};
+      A* out = to_z[n] + p0 * width;
+      combine_tile(&input, 1, {zeros.data(), 0}, out, width, rows);
+      for_columns<kLanes<A>>(0, rows * width, [&](int64_t e, auto n) {
+        using V = Lanes<A, n>;
+        store(out + e, V(read<V>(z + e) <= 0 ? V{} : read<V>(out + e)));
+      });
+    }
   });
-  products = total_of(products, C * pitch);
-  for (int64_t c = 0; c < C; ++c)
-    for (int64_t k = 0; k < K; ++k) to_weight[c * K + k] = A(products[c * pitch + k]);
+  if (!p.weight) return;
+  products = total_of(products, C * K);
+  for (int64_t e = 0; e < C * K; ++e) to_weight[e] = A(products[e]);
 }
 
 // --------------------------------------------------------------------------------------------------- every second
@@ -893,6 +483,101 @@ void every_second(int64_t N, int64_t H, int64_t W, int64_t C, bool gather, A* x,
       if (gather && W % 2) std::fill_n(of_second + (Wo - 1) * C, C, A(0));
     }
   });
+}
+
+// -------------------------------------------------------------------------------------------------------- pooling
+
+struct Pooling {  // of images (N, H, W, C): 3x3, padded by one pixel that does not count
+  int64_t N, C, H, W, stride;
+  int64_t Ho() const { return (H + stride - 1) / stride; }
+  int64_t Wo() const { return (W + stride - 1) / stride; }
+
+  // f(output pixel, first input row, last + 1, first input column, last + 1) of an image; pixels are counted in it
+  template <class F>
+  void for_windows(const F& f) const {
+    for (int64_t y = 0; y < Ho(); ++y)
+      for (int64_t x = 0; x < Wo(); ++x)
+        f(y * Wo() + x, std::max<int64_t>(0, y * stride - 1), std::min(H, y * stride + 2),
+          std::max<int64_t>(0, x * stride - 1), std::min(W, x * stride + 2));
+  }
+  template <class F>
+  void for_images(const F& f) const {
+    at::parallel_for(0, N, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) f(n * H * W * C, n * Ho() * Wo() * C);
+    });
+  }
+};
+
+template <class A>
+void pool(const Pooling& p, bool is_max, const A* input, A* output) {
+  p.for_images([&](int64_t in, int64_t out) {
+    p.for_windows([&](int64_t pixel, int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
+      const A* window = input + in;
+      const A share = A(1) / ((y1 - y0) * (x1 - x0));
+      for_columns<kLanes<A>>(0, p.C, [&](int64_t c, auto n) {
+        using V = Lanes<A, n>;
+        V result = is_max ? read<V>(window + (y0 * p.W + x0) * p.C + c) : V{};
+        for (int64_t y = y0; y < y1; ++y)
+          for (int64_t x = x0; x < x1; ++x) {
+            const V value = read<V>(window + (y * p.W + x) * p.C + c);
+            if (is_max)
+              result = (value > result) | (value != value) ? value : result;  // what is not a number is the largest
+            else
+              result += value;
+          }
+        store(output + out + pixel * p.C + c, V(is_max ? result : result * share));
+      });
+    });
+  });
+}
+
+// The gradient of a maximum goes to its first place
+template <class A>
+void pool_backward(const Pooling& p, bool is_max, const A* input, const A* output, const A* grad, A* grad_input) {
+  p.for_images([&](int64_t in, int64_t out) {
+    const A* image = is_max ? input + in : nullptr;
+    A* to = grad_input + in;
+    std::fill_n(to, p.H * p.W * p.C, A(0));
+    p.for_windows([&](int64_t pixel, int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
+      const A share = A(1) / ((y1 - y0) * (x1 - x0));
+      for_columns<kLanes<A>>(0, p.C, [&](int64_t c, auto n) {
+        using V = Lanes<A, n>;
+        V g = read<V>(grad + out + pixel * p.C + c);
+        if (!is_max) g *= share;
+        const V largest = is_max ? read<V>(output + out + pixel * p.C + c) : V{};
+        for (int64_t y = y0; y < y1; ++y)
+          for (int64_t x = x0; x < x1; ++x) {
+            const int64_t e = (y * p.W + x) * p.C + c;
+            V sum = read<V>(to + e);
+            if (is_max) {
+              const V value = read<V>(image + e);
+              sum += value < largest ? V{} : g;
+              g = value < largest ? g : V{};
+            } else {
+              sum += g;
+            }
+            store(to + e, sum);
+          }
+      });
+    });
+  });
+}
+
+// -------------------------------------------------------------------------------------------- running statistics
+
+// Move the running statistics of batch norms towards those of a batch, which lie one after the other
+template <class A>
+void track(Reader reader, double momentum) {
+  const double *mean = reader.address<const double>(), *var = reader.address<const double>();
+  for (int64_t n = reader.number(); n > 0; --n) {
+    const int64_t width = reader.number();
+    for (const double* source : {mean, var}) {
+      A* running = reader.address<A>();
+      for (int64_t c = 0; c < width; ++c) running[c] += A(momentum) * (A(source[c]) - running[c]);
+    }
+    *reader.address<int64_t>() += 1;
+    mean += width, var += width;
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------- rms norm
@@ -939,213 +624,6 @@ void for_pixels(int64_t pixels, int64_t width, const F& f) {
       default: return f(begin, end, std::integral_constant<int, 0>());
     }
   });
-}
-
-// ------------------------------------------------------------------------------------------------------ depthwise
-
-struct Depthwise {
-  int64_t N, C, H, W, K, stride, dilation;
-  int64_t Ho() const { return (H + stride - 1) / stride; }
-  int64_t Wo() const { return (W + stride - 1) / stride; }
-  int64_t pad() const { return dilation * (K / 2); }
-  int64_t span() const { return (K - 1) * dilation + 1; }
-  // Rows of one piece of work: the padded piece should stay in the second-level cache
-  int64_t block_rows(int64_t rows, int64_t cols) const {
-    return std::min(rows, std::max<int64_t>(8, 32768 / std::max<int64_t>(1, cols * C)));
-  }
-};
-
-// Rows [y0, y0 + rows) and columns [x0, x0 + cols) of one image (H, W, C), zero outside, as (row, col, width); with
-// `step`, of the image with step - 1 zeros between its pixels
-template <class A>
-void load_padded(A* dst, const A* image, int64_t H, int64_t W, int64_t C, int64_t width, int64_t y0, int64_t rows,
-                 int64_t x0, int64_t cols, int64_t step) {
-  const int64_t copied = std::min(W, cols + x0);  // of a row, where it is copied whole; x0 is not positive
-  for (int64_t r = 0; r < rows; ++r, dst += cols * width) {
-    const int64_t h = (y0 + r) / step;
-    if (y0 + r < 0 || (y0 + r) % step || h >= H) {
-      std::fill_n(dst, cols * width, A(0));
-    } else if (step == 1 && width == C) {
-      std::fill_n(dst, -x0 * C, A(0));
-      std::copy_n(image + h * W * C, copied * C, dst - x0 * C);
-      std::fill_n(dst + (copied - x0) * C, (cols + x0 - copied) * C, A(0));
-    } else {
-      std::fill_n(dst, cols * width, A(0));
-      for (int64_t w = 0; w < W && w * step - x0 < cols; ++w)
-        std::copy_n(image + (h * W + w) * C, C, dst + (w * step - x0) * width);
-    }
-  }
-}
-
-// out[x] = sum over taps of weight[tap] * image[x * stride + tap] for R pixels and V vectors of channels. K is the
-// kernel size, or 0 for any. With a dilation X > 0 and stride 1, pixels X apart share the columns that they read.
-template <class A, int K, int X, int R, int V>
-inline void depthwise_block(const A* image, const A* weight, A* out, const Depthwise& p, int64_t cols, int64_t width) {
-  constexpr int L = kLanes<A>;
-  Vec<A> sum[R][V] = {};
-  if constexpr (X > 0) {
-    for (int i = 0; i < K; ++i) {
-      const A* line = image + i * X * cols * width;
-      const A* taps = weight + i * K * width;
-#pragma GCC unroll 16
-      for (int m = 0; m < R + K - 1; ++m) {
-        Vec<A> column[V];
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) column[v] = load(line + m * X * width + v * L);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          if (m - r < 0 || m - r >= K) continue;
-#pragma GCC unroll 2
-          for (int v = 0; v < V; ++v) sum[r][v] += column[v] * load(taps + (m - r) * width + v * L);
-        }
-      }
-    }
-  } else {
-    for (int64_t i = 0; i < p.K; ++i)
-      for (int64_t j = 0; j < p.K; ++j) {
-        const A* pixel = image + (i * cols + j) * p.dilation * width;
-        Vec<A> tap[V];
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) tap[v] = load(weight + (i * p.K + j) * width + v * L);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-          for (int v = 0; v < V; ++v) sum[r][v] += tap[v] * load(pixel + r * p.stride * width + v * L);
-      }
-  }
-  const int64_t apart = (X > 0 ? X : 1) * width;
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) store(out + r * apart + v * L, sum[r][v]);
-}
-
-template <class A, int K, int X, int V>
-void depthwise_columns(const A* image, const A* weight, A* out, const Depthwise& p, int64_t cols, int64_t width,
-                       int64_t count) {
-  constexpr int step = X > 0 ? X : 1, R = 4;
-  const auto visit = [&](int64_t x, auto rows) {
-    constexpr int r = decltype(rows)::value;
-    depthwise_block<A, K, X, r, V>(image + x * p.stride * width, weight, out + x * width, p, cols, width);
-  };
-  int64_t x = 0;
-  for (; x + R * step <= count; x += R * step)
-    for (int64_t phase = 0; phase < step; ++phase) visit(x + phase, std::integral_constant<int, R>());
-  for (; x < count; ++x) visit(x, std::integral_constant<int, 1>());
-}
-
-template <class A, int K, int X>
-void depthwise_row(const A* image, const A* weight, A* out, const Depthwise& p, int64_t cols, int64_t width) {
-  constexpr int L = kLanes<A>;
-  const int64_t count = (cols - p.span()) / p.stride + 1;
-  int64_t c = 0;
-  for (; c + 2 * L <= width; c += 2 * L)
-    depthwise_columns<A, K, X, 2>(image + c, weight + c, out + c, p, cols, width, count);
-  if (c < width) depthwise_columns<A, K, X, 1>(image + c, weight + c, out + c, p, cols, width, count);
-}
-
-template <class A>
-using DepthwiseRow = void (*)(const A*, const A*, A*, const Depthwise&, int64_t, int64_t);
-
-template <class A>
-DepthwiseRow<A> choose_row(const Depthwise& p) {
-  if (p.stride == 1 && p.dilation == 1 && p.K == 3) return depthwise_row<A, 3, 1>;
-  if (p.stride == 1 && p.dilation == 1 && p.K == 5) return depthwise_row<A, 5, 1>;
-  if (p.stride == 1 && p.dilation == 2 && p.K == 3) return depthwise_row<A, 3, 2>;
-  if (p.stride == 1 && p.dilation == 2 && p.K == 5) return depthwise_row<A, 5, 2>;
-  return depthwise_row<A, 0, 0>;
-}
-
-template <class A>
-std::vector<A> turned_taps(const A* weight, const Depthwise& p, int64_t width, bool flip) {
-  const int64_t KK = p.K * p.K;  // (C, K*K) -> (K*K, width)
-  std::vector<A> taps(KK * width);
-  for (int64_t c = 0; c < p.C; ++c)
-    for (int64_t t = 0; t < KK; ++t) taps[(flip ? KK - 1 - t : t) * width + c] = weight[c * KK + t];
-  return taps;
-}
-
-// The convolution of `input` (N, H, W, C), with `step` - 1 zeros put between its pixels, at `Ho` x `Wo` places
-template <class A>
-void depthwise(const Depthwise& p, const A* input, int64_t step, const std::vector<A>& taps, A* output, int64_t H,
-               int64_t W, int64_t Ho, int64_t Wo) {
-  const int64_t width = round_up(p.C, kLanes<A>), cols = (Wo - 1) * p.stride + p.span();
-  const int64_t block = p.block_rows(Ho, cols), blocks = (Ho + block - 1) / block;
-  const auto convolve = choose_row<A>(p);
-  at::parallel_for(0, p.N * blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> padded(((block - 1) * p.stride + p.span()) * cols * width), out(Wo * width);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t n = unit / blocks, y0 = unit % blocks * block, y1 = std::min(Ho, y0 + block);
-      load_padded(padded.data(), input + n * H * W * p.C, H, W, p.C, width, y0 * p.stride - p.pad(),
-                  (y1 - y0 - 1) * p.stride + p.span(), -p.pad(), cols, step);
-      for (int64_t y = y0; y < y1; ++y) {
-        const A* row = padded.data() + (y - y0) * p.stride * cols * width;
-        A* to = output + (n * Ho + y) * Wo * p.C;
-        convolve(row, taps.data(), width == p.C ? to : out.data(), p, cols, width);
-        if (width == p.C) continue;
-        for (int64_t x = 0; x < Wo; ++x) std::copy_n(out.data() + x * width, p.C, to + x * p.C);
-      }
-    }
-  });
-}
-
-// sums[j] += sum over y and x of grad[y][x] * image[y * stride][x * stride + j * dilation], for J taps of a row
-template <class A, int J>
-inline void weight_block(const A* image, const A* grad, const Depthwise& p, int64_t cols, int64_t width, int64_t rows,
-                         double* sums) {
-  constexpr int L = kLanes<A>;
-  Vec<A> sum[J] = {};
-  for (int64_t y = 0; y < rows; ++y, image += p.stride * cols * width, grad += p.Wo() * width)
-    for (int64_t x = 0; x < p.Wo(); ++x) {
-      const Vec<A> g = load(grad + x * width);
-#pragma GCC unroll 8
-      for (int j = 0; j < J; ++j) sum[j] += g * load(image + (x * p.stride + j * p.dilation) * width);
-    }
-  for (int j = 0; j < J; ++j)
-    for (int lane = 0; lane < L; ++lane) sums[j * width + lane] += sum[j][lane];
-}
-
-template <class A>
-void depthwise_grad_weight(const Depthwise& p, const A* grad, const A* input, A* grad_weight) {
-  constexpr int L = kLanes<A>;
-  const int64_t Ho = p.Ho(), Wo = p.Wo(), KK = p.K * p.K;
-  const int64_t width = round_up(p.C, L), cols = (Wo - 1) * p.stride + p.span();
-  const int64_t block = p.block_rows(Ho, cols), blocks = (Ho + block - 1) / block;
-  const int64_t chunks = std::min<int64_t>(16, p.N * blocks);
-  std::vector<double> partial(chunks * KK * width);
-  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> padded(((block - 1) * p.stride + p.span()) * cols * width), copy(block * Wo * width);
-    for (int64_t chunk = begin; chunk < end; ++chunk)
-      for (int64_t unit = p.N * blocks * chunk / chunks; unit < p.N * blocks * (chunk + 1) / chunks; ++unit) {
-        const int64_t n = unit / blocks, y0 = unit % blocks * block, rows = std::min(Ho - y0, block);
-        load_padded(padded.data(), input + n * p.H * p.W * p.C, p.H, p.W, p.C, width, y0 * p.stride - p.pad(),
-                    (rows - 1) * p.stride + p.span(), -p.pad(), cols, 1);
-        const A* g = grad + (n * Ho + y0) * Wo * p.C;
-        if (width != p.C) {
-          for (int64_t x = 0; x < rows * Wo; ++x) std::copy_n(g + x * p.C, p.C, copy.data() + x * width);
-          g = copy.data();
-        }
-        for (int64_t i = 0; i < p.K; ++i)
-          for (int64_t c = 0; c < width; c += L) {
-            const A* line = padded.data() + i * p.dilation * cols * width + c;
-            double* sums = partial.data() + (chunk * KK + i * p.K) * width + c;
-            const int64_t next = p.dilation * width;
-            int64_t j = 0;
-            for (; j + 5 <= p.K; j += 5)
-              weight_block<A, 5>(line + j * next, g + c, p, cols, width, rows, sums + j * width);
-            for (; j + 3 <= p.K; j += 3)
-              weight_block<A, 3>(line + j * next, g + c, p, cols, width, rows, sums + j * width);
-            for (; j < p.K; ++j)
-              weight_block<A, 1>(line + j * next, g + c, p, cols, width, rows, sums + j * width);
-          }
-      }
-  });
-  for (int64_t c = 0; c < p.C; ++c)
-    for (int64_t t = 0; t < KK; ++t) {
-      double sum = 0;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[(chunk * KK + t) * width + c];
-      grad_weight[c * KK + t] = A(sum);
-    }
 }
 
 template <class F>
@@ -1197,6 +675,26 @@ int fast_cell_every_second(int64_t is_double, int64_t N, int64_t H, int64_t W, i
     using A = decltype(zero);
     every_second(N, H, W, C, gather, (A*)x, (A*)first, (A*)second);
   });
+}
+
+int fast_cell_pool(int64_t is_double, const Pooling* p, int64_t is_max, const void* input, void* output) {
+  return with_dtype(is_double, [&](auto zero) {
+    using A = decltype(zero);
+    pool(*p, is_max, (const A*)input, (A*)output);
+  });
+}
+
+// input and output are read for a maximum only
+int fast_cell_pool_backward(int64_t is_double, const Pooling* p, int64_t is_max, const void* input, const void* output,
+                            const void* grad, void* grad_input) {
+  return with_dtype(is_double, [&](auto zero) {
+    using A = decltype(zero);
+    pool_backward(*p, is_max, (const A*)input, (const A*)output, (const A*)grad, (A*)grad_input);
+  });
+}
+
+int fast_cell_track(int64_t is_double, double momentum, const int64_t* packed) {
+  return with_dtype(is_double, [&](auto zero) { track<decltype(zero)>(Reader(packed), momentum); });
 }
 
 int fast_cell_rms_norm(int64_t is_double, int64_t pixels, int64_t width, double eps, void* x, void* scale) {

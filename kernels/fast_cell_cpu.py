@@ -40,7 +40,7 @@ import torch
 from torch.autograd import Function
 
 from . import build, involution_cpu
-from .fast_cell_torch import track
+from .fast_cell_torch import MOMENTUM
 
 __all__ = [
     "depthwise",
@@ -51,6 +51,7 @@ __all__ = [
     "mix",
     "node",
     "normalize",
+    "pool",
     "project",
     "spread",
 ]
@@ -114,18 +115,23 @@ def _mix(parts, groups, scales, shifts, wanted, factors=None):
 
 
 def project(images, weights, norms, wanted):
-    """[scale_k norm_k(weight_k * relu(x)) + shift_k] of 1x1 convolutions (C_k, K, 1, 1), K any number of channels.
+    """[scale_k norm_k(weight_k * x) + shift_k] of 1x1 convolutions (C_k, K, 1, 1), K any number of channels.
 
-    x (N, K, H, W) are images side by side. Of every result y, `wanted` says for (y, relu(y)) whether it is needed; what
-    is not is left out.
+    x (N, K, H, W) are images side by side that have been through ReLU: where they are zero, so is their gradient. Of
+    every result y, `wanted` says for (y, relu(y)) whether it is needed; what is not is left out.
     """
     keep = torch.is_grad_enabled()
     return _Project.apply(norms, wanted, keep, len(images), *images, *weights, *_scales(norms), *_shifts(norms))
 
 
-def normalize(v, norm):
-    """A batch norm of an image."""
-    return _Normalize.apply(norm, v, norm.weight, norm.bias)
+def normalize(v, norm, wanted):
+    """(y, relu(y)), or of the two what is wanted, of y = norm(v)."""
+    return _Normalize.apply(norm, wanted if any(wanted) else (True, False), v, norm.weight, norm.bias)
+
+
+def pool(x, is_max, stride):
+    """3x3 pooling of x (N, C, H, W), padded by a pixel that does not count: the maximum, or the mean."""
+    return _Pool.apply(x, is_max, stride)
 
 
 def every_second(x):
@@ -324,9 +330,7 @@ class _Mix(Function):
         n, needed = len(ctx.stats), ctx.needs_input_grad[4:]
         scales, shifts, positive = ctx.saved_tensors[:n], ctx.saved_tensors[n : 2 * n], ctx.saved_tensors[2 * n]
         tensors, needed = ctx.saved_tensors[2 * n + 1 :], needed[2 * n + ctx.parts :]
-        gradient = _gradient(grads, ctx.wanted, positive)
-        if ctx.parts:
-            gradient = _added_up(gradient), None, None
+        gradient = _added_up(_gradient(grads, ctx.wanted, positive)), None, None
         to_inputs = [torch.empty_like(x) if needs else None for x, needs in zip(tensors, needed, strict=True)]
         left = iter(zip(tensors, to_inputs, strict=True))
         to_scales, to_shifts = ([_double_like(x) for x in affine] for affine in (scales, shifts))
@@ -384,7 +388,7 @@ class _Project(Function):
             [_image(images[0], len(w)) if each else None for each in pair]
             for w, pair in zip(weights, wanted, strict=True)
         ]
-        packed = [*_parts(images, masks=images), *_projection(v, weight, scale, shift, stats), len(results)]
+        packed = [*_operands(images), *_projection(v, weight, scale, shift, stats), len(results)]
         for w, pair in zip(weights, results, strict=True):
             packed += [*map(_address, pair), len(w)]
         _call_with_statistics("project", images[0], training, packed)
@@ -404,7 +408,7 @@ class _Project(Function):
         to_images = [torch.empty_like(x) if n else None for x, n in zip(images, ctx.needs_input_grad[4:], strict=False)]
         to_scale, to_shift = torch.empty(2, len(weight), dtype=torch.float64)
         to_weight = torch.empty_like(weight)
-        packed = [*_parts(images, masks=images), *_projection(v, weight, scale, shift, ctx.stats)]
+        packed = [*_operands(images), *_projection(v, weight, scale, shift, ctx.stats)]
         # a list, since C++ reads the zeros too
         known = [g or (_image(v, n).zero_(), None, None) for g, n in zip(gradients, ctx.widths, strict=True)]
         packed += _sums(known)
@@ -423,25 +427,48 @@ class _Normalize(Function):
     """A `_Project` of an image that is there."""
 
     @staticmethod
-    def forward(ctx, norm, v, scale, shift):
+    def forward(ctx, norm, wanted, v, scale, shift):
         v, stats = _channels_last(v), _statistics([norm], 1, norm.num_features, 0)
-        result = torch.empty_like(v)
-        packed = [0, *_projection(v, None, scale, shift, stats), 1, result.data_ptr(), 0, v.shape[1]]
+        plain, positive = (torch.empty_like(v) if each else None for each in wanted)
+        packed = [0, *_projection(v, None, scale, shift, stats), 1, _address(plain), _address(positive), v.shape[1]]
         _call_with_statistics("project", v, norm.training, packed)
         _track([norm], stats, norm.num_features)
-        ctx.training, ctx.stats = norm.training, stats
-        ctx.save_for_backward(v, scale, shift)
-        return result
+        ctx.training, ctx.stats, ctx.wanted = norm.training, stats, wanted
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(v, scale, shift, positive)
+        return tuple(image for image in (plain, positive) if image is not None)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx, *grads):
+        v, scale, shift, positive = ctx.saved_tensors
+        to_v, (to_scale, to_shift) = torch.empty_like(v), torch.empty(2, v.shape[1], dtype=torch.float64)
+        gradient = _gradient(grads, ctx.wanted, positive)
+        packed = [0, *_projection(v, None, scale, shift, ctx.stats), *_sums([gradient])]
+        packed += [x.data_ptr() for x in (to_scale, to_shift, to_v)]
+        _call_with_statistics("project_backward", v, ctx.training, packed)
+        return None, None, to_v, *(None if scale is None else to.to(v.dtype) for to in (to_scale, to_shift))
+
+
+class _Pool(Function):
+    @staticmethod
+    def forward(ctx, x, is_max, stride):
+        x = _channels_last(x)
+        N, C, H, W = x.shape
+        ctx.problem, ctx.is_max = (N, C, H, W, stride), is_max
+        output = _image(x, C, -(-H // stride), -(-W // stride))
+        _call("pool", x, _numbers(ctx.problem), ctypes.c_int64(is_max), *_addresses(x, output))
+        ctx.save_for_backward(*((x, output) if is_max else ()))
+        return output
 
     @staticmethod
     @_once_differentiable
     def backward(ctx, grad):
-        (v, scale, shift), grad = ctx.saved_tensors, _channels_last(grad)
-        to_v, (to_scale, to_shift) = torch.empty_like(v), torch.empty(2, v.shape[1], dtype=torch.float64)
-        packed = [0, *_projection(v, None, scale, shift, ctx.stats), *_parts([grad])]
-        packed += [x.data_ptr() for x in (to_scale, to_shift, to_v)]
-        _call_with_statistics("project_backward", v, ctx.training, packed)
-        return None, to_v, *(None if scale is None else to.to(v.dtype) for to in (to_scale, to_shift))
+        grad, to_x = _channels_last(grad), _image(grad, *ctx.problem[1:4])
+        x, output = ctx.saved_tensors if ctx.is_max else (None, None)
+        arguments = _numbers(ctx.problem), ctypes.c_int64(ctx.is_max), *_addresses(x, output, grad, to_x)
+        _call("pool_backward", grad, *arguments)
+        return to_x, None, None
 
 
 class _EverySecond(Function):
@@ -546,10 +573,16 @@ def _statistics(norms, candidates, C, K):
 
 def _track(norms, stats, C):
     """Update the running statistics by those that mix has filled in."""
-    if norms[0].training:
-        widths, dtype = [norm.num_features for norm in norms], norms[0].running_mean.dtype
-        mean, var = stats[:, :C].to(dtype).flatten(), stats[:, C : 2 * C].to(dtype).flatten()
-        track(norms, mean.split(widths), var.split(widths))
+    if not norms[0].training:
+        return
+    mean, var = stats[:, :C].contiguous(), stats[:, C : 2 * C].contiguous()
+    packed = [mean.data_ptr(), var.data_ptr(), len(norms)]
+    for norm in norms:
+        buffers = norm._buffers
+        running = buffers["running_mean"]
+        packed.append(len(running))
+        packed += [running.data_ptr(), buffers["running_var"].data_ptr(), buffers["num_batches_tracked"].data_ptr()]
+    _call("track", norms[0]._buffers["running_mean"], ctypes.c_double(MOMENTUM), _numbers(packed))
 
 
 # ------------------------------------------------------------------------------------------------------ C++ calls

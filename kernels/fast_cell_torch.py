@@ -41,6 +41,13 @@ def depthwise(x, weight, stride, dilation):
     return F.conv2d(x, weight, None, stride, dilation * (weight.shape[-1] // 2), dilation, groups=x.shape[1])
 
 
+def pool(x, is_max, stride):
+    """3x3 pooling of x (N, C, H, W), padded by a pixel that does not count: the maximum, or the mean."""
+    if is_max:
+        return F.max_pool2d(x, 3, stride, padding=1)
+    return F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=False)
+
+
 def every_second(x):
     """Every second pixel of x (N, C, H, W), and its diagonal neighbours, zero past the edge of an odd-sized image."""
     H, W = x.shape[2:]

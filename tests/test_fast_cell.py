@@ -272,3 +272,23 @@ def test_backend_follows_the_involutions_and_the_dtype(monkeypatch, backend, dty
     if backend == "cpu":
         monkeypatch.setattr(fast_cell.involution, "backend", lambda: "cpu")
     assert fast_cell.choose_backend(torch.zeros(1, dtype=dtype)) is fast_cell_torch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("is_max", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (3, 37, 5, 7), (1, 3, 1, 1), (2, 20, 1, 6)])
+def test_pooling(shape, stride, is_max, dtype):
+    x = torch.randn(shape, dtype=dtype).mul(2).round_().requires_grad_()  # with ties
+    results = [backend.pool(x, is_max, stride) for backend in (fast_cell_torch, fast_cell.choose_backend(x))]
+    grad = torch.randn_like(results[0])
+    grads = [torch.autograd.grad(result, x, grad)[0] for result in results]
+    for expected, actual in (results, grads):
+        assert torch.allclose(actual, expected, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-6)
+
+
+def test_pooling_passes_on_what_is_not_a_number():
+    x = torch.randn(2, 5, 6, 6)
+    x[0, 0, 2, 2] = torch.nan
+    expected, actual = (backend.pool(x, True, 1) for backend in (fast_cell_torch, fast_cell.choose_backend(x)))
+    assert torch.equal(expected.isnan(), actual.isnan())

@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import pickle
+import random
 import subprocess
 import sys
 
@@ -178,6 +179,26 @@ def test_fast_cells_of_every_primitive(primitive):
     assert_equal_to_plain(make(of_primitives([primitive], [primitive, "dil_conv_3x3"])).eval())
 
 
+@pytest.mark.slow
+def test_soak_of_derived_cells():
+    """10,000 random networks: genotype, channels, sizes, layers, drop path, training or evaluation."""
+    choose, primitives = random.Random(0), sorted(known_primitives())
+
+    def edges():
+        return [(choose.choice(primitives), choose.randrange(2 + k // 2)) for k in range(2 * steps)]
+
+    for _ in range(10_000):
+        steps = choose.choice([1, 2, 3])
+        concat = sorted(choose.sample(range(2 + steps), choose.randint(1, 2 + steps)))
+        genotype = Genotype(edges(), concat, edges(), concat)
+        net = make(
+            genotype, choose.choice([1, 3, 4, 8, 9, 16, 20, 36]), choose.randint(1, 4), choose.choice([0.0, 0.3])
+        )
+        set_kernel_norm(net, choose.choice(list(KERNEL_NORMS)))
+        net.train(choose.random() < 0.7)
+        assert_equal_to_plain(net, (choose.randint(4, 12), choose.randint(4, 17)))
+
+
 @pytest.mark.parametrize("kernel_norm", KERNEL_NORMS)
 def test_fast_cells_whatever_bounds_the_kernels(kernel_norm):
     net = make(NAMED["DARTS"])
@@ -261,7 +282,7 @@ def test_dead_layers_have_no_gradient():
 def test_a_gradient_in_another_layout():
     norm, v = nn.BatchNorm2d(6).double(), torch.randn(3, 6, 4, 5).double().requires_grad_()
     grad = torch.randn(3, 6, 4, 5).double()  # not channels-last
-    fast = fast_cell.choose_backend(v).normalize(v, copy.deepcopy(norm))
+    fast = fast_cell.choose_backend(v).normalize(v, copy.deepcopy(norm), (True, False))[0]
     for one, other in zip(*(torch.autograd.grad(y, v, grad) for y in (fast, norm(v))), strict=True):
         assert torch.allclose(one, other, rtol=1e-9)
 

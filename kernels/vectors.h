@@ -1,0 +1,69 @@
+// Vectors and columns: what the C++ files of this folder share.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class A>
+constexpr int kLanes = kVectorBytes / sizeof(A);
+
+template <class A, int n>
+struct LanesOf {
+  typedef A type __attribute__((vector_size(n * sizeof(A))));
+};
+template <class A>
+struct LanesOf<A, 1> {
+  using type = A;
+};
+template <class A, int n>
+using Lanes = typename LanesOf<A, n>::type;  // n numbers; one of them is no vector
+template <class A>
+using Vec = Lanes<A, kLanes<A>>;
+
+template <class V, class A>
+inline V read(const A* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class A>
+inline Vec<A> load(const A* p) {
+  return read<Vec<A>>(p);
+}
+
+template <class V, class A>
+inline void store(A* p, V v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+template <class A>
+A* scratch(std::vector<A>& buffer, int64_t size) {
+  if (int64_t(buffer.size()) < size) buffer.resize(size);
+  return buffer.data();
+}
+
+// f(c, n) for the columns [c, width), n at a time: n is a constant, `most` as long as there are so many, then half of it
+// down to four, then one
+template <int most, class F>
+inline void for_columns(int64_t c, int64_t width, const F& f) {
+  for (; c + most <= width; c += most) f(c, std::integral_constant<int, most>());
+  if constexpr (most > 1) for_columns<(most > 4 ? most / 2 : 1)>(c, width, f);
+}
+
+}  // namespace
