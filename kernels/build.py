@@ -60,9 +60,13 @@ def _compiler():
     raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
 
 
+def _with_flags(compiler):
+    return [compiler[0], *FLAGS, *compiler[1:]]  # the flags in $CXX, which come later, have the last word
+
+
 def _key(compiler, source):
     # the predefined macros name the compiler's version and every instruction set that it may use
-    macros = _run([*compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    macros = _run([*_with_flags(compiler), "-dM", "-E", "-x", "c++", os.devnull])
     texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
     parts = (*texts, macros, torch.__version__, " ".join(compiler + FLAGS))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
@@ -75,7 +79,7 @@ def _build(compiler, path, source):
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # whose file gets the permissions of any new one
         temporary = os.path.join(folder, path.name)
         _run(
-            [*compiler, *FLAGS, f"-I{root / 'include'}", str(source), "-o", temporary]
+            [*_with_flags(compiler), f"-I{root / 'include'}", str(source), "-o", temporary]
             + ["-Wl,--as-needed", *openmp, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
         )
         os.replace(temporary, path)
