@@ -194,10 +194,10 @@ def profile(setting):
 
 
 class Worker:
-    """A process that holds a supernet and does a step when asked."""
+    """A process that holds a network and does a step when asked; `script` says how, with the modules of `tree`."""
 
-    def __init__(self, tree, setting):
-        command = [sys.executable, __file__, "--worker", json.dumps(setting)]
+    def __init__(self, tree, setting, script):
+        command = [sys.executable, script, "--worker", json.dumps(setting)]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         path = os.pathsep.join([str(tree), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
         self.process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, **pipes)
@@ -223,11 +223,11 @@ class Worker:
         return statistics.median(times), min(times), max(times)
 
 
-def measure(variants, setting, rounds):
+def measure(variants, setting, rounds, script=__file__):
     """{name: Worker} after a first step and `rounds` more; variants are {name: (folder, changes of the setting)}."""
     if setting["device"] == "cuda" and len(variants) > 1:
-        return {name: measure({name: variant}, setting, rounds)[name] for name, variant in variants.items()}
-    workers = {name: Worker(tree, setting | changes) for name, (tree, changes) in variants.items()}
+        return {name: measure({name: variant}, setting, rounds, script)[name] for name, variant in variants.items()}
+    workers = {name: Worker(tree, setting | changes, script) for name, (tree, changes) in variants.items()}
     try:
         for _ in range(1 + rounds):
             for worker in workers.values():
