@@ -264,7 +264,7 @@ class Run:
         logger.info("genotype = %s", genotypes.format(genotype))
         write_text(self.folder / "genotype.json", genotypes.to_json(genotype))
         try:
-            visualize.draw(genotype, self.folder / "figures")
+            visualize.draw(genotype, self.folder / "figures", name=self.folder.name)
         except visualize.DrawingError as error:
             if not self._said_why_no_drawing:
                 logger.warning("%s", error)
