@@ -18,7 +18,6 @@ import math
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -26,12 +25,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import genotypes
 import involution
 import visualize
+from curves import plot_curves
 from operations import KERNEL_NORM
 from utils import AverageMeter, UserError, load_checkpoint, load_weights, number, replacing, user_value, write_text
 
@@ -148,7 +147,7 @@ class Run:
     """
 
     def __init__(self, kind, args, device, parts, **facts):
-        self.args, self.device, self.parts, self.facts = args, device, parts, facts
+        self.kind, self.args, self.device, self.parts, self.facts = kind, args, device, parts, facts
         self.epoch = self.step = 0
         self.meter = AverageMeter()
         self.history = []  # a dict of numbers for every finished epoch
@@ -276,7 +275,7 @@ class Run:
         writer.writeheader()
         writer.writerows(self.history)
         write_text(self.folder / "metrics.csv", text.getvalue())
-        plot_curves(self.history, self.folder / "figures" / "curves.png")
+        plot_curves(self.history, self.kind, self.folder / "figures" / "curves.png")
 
     def save(self):
         """Replace checkpoint.pt.
@@ -366,30 +365,3 @@ def _git_commit():
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # no git on this machine
         return None
-
-
-def off_scale(values):
-    """Where to cut an axis off whose values are a few huge ones above many usual ones; None for nowhere."""
-    finite = [value for value in values if math.isfinite(value)]
-    usual = statistics.median(finite) if finite else 0
-    return 2.5 * usual if finite and max(finite) > 10 * usual else None
-
-
-def plot_curves(history, path):
-    """Training and validation accuracy and loss over the epochs, two panels, as a PNG."""
-    epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, what, unit in zip(figure.subplots(1, 2), ("acc", "loss"), ("accuracy (%)", "loss"), strict=True):
-        for part, color in (("train", "tab:blue"), ("valid", "tab:orange")):
-            values = [row[f"{part}_{what}"] for row in history]
-            axes.plot(epochs, values, color=color, marker="o" if len(epochs) < 30 else None, ms=3, label=part)
-        axes.set(xlabel="epoch", ylabel=unit)
-        top = off_scale([row[f"{part}_{what}"] for row in history for part in ("train", "valid")])
-        if top is not None:
-            axes.set_ylim(0, top)
-            axes.set_title("values above the frame: see metrics.csv", fontsize="small")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
