@@ -311,6 +311,7 @@ class Run:
             for name, part in self.parts.items():
                 if name != "model":
                     part.load_state_dict(state[name])
+            self.parts["optimizer"].step()  # without gradients, moves nothing; the scheduler wants one before its own
             self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
             self.meter = AverageMeter(state["sums"])
             torch.set_rng_state(state["random"])

@@ -83,9 +83,8 @@ def main():
     meter = infer(batches, model.to(device, memory_format=torch.channels_last), nn.CrossEntropyLoss())
     logger.info("genotype = %s", genotypes.format(genotype))
     logger.info("%.2f M weights", utils.count_parameters_in_MB(model))
-    logger.info(
-        "test loss %.4f, top-1 %.2f%%, top-5 %.2f%% on %d images", meter.loss, meter.top1, meter.top5, len(images)
-    )
+    top5 = f", top-5 {meter.top5:.2f}%" if classes > 5 else ""  # else all of them
+    logger.info("test loss %.4f, top-1 %.2f%%%s on %d images", meter.loss, meter.top1, top5, len(images))
 
 
 if __name__ == "__main__":

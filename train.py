@@ -141,7 +141,6 @@ def main():
             train(run, train_batches, model, criterion, optimizer, args)
             valid = infer(test_batches, model, criterion, run.stop_if_asked)  # as DARTS: the test images
             run.end_epoch(valid)
-            logger.info("genotype = %s", genotypes.format(genotype))
         logger.info("trained; now: %s", run_folder.command("test.py", "--model_path", run.folder))
 
 

@@ -33,7 +33,10 @@ def make_run(kind="train", model=None, **kwargs):
     model = model or torch.nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     parts = dict(model=model, optimizer=optimizer, scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2))
-    return run_folder.Run(kind, settings(**kwargs), torch.device("cpu"), parts)
+    run = run_folder.Run(kind, settings(**kwargs), torch.device("cpu"), parts)
+    if run.args.resume is None:
+        optimizer.step()  # as a training does before an epoch ends; without gradients, it moves nothing
+    return run
 
 
 def make_batches():
@@ -106,6 +109,18 @@ def test_steps_go_on_where_they_stopped():
     rest = [target for _, target in again.steps(batches)]
     assert len(rest) == 2
     assert all(torch.equal(target, batches.batch(0, step)[1]) for step, target in enumerate(rest, start=2))
+
+
+def test_an_epoch_whose_last_step_was_saved_is_ended_by_the_next_run():
+    run = make_run()
+    for _ in run.steps(make_batches()):
+        record(run)
+    run.save()
+    again = make_run(resume=run.folder)
+    assert not list(again.steps(make_batches()))
+    again.end_epoch(meter())  # a warning of the scheduler would be an error
+    assert torch.equal(again.parts["model"].weight, run.parts["model"].weight)
+    assert (again.epoch, again.step) == (1, 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -36,7 +36,9 @@ def test_the_printed_command_works(script, image_folder, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert genotypes.parse(only_run(tmp_path, "train")) == genotypes.DARTS
-    assert f"genotype = {genotypes.format(genotypes.DARTS)}" in result.stdout
+    assert result.stdout.count(f"genotype = {genotypes.format(genotypes.DARTS)}") == 1
+    tested = script("test.py", "--model_path", only_run(tmp_path, "train"))
+    assert "top-1" in tested.stdout and "top-5" not in tested.stdout  # of three classes
 
 
 def test_a_killed_training_resumes_exactly(uninterrupted, tmp_path):
@@ -62,7 +64,7 @@ def test_a_trained_network_is_tested_as_it_was_in_training(script, uninterrupted
         assert result.returncode == 0, result.stderr
         expected = f"test loss {float(last['valid_loss']):.4f}, top-1 {float(last['valid_acc']):.2f}%"
         assert expected in result.stdout
-        assert "on 96 images" in result.stdout
+        assert ", top-5 " in result.stdout and "on 96 images" in result.stdout
 
 
 def test_a_run_keeps_what_bounds_its_kernels(script, tmp_path):
