@@ -170,6 +170,7 @@ DARTS_L20 = Genotype(
 )  # fmt: skip
 DARTS = DARTS_L10
 
+WHICH_DARTS = "DARTS is DARTS_L10, of involutions; the convolutional result of the DARTS paper is DARTS_V2"
 NAMED = {name: value for name, value in list(globals().items()) if isinstance(value, Genotype)}
 
 # ------------------------------------------------------------------------------------------ reading, writing

@@ -82,7 +82,8 @@ def add_network_arguments(parser):
         "--arch",
         type=utils.user_value(lambda text: genotypes.format(genotypes.parse(text))),
         default="DARTS",
-        help=f"a name ({', '.join(genotypes.NAMED)}), a Genotype(...) expression, a run folder or a genotype file",
+        help=f"a name ({', '.join(genotypes.NAMED)}), a Genotype(...) expression, a run folder or a genotype file; "
+        f"{genotypes.WHICH_DARTS}",
     )
     group.add_argument(
         "--init_channels", type=utils.number(int, low=1, high=4096), default=36, help="channels of the first cells"
@@ -134,6 +135,8 @@ def main():
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
 
     with run_folder.Run("train", args, device, parts, normalization=tuple(normalization), classes=classes) as run:
+        if genotype == genotypes.DARTS:
+            logger.info(genotypes.WHICH_DARTS)
         run.report(genotype)
         logger.info("network of %.2f M weights", utils.count_parameters_in_MB(model))
         while run.epoch < args.epochs:

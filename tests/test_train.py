@@ -37,6 +37,7 @@ def test_the_printed_command_works(script, image_folder, tmp_path):
     assert result.returncode == 0, result.stderr
     assert genotypes.parse(only_run(tmp_path, "train")) == genotypes.DARTS
     assert result.stdout.count(f"genotype = {genotypes.format(genotypes.DARTS)}") == 1
+    assert "DARTS is DARTS_L10, of involutions; the convolutional result" in result.stdout
     tested = script("test.py", "--model_path", only_run(tmp_path, "train"))
     assert "top-1" in tested.stdout and "top-5" not in tested.stdout  # of three classes
 
