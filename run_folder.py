@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import genotypes
 import involution
+import progress
 import visualize
 from curves import plot_curves
 from operations import KERNEL_NORM
@@ -186,6 +187,7 @@ class Run:
         bar = tqdm(total=len(batches), initial=self.step, desc=label, disable=not sys.stdout.isatty(), leave=False)
         with bar:
             while self.step < len(batches):
+                progress.doing(f"{label} step {self.step + 1}/{len(batches)}")
                 yield batches.batch(self.epoch, self.step)
                 self.step += 1
                 bar.set_postfix_str(str(self.meter), refresh=False)

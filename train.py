@@ -13,6 +13,7 @@ import torch.nn as nn
 
 import data
 import genotypes
+import progress
 import run_folder
 import utils
 from model import AuxiliaryHeadCIFAR, NetworkCIFAR
@@ -40,7 +41,7 @@ def infer(batches, model, criterion, after_batch=lambda: None):
     """Loss and accuracy on plain images, as a meter; `after_batch` is called after every batch."""
     model.eval()
     meter = utils.AverageMeter()
-    for input, target in batches:
+    for input, target in progress.counted(batches, "test"):
         logits, _ = model(input)
         meter.update(criterion(logits, target).item(), logits, target)
         after_batch()

@@ -12,6 +12,7 @@ import torch.nn as nn
 
 import data
 import genotypes
+import progress
 import run_folder
 import utils
 from architect import Architect
@@ -46,7 +47,7 @@ def infer(run, batches, model):
     """Loss and accuracy of the supernet on plain images, as a meter."""
     model.eval()
     meter = utils.AverageMeter()
-    for input, target in batches:
+    for input, target in progress.counted(batches, "validation"):
         logits = model(input)
         meter.update(model._criterion(logits, target).item(), logits, target)
         run.stop_if_asked()

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import involution
 import operations
+import progress
 
 logger = logging.getLogger("darts")
 
@@ -119,6 +120,7 @@ def run_script(main):
     handler = _ConsoleHandler()
     handler.setLevel(logging.INFO if sys.stdout.isatty() else logging.DEBUG)
     logging.getLogger().addHandler(handler)
+    logging.getLogger().addHandler(progress.Pulse())
     logger.setLevel(logging.DEBUG)
     script = Path(sys.argv[0]).name
     try:

@@ -47,7 +47,7 @@ def test_only_a_lack_of_memory_is_out_of_memory(monkeypatch):
 
 def test_the_plot_of_involutions_names_every_provider_and_has_five_curves_a_panel(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    from bench_involution import PANELS, plot, providers
+    from bench_involution import plot, providers
     from matplotlib.figure import Figure
 
     names = [*providers(1, 16, 8, 3, torch.device("cpu"), torch.float32), "cuda peer"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data
+import progress
 import run_folder
 import utils
 from involution import Involution2d
@@ -108,6 +109,7 @@ def test_steps_go_on_where_they_stopped():
     again = make_run(resume=run.folder)
     rest = [target for _, target in again.steps(batches)]
     assert len(rest) == 2
+    assert progress._state["doing"] == "epoch 1/2 step 4/4"
     assert all(torch.equal(target, batches.batch(0, step)[1]) for step, target in enumerate(rest, start=2))
 
 
