@@ -6,6 +6,7 @@ runs/search-NAME-TIMESTAMP/      or train-…
     metrics.csv                  one row an epoch
     genotype.json                readable by genotypes.parse
     checkpoint.pt                weights, alphas, optimizers, scheduler, epoch, step, random states
+    checkpoint.previous.pt       the checkpoint before it
     figures/                     curves.png, normal.png, reduction.png, and the .gv sources
 """
 
@@ -29,11 +30,12 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import checkpoint
 import genotypes
 import involution
 import visualize
 from operations import KERNEL_NORM
-from utils import AverageMeter, UserError, load_checkpoint, load_weights, number, replacing, user_value, write_text
+from utils import AverageMeter, UserError, number, replacing, user_value, write_text
 
 logger = logging.getLogger("darts.run")
 
@@ -118,7 +120,7 @@ def _is_setting(action, value):
 def _read_config(folder, script):
     if not folder.is_dir():
         raise UserError(f"--resume {folder}: no such folder")
-    if not (folder / "checkpoint.pt").is_file():
+    if not (folder / checkpoint.NAME).is_file():
         raise UserError(f"--resume {folder}: no checkpoint.pt in it; nothing to go on with")
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -155,7 +157,7 @@ class Run:
         self._signal = None
         self._said_why_no_drawing = self._said_not_finite = False
         self.folder = Path(args.resume) if args.resume is not None else _new_folder(kind, args.save)
-        self.checkpoint = self.folder / "checkpoint.pt"
+        self.checkpoint = self.folder / checkpoint.NAME
         if args.resume is not None:
             self._restore()
         else:
@@ -297,18 +299,14 @@ class Run:
             random=torch.get_rng_state(),
             cuda_random=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         )
-        with replacing(self.checkpoint) as temporary:
-            with temporary.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())  # a crash of the machine leaves the old checkpoint or the new one
+        checkpoint.save(state, self.checkpoint)
         self._saved_at = time.monotonic()
 
     def _restore(self):
         self._saved_at = time.monotonic()
-        state = load_checkpoint(self.checkpoint)
+        state = checkpoint.load(self.checkpoint)
         try:
-            load_weights(self.parts["model"], state["model"], self.checkpoint)
+            checkpoint.load_weights(self.parts["model"], state["model"], self.checkpoint)
             for name, part in self.parts.items():
                 if name != "model":
                     part.load_state_dict(state[name])

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+import checkpoint
 import data
 import genotypes
 import run_folder
@@ -41,10 +42,10 @@ def load_run(parser, argv=None):
     args = parser.parse_args(argv)
     path = Path(args.model_path)
     if path.is_dir():
-        path = path / "checkpoint.pt"
+        path = path / checkpoint.NAME
         if not path.exists():
             raise utils.UserError(f"--model_path {args.model_path}: no checkpoint.pt in that folder")
-    state = utils.load_checkpoint(path)
+    state = checkpoint.load(path)
     if not isinstance(state, dict):
         raise utils.UserError(f"{path} holds a {type(state).__name__}, not a checkpoint or a state dict")
     if "arch_optimizer" in state:
@@ -78,7 +79,7 @@ def main():
         )
     classes = len(images.classes)
     model = NetworkCIFAR(args.init_channels, classes, args.layers, args.auxiliary, genotype, args.kernel_norm)
-    utils.load_weights(model, weights, args.model_path)
+    checkpoint.load_weights(model, weights, args.model_path)
     batches = data.Batches(images, args.batch_size, normalization, augmentation=None)
     meter = infer(batches, model.to(device, memory_format=torch.channels_last), nn.CrossEntropyLoss())
     logger.info("genotype = %s", genotypes.format(genotype))

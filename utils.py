@@ -6,7 +6,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -256,34 +255,3 @@ def replacing(path):
 def write_text(path, text):
     with replacing(path) as temporary:
         temporary.write_text(text)
-
-
-def load_checkpoint(path, device="cpu"):
-    """What torch.save wrote, tensors and plain values only: a pickle that could run code is refused.
-
-    Raises:
-        UserError: a file that is missing, truncated or no checkpoint.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about formats that it then refuses
-            return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # torch.load raises a dozen kinds for damaged files
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"{path} is truncated, damaged or not a checkpoint of tensors ({reason})") from None
-
-
-def load_weights(model, weights, path):
-    """Load a state dict strictly.
-
-    Raises:
-        UserError: weights of another network, naming the first key that does not fit.
-    """
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        first = lines[min(1, len(lines) - 1)][:200]
-        raise UserError(f"the weights of {path} are not those of this network: {first}") from None

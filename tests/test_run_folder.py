@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 
+import checkpoint
 import data
 import run_folder
 import utils
@@ -56,7 +57,7 @@ def test_a_folder_and_its_files():
     run.meter = meter(3, 1 / 3, 50.0)
     run.end_epoch(meter(), note="x")
     names = {path.name for path in run.folder.iterdir()}
-    assert names == {"config.json", "log.txt", "metrics.csv", "checkpoint.pt", "figures"}
+    assert names == {"config.json", "log.txt", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "figures"}
     config = json.loads((run.folder / "config.json").read_text())
     assert config["args"]["epochs"] == 2 and config["versions"]["torch"] == torch.__version__
     assert config["device"] == "cpu" and config["involution_backend"]
@@ -117,7 +118,7 @@ def test_a_signal_finishes_the_step_and_saves(number, caplog):
                 os.kill(os.getpid(), number)
             record(run)
     assert caught.value.code == 128 + number
-    assert utils.load_checkpoint(run.checkpoint)["step"] == 2
+    assert checkpoint.load(run.checkpoint)["step"] == 2
     assert f"--resume {run.folder}" in caplog.text
     assert caplog.text.index("stopped in epoch 1 after step 2") < caplog.text.index("--resume")
     assert signal.getsignal(number) != run._on_signal
@@ -131,7 +132,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(loss):
             record(run, loss if run.step == 2 else 1.0)
     for text in (f"became {loss}", "epoch 1, step 3", "learning rate 0.1", str(run.checkpoint)):
         assert text in str(caught.value)
-    assert utils.load_checkpoint(run.checkpoint)["step"] == 0
+    assert checkpoint.load(run.checkpoint)["step"] == 0
 
 
 def parse(*argv):
