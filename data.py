@@ -5,6 +5,7 @@ with black, a random flip, normalisation, cutout (arXiv 1708.04552). Every batch
 step) alone, so that an interrupted run can go on at any step.
 """
 
+import hashlib
 import logging
 from http.client import HTTPException
 from pathlib import Path
@@ -286,6 +287,34 @@ def _scan_folder(root, train):
     if empty:
         raise UserError(f"the class folder {folder / classes[min(empty)]} holds no image file")
     return classes, samples
+
+
+def fingerprint(images):
+    """What tells a set of images from another (a dict of plain values): 0.2 s for 60,000 images of 32x32 pixels."""
+    digest = hashlib.sha256(images.pixels.cpu().numpy())
+    digest.update(images.labels.cpu().numpy())
+    counts = images.labels.bincount(minlength=len(images.classes)).tolist()
+    return {"classes": list(images.classes), "counts": counts, "sha256": digest.hexdigest()}
+
+
+def check_unchanged(part, before, now):
+    """Raise UserError, naming what differs, unless two fingerprints are the same.
+
+    Args:
+        part: "train" or "test".
+    """
+    if before == now:
+        return
+    if before["classes"] != now["classes"]:
+        differing = sorted(set(before["classes"]) ^ set(now["classes"])) or now["classes"]
+        what = f"the classes differ in {differing[0]!r}"
+    elif before["counts"] != now["counts"]:
+        counts = zip(now["classes"], before["counts"], now["counts"], strict=True)
+        name, had, has = next(count for count in counts if count[1] != count[2])
+        what = f"class {name!r} had {had} images and has {has}"
+    else:
+        what = "as many images, but other pixels or another order of the files"
+    raise UserError(f"the {part} images are not those that the run began with ({what}): put them back, or start anew")
 
 
 def check_classes(images, expected):

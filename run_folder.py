@@ -34,6 +34,7 @@ import checkpoint
 import genotypes
 import involution
 import visualize
+from data import check_unchanged
 from operations import KERNEL_NORM
 from utils import AverageMeter, UserError, number, replacing, user_value, write_text
 
@@ -146,7 +147,8 @@ class Run:
     Args:
         kind: "search" or "train".
         parts: name -> object with `state_dict` and `load_state_dict`; needs `model`, `optimizer` and `scheduler`.
-        facts: further plain values to keep in the checkpoint, for those who read it.
+        facts: further plain values to keep in the checkpoint, for those who read it; `data` has the fingerprints of
+            the images (`data.fingerprint`) by name: other ones are not gone on with.
     """
 
     def __init__(self, kind, args, device, parts, **facts):
@@ -306,6 +308,8 @@ class Run:
         self._saved_at = time.monotonic()
         state = checkpoint.load(self.checkpoint)
         try:
+            for part, before in state.get("data", {}).items():  # not kept by runs of before
+                check_unchanged(part, before, self.facts["data"][part])
             checkpoint.load_weights(self.parts["model"], state["model"], self.checkpoint)
             for name, part in self.parts.items():
                 if name != "model":

@@ -48,7 +48,7 @@ def infer(batches, model, criterion, after_batch=lambda: None):
 
 
 def load_data(args, device):
-    """Augmented batches of the training images, plain batches of the test images, normalization, class names."""
+    """Augmented batches of the training images, plain batches of the test images, what a checkpoint keeps of them."""
     images, test_images = (
         data.load(args.dataset, args.data, train, args.image_size, args.subset, args.seed, device)
         for train in (True, False)
@@ -67,7 +67,9 @@ def load_data(args, device):
     augmentation = data.Augmentation.of(args.dataset, size, args.cutout_length if args.cutout else 0)
     train_batches = data.Batches(images, args.batch_size, normalization, augmentation, key=(args.seed, 0))
     test_batches = data.Batches(test_images, args.batch_size, normalization, augmentation=None)
-    return train_batches, test_batches, normalization, images.classes
+    fingerprints = {"train": data.fingerprint(images), "test": data.fingerprint(test_images)}
+    facts = dict(normalization=tuple(normalization), classes=images.classes, data=fingerprints)
+    return train_batches, test_batches, facts
 
 
 def smallest_image(layers):
@@ -123,8 +125,9 @@ def main():
     genotype = genotypes.parse(args.arch)
     device = utils.pick_device(args)
     torch.manual_seed(args.seed)
-    train_batches, test_batches, normalization, classes = load_data(args, device)
-    model = NetworkCIFAR(args.init_channels, len(classes), args.layers, args.auxiliary, genotype, args.kernel_norm)
+    train_batches, test_batches, facts = load_data(args, device)
+    classes = len(facts["classes"])
+    model = NetworkCIFAR(args.init_channels, classes, args.layers, args.auxiliary, genotype, args.kernel_norm)
     model.to(device, memory_format=torch.channels_last)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(
@@ -133,7 +136,7 @@ def main():
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
 
-    with run_folder.Run("train", args, device, parts, normalization=tuple(normalization), classes=classes) as run:
+    with run_folder.Run("train", args, device, parts, **facts) as run:
         run.report(genotype)
         logger.info("network of %.2f M weights", utils.count_parameters_in_MB(model))
         while run.epoch < args.epochs:

@@ -206,6 +206,37 @@ def test_damaged_folders_are_named(image_folder, tmp_path, damage, says):
     assert says.replace("%s", str(root / "train")) in str(caught.value)
 
 
+def rename(root):
+    (root / "train" / "red").rename(root / "train" / "azure")
+
+
+def swap(root):
+    for old, new in (("000", "x"), ("001", "000"), ("x", "001")):
+        (root / "train" / "red" / f"{old}.png").rename(root / "train" / "red" / f"{new}.png")
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (rename, "the classes differ in 'azure'"),
+        (lambda root: (root / "train" / "red" / "003.png").unlink(), "class 'red' had 8 images and has 7"),
+        (swap, "other pixels or another order"),
+        (lambda root: None, None),
+    ],
+)
+def test_images_that_changed_are_noticed(image_folder, tmp_path, change, says):
+    before = data.fingerprint(data.load("folder", image_folder, True))
+    root = shutil.copytree(image_folder, tmp_path / "images")
+    change(root)
+    now = data.fingerprint(data.load("folder", root, True))
+    if says is None:
+        data.check_unchanged("train", before, now)
+    else:
+        with pytest.raises(UserError, match="the train images are not those that the run began with") as caught:
+            data.check_unchanged("train", before, now)
+        assert says in str(caught.value)
+
+
 def test_what_file_managers_leave_behind_is_skipped(image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()

@@ -149,6 +149,17 @@ def test_empty_class_folder_and_broken_image(script, image_folder, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_run_does_not_go_on_with_other_images(script, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "images")
+    own = ["--dataset", "folder", "--data", "images", "--batch_size", 8, "--init_channels", 4, "--layers", 2]
+    assert script("train.py", *own, "--epochs", 1, "--image_size", 8).returncode == 0
+    folder = only_run(tmp_path, "train")
+    assert script("train.py", "--resume", folder).returncode == 0
+    for part in ("train", "test"):  # the order of the classes, hence their labels, would be another one
+        (tmp_path / "images" / part / "red").rename(tmp_path / "images" / part / "azure")
+    assert_one_clear_line(script("train.py", "--resume", folder), "the train images are not those", "'azure'")
+
+
 @pytest.mark.parametrize(
     "content, says",
     [
