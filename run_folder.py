@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import logging
+import logging.handlers
 import math
 import os
 import shlex
@@ -168,6 +169,10 @@ class Run:
         handler = logging.FileHandler(self.folder / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logging.getLogger().addHandler(handler)
+        for early in [h for h in logging.getLogger().handlers if isinstance(h, logging.handlers.MemoryHandler)]:
+            logging.getLogger().removeHandler(early)
+            early.setTarget(handler)
+            early.close()
         logger.info("%s %s", "resuming" if args.resume else "run folder", self.folder)
         logger.info("device %s, involution backend %s", device, involution.backend(device))
 

@@ -60,7 +60,7 @@ def main():
     parser = build_parser()
     args, weights, state = load_run(parser)
     device = utils.pick_device(args)
-    images = data.load(args.dataset, args.data, False, args.image_size, args.subset, args.seed, device)
+    images = data.load_as(args, False, device)
     if state:
         data.check_classes(images, state["classes"])
         normalization = data.Normalization(*state["normalization"])

@@ -49,10 +49,7 @@ def infer(batches, model, criterion, after_batch=lambda: None):
 
 def load_data(args, device):
     """Augmented batches of the training images, plain batches of the test images, what a checkpoint keeps of them."""
-    images, test_images = (
-        data.load(args.dataset, args.data, train, args.image_size, args.subset, args.seed, device)
-        for train in (True, False)
-    )
+    images, test_images = (data.load_as(args, train, device) for train in (True, False))
     data.check_classes(test_images, images.classes)
     size = images.pixels.shape[1]
     if args.batch_size > len(images):

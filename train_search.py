@@ -58,7 +58,7 @@ def load_data(args, device):
 
     Test images are not read.
     """
-    images = data.load(args.dataset, args.data, True, args.image_size, args.subset, args.seed, device)
+    images = data.load_as(args, True, device)
     normalization = data.Normalization.of(args.dataset, lambda: images)
     cutout_length = args.cutout_length if args.cutout else 0
     augmentation = data.Augmentation.of(args.dataset, images.pixels.shape[1], cutout_length)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import logging.handlers
 import math
 import os
 import sys
@@ -94,6 +95,7 @@ def add_data_arguments(parser):
         help="pixels; images are resized to it (default: 8 for digits, else 32)",
     )
     group.add_argument("--subset", metavar="N", type=number(int, low=2), help="use at most N images of each set")
+    group.add_argument("--skip_broken", action="store_true", help="leave out image files that cannot be read")
     return group
 
 
@@ -117,7 +119,9 @@ def run_script(main):
     """Call a script's `main`; what the user can mend ends in one line and exit code 2."""
     handler = _ConsoleHandler()
     handler.setLevel(logging.INFO if sys.stdout.isatty() else logging.DEBUG)
-    logging.getLogger().addHandler(handler)
+    # what is said before a run has a log.txt is kept for it
+    for each in (handler, logging.handlers.MemoryHandler(10**6, flushLevel=logging.CRITICAL)):
+        logging.getLogger().addHandler(each)
     logger.setLevel(logging.DEBUG)
     script = Path(sys.argv[0]).name
     try:

@@ -142,7 +142,7 @@ def test_empty_class_folder_and_broken_image(script, image_folder, tmp_path):
     shutil.copytree(image_folder, root)
     own = ["--dataset", "folder", "--data", "images", "--batch_size", 4, "--init_channels", 4, "--layers", 2]
     (root / "test" / "red" / "002.png").write_bytes(b"broken")
-    assert_one_clear_line(script("train.py", *own), "broken image file images/test/red/002.png")
+    assert_one_clear_line(script("train.py", *own), "broken image images/test/red/002.png")
     for path in (root / "train" / "blue").iterdir():
         path.unlink()
     assert_one_clear_line(script("train.py", *own), "images/train/blue holds no image file")
@@ -154,6 +154,7 @@ def test_a_run_does_not_go_on_with_other_images(script, image_folder, tmp_path):
     own = ["--dataset", "folder", "--data", "images", "--batch_size", 8, "--init_channels", 4, "--layers", 2]
     assert script("train.py", *own, "--epochs", 1, "--image_size", 8).returncode == 0
     folder = only_run(tmp_path, "train")
+    assert "train: 24 of 24 images, 3 classes (images/train)" in (folder / "log.txt").read_text()
     assert script("train.py", "--resume", folder).returncode == 0
     for part in ("train", "test"):  # the order of the classes, hence their labels, would be another one
         (tmp_path / "images" / part / "red").rename(tmp_path / "images" / part / "azure")
