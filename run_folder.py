@@ -11,6 +11,7 @@ runs/search-NAME-TIMESTAMP/      or train-…
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -19,6 +20,7 @@ import logging.handlers
 import math
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -37,7 +39,12 @@ import involution
 import visualize
 from data import check_unchanged
 from operations import KERNEL_NORM
-from utils import AverageMeter, UserError, number, replacing, user_value, write_text
+from utils import AverageMeter, UserError, number, remove_temporaries, replacing, user_value, write_text
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not locked
+    fcntl = None
 
 logger = logging.getLogger("darts.run")
 
@@ -157,22 +164,22 @@ class Run:
         self.epoch = self.step = 0
         self.meter = AverageMeter()
         self.history = []  # a dict of numbers for every finished epoch
-        self._signal = None
+        self._signal, self._handlers = None, {}
         self._said_why_no_drawing = self._said_not_finite = False
         self.folder = Path(args.resume) if args.resume is not None else _new_folder(kind, args.save)
         self.checkpoint = self.folder / checkpoint.NAME
-        if args.resume is not None:
-            self._restore()
-        else:
-            write_text(self.folder / "config.json", json.dumps(_config(args, device), indent=2) + "\n")
-            self.save()
-        handler = logging.FileHandler(self.folder / "log.txt")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        logging.getLogger().addHandler(handler)
-        for early in [h for h in logging.getLogger().handlers if isinstance(h, logging.handlers.MemoryHandler)]:
-            logging.getLogger().removeHandler(early)
-            early.setTarget(handler)
-            early.close()
+        self._log = None
+        try:
+            self._log = _LogFile(self.folder / "log.txt")
+            if args.resume is not None:
+                self._restore()
+            else:
+                write_text(self.folder / "config.json", json.dumps(_config(args, device), indent=2) + "\n")
+                self.save()
+        except Exception as error:
+            self.__exit__(type(error))
+            raise
+        self._log.open_to_all()
         logger.info("%s %s", "resuming" if args.resume else "run folder", self.folder)
         logger.info("device %s, involution backend %s", device, involution.backend(device))
 
@@ -180,9 +187,20 @@ class Run:
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind=None, *_):
+        """End the log, so that another process may go on; a run that failed before its first step leaves nothing."""
         for number_, handler in self._handlers.items():
             signal.signal(number_, handler)
+        if self._log:
+            self._log.close()
+        if kind is not None and issubclass(kind, Exception) and not self._begun:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds other runs
+                self.folder.parent.rmdir()
+
+    @property
+    def _begun(self):
+        return self.args.resume is not None or self.epoch + self.step > 0
 
     def _on_signal(self, number_, _):
         if self._signal is not None:
@@ -220,9 +238,9 @@ class Run:
     def diverged(self, what, step):
         """The UserError that says what is no longer finite, where, and where to go on from."""
         lr = self.parts["optimizer"].param_groups[0]["lr"]
+        good = f"the last good checkpoint is {self.checkpoint}; " if self._begun else ""
         return UserError(
-            f"{what} in epoch {self.epoch + 1}, step {step}, at learning rate {lr:.3g}; "
-            f"the last good checkpoint is {self.checkpoint}; {self._cure()}"
+            f"{what} in epoch {self.epoch + 1}, step {step}, at learning rate {lr:.3g}; {good}{self._cure()}"
         )
 
     def _cure(self):
@@ -273,11 +291,16 @@ class Run:
         logger.info("genotype = %s", genotypes.format(genotype))
         write_text(self.folder / "genotype.json", genotypes.to_json(genotype))
         try:
-            visualize.draw(genotype, self.folder / "figures")
+            visualize.draw(genotype, self._figures())
         except visualize.DrawingError as error:
             if not self._said_why_no_drawing:
                 logger.warning("%s", error)
             self._said_why_no_drawing = True
+
+    def _figures(self):
+        folder = self.folder / "figures"
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def write_history(self):
         text = io.StringIO()
@@ -285,7 +308,7 @@ class Run:
         writer.writeheader()
         writer.writerows(self.history)
         write_text(self.folder / "metrics.csv", text.getvalue())
-        plot_curves(self.history, self.folder / "figures" / "curves.png")
+        plot_curves(self.history, self._figures() / "curves.png")
 
     def save(self):
         """Replace checkpoint.pt.
@@ -311,6 +334,7 @@ class Run:
 
     def _restore(self):
         self._saved_at = time.monotonic()
+        remove_temporaries(self.folder)
         state = checkpoint.load(self.checkpoint)
         try:
             for part, before in state.get("data", {}).items():  # not kept by runs of before
@@ -332,6 +356,46 @@ class Run:
             self.write_history()  # a kill may have come between the checkpoint and these
 
 
+class _LogFile(logging.FileHandler):
+    """log.txt. Only one process at a time has it: the lock ends with the process, however that ends.
+
+    Raises:
+        UserError: another process has it.
+    """
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        try:
+            if fcntl:
+                fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise UserError(f"{path.parent}: another process is at work on this run; stop it first") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def open_to_all(self):
+        """Write down what is logged from now on, and what has been before there was a log.txt."""
+        root = logging.getLogger()
+        root.addHandler(self)
+        for early in [handler for handler in root.handlers if isinstance(handler, logging.handlers.MemoryHandler)]:
+            root.removeHandler(early)
+            early.setTarget(self)
+            early.close()
+
+    def handleError(self, record):
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):  # a full disk
+            raise OSError(error.errno, error.strerror, self.baseFilename) from None
+        super().handleError(record)
+
+    def close(self):
+        logging.getLogger().removeHandler(self)
+        with contextlib.suppress(OSError):  # of a full disk, which has been told
+            super().close()
+
+
 def _new_folder(kind, name):
     stamp = f"{kind}-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in range(100):  # several runs may start in one second
@@ -342,7 +406,6 @@ def _new_folder(kind, name):
             continue
         except OSError as error:
             raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from None
-        (folder / "figures").mkdir()
         return folder
     raise UserError(f"cannot make a new run folder runs/{stamp}: too many of that name")
 
@@ -351,7 +414,9 @@ def command(script, *arguments):
     """The line that runs one of our scripts, in this folder and with this Python."""
     python = os.path.relpath(sys.executable)
     script = os.path.relpath(Path(__file__).with_name(script))
-    return shlex.join([sys.executable if python.startswith("..") else python, script, *map(str, arguments)])
+    # a folder of our own may have the name of a flag or of a genotype
+    arguments = [os.path.join(".", a) if isinstance(a, Path) and len(a.parts) == 1 else str(a) for a in arguments]
+    return shlex.join([sys.executable if python.startswith("..") else python, script, *arguments])
 
 
 def _config(args, device):

@@ -5,6 +5,7 @@ import logging
 import logging.handlers
 import math
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager
@@ -47,22 +48,27 @@ class ArgumentParser(argparse.ArgumentParser):
         return {k: v for k, v in vars(self.parse_args(argv, blank)).items() if v is not unset}
 
 
+_LARGEST = {int: 10**9, float: 1e30}  # an optimizer of float32 weights takes no larger number
+
+
 def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
     """An argparse type: an int or float within [low, high] and, where given, strictly within (above, below)."""
-    if kind is int and high == math.inf:
-        high = 10**9
+    most = min(high, _LARGEST[kind])
+
+    def rule(value=None):
+        bounds = [f"at least {low}"] * (low > -math.inf)
+        bounds += [f"at most {most}"] * (high < math.inf or (value is not None and value > most))
+        bounds += [f"above {above}"] * (above is not None) + [f"below {below}"] * (below is not None)
+        return " ".join(["must be", "an integer" if kind is int else "a number", " and ".join(bounds)]).rstrip()
 
     def convert(text):
-        bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < 10**9)
-        bounds += [f"above {above}"] * (above is not None) + [f"below {below}"] * (below is not None)
-        rule = " ".join(["must be", "an integer" if kind is int else "a number", " and ".join(bounds)]).rstrip()
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{rule}, got {text[:40]!r}") from None
-        within = low <= value <= high and (above is None or value > above) and (below is None or value < below)
-        if not within or (kind is float and not math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{rule}, got {text[:40]}")
+            raise argparse.ArgumentTypeError(f"{rule()}, got {text[:40]!r}") from None
+        within = low <= value <= most and (above is None or value > above) and (below is None or value < below)
+        if not within:  # as NaN never is
+            raise argparse.ArgumentTypeError(f"{rule(value)}, got {text[:40]}")
         return value
 
     return convert
@@ -149,8 +155,11 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record):
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(f"{time.strftime('%H:%M:%S')} {prefix}{record.getMessage()}", file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(f"{time.strftime('%H:%M:%S')} {prefix}{record.getMessage()}", file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def pick_device(args):
@@ -246,14 +255,27 @@ def count_parameters_in_MB(model):
 
 @contextmanager
 def replacing(path):
-    """Yield a temporary path; its file takes the place of `path` once it is complete."""
+    """Yield a temporary path; its file takes the place of `path` once it is complete.
+
+    Raises:
+        OSError: names `path`, where what went wrong (a full disk) does not name a file.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise error if error.filename else OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder):
+    """Remove what killed processes left below a folder while they were `replacing` files of it; none is at work now."""
+    for path in Path(folder).rglob(".*"):
+        if re.fullmatch(r"\..+\.(pt|json|csv|png|gv)\.\d+", path.name) and path.is_file():
+            path.unlink()
 
 
 def write_text(path, text):

@@ -1,10 +1,14 @@
 """Run folders: what they hold, how they are resumed, how they stop."""
 
 import argparse
+import errno
 import json
 import logging
 import os
+import shlex
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +39,12 @@ def make_run(kind="train", model=None, **kwargs):
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     parts = dict(model=model, optimizer=optimizer, scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2))
     return run_folder.Run(kind, settings(**kwargs), torch.device("cpu"), parts)
+
+
+def go_on(run, **kwargs):
+    """The run, resumed by what would be another process."""
+    run.__exit__()
+    return make_run(resume=run.folder, **kwargs)
 
 
 def make_batches():
@@ -84,7 +94,7 @@ def test_everything_is_restored():
     run.save()
     expected = torch.rand(3)
 
-    again = make_run(resume=run.folder)
+    again = go_on(run)
     assert (again.epoch, again.step, again.history) == (1, run.step, run.history)
     assert again.meter.sums == run.meter.sums
     assert torch.equal(again.parts["model"].weight, run.parts["model"].weight)
@@ -103,7 +113,7 @@ def test_steps_go_on_where_they_stopped():
             run.step = 2  # the second step is counted as done
             run.save()
             break
-    again = make_run(resume=run.folder)
+    again = go_on(run)
     rest = [target for _, target in again.steps(batches)]
     assert len(rest) == 2
     assert all(torch.equal(target, batches.batch(0, step)[1]) for step, target in enumerate(rest, start=2))
@@ -148,8 +158,8 @@ def parse(*argv):
 @pytest.fixture
 def saved(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py"])
-    run = make_run(epochs=2, data="there", seed=5)
-    return run.folder
+    with make_run(epochs=2, data="there", seed=5) as run:
+        return run.folder
 
 
 def test_resume_brings_the_settings_of_the_run(saved):
@@ -246,3 +256,72 @@ def test_a_huge_loss_does_not_hide_the_others():
     assert run_folder.off_scale([2.3, 2.1, 1.9, 4e4, float("nan")]) == pytest.approx(2.5 * 2.2)
     assert run_folder.off_scale([2.3, 1.9, 7.2]) is None
     assert run_folder.off_scale([float("nan")]) is None
+
+
+def test_a_run_is_not_gone_on_with_twice_at_once():
+    run = make_run()
+    before = run.checkpoint.read_bytes()
+    (run.folder / f".checkpoint.pt.{os.getpid()}").write_text("half of it")
+    with pytest.raises(utils.UserError, match="another process is at work on this run"):
+        make_run(resume=run.folder)
+    assert run.checkpoint.read_bytes() == before and list(run.folder.glob(".checkpoint*"))
+    go_on(run)
+
+
+def test_without_locks_runs_go_on(monkeypatch):
+    monkeypatch.setattr(run_folder, "fcntl", None)
+    run = make_run()
+    make_run(resume=run.folder)
+
+
+def test_a_resumed_run_removes_what_a_kill_left_and_makes_its_figures_again():
+    run = make_run()
+    run.end_epoch(meter())
+    (run.folder / ".checkpoint.pt.123").write_text("half of it")
+    (run.folder / "figures" / ".curves.png.123").write_text("half of it")
+    (run.folder / ".mine.7").write_text("of the user")
+    again = go_on(run)
+    assert not list(run.folder.rglob(".c*")) and (run.folder / ".mine.7").exists()
+    shutil.rmtree(run.folder / "figures")
+    go_on(again)
+    assert (run.folder / "figures" / "curves.png").exists()
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(working_folder):
+    for _ in range(2):
+        with pytest.raises(RuntimeError), make_run():
+            raise RuntimeError
+        assert not list(working_folder.iterdir())
+    with pytest.raises(RuntimeError), make_run() as run:
+        for _ in run.steps(make_batches()):
+            if run.step:
+                raise RuntimeError
+    assert run.checkpoint.exists()
+
+
+@pytest.mark.parametrize("fails", ["os.fsync", "run_folder._config", "logging.FileHandler._open"])
+def test_a_full_disk_is_named_and_leaves_nothing(working_folder, monkeypatch, fails):
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fails, no_space)
+    with pytest.raises(OSError) as caught:
+        make_run()
+    assert not list(working_folder.iterdir())
+    if fails == "os.fsync":
+        assert str(caught.value.filename).endswith("checkpoint.pt")
+
+
+def test_a_log_that_cannot_be_written_is_named():
+    with make_run() as run:
+        run._log.stream.close()
+        run._log.stream = open("/dev/full", "w")
+        with pytest.raises(OSError) as caught:
+            logging.getLogger("darts").warning("x")
+        assert caught.value.filename == str((run.folder / "log.txt").absolute())
+
+
+@pytest.mark.parametrize("name", ["-dash", "DARTS"])
+def test_a_printed_command_takes_a_folder_of_any_name(name):
+    line = shlex.split(run_folder.command("train.py", "--arch", Path(name)))
+    assert line[-1] == f"./{name}"
