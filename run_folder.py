@@ -262,7 +262,7 @@ class Run:
         """Log and keep an epoch's numbers, step the scheduler, save, and write metrics.csv and the curves.
 
         Args:
-            valid: AverageMeter of the validation images.
+            valid: Evaluation of the validation images.
             more: further columns of metrics.csv.
 
         Raises:
@@ -279,6 +279,9 @@ class Run:
             what = "%d of %d validation images have logits that are not finite, and count as misses; %s"
             logger.warning(what, lost, valid.images, self._cure())
         self._said_not_finite |= lost > 0
+        explosion = valid.explosion("validation")
+        if explosion:
+            logger.warning("%s", explosion)
         row = dict(epoch=self.epoch + 1, lr=lr, train_loss=self.meter.loss, train_acc=self.meter.top1)
         self.history.append(row | dict(valid_loss=valid.loss, valid_acc=valid.top1) | more)
         self.parts["scheduler"].step()

@@ -10,7 +10,6 @@ import logging
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 import checkpoint
 import data
@@ -21,6 +20,8 @@ from model import NetworkCIFAR
 from train import add_network_arguments, infer
 
 logger = logging.getLogger("darts.test")
+
+_WORST = 10  # images that are named at most
 
 
 def build_parser():
@@ -81,12 +82,17 @@ def main():
     model = NetworkCIFAR(args.init_channels, classes, args.layers, args.auxiliary, genotype, args.kernel_norm)
     checkpoint.load_weights(model, weights, args.model_path)
     batches = data.Batches(images, args.batch_size, normalization, augmentation=None)
-    meter = infer(batches, model.to(device, memory_format=torch.channels_last), nn.CrossEntropyLoss())
+    meter = infer(batches, model.to(device, memory_format=torch.channels_last))
     logger.info("genotype = %s", genotypes.format(genotype))
     logger.info("%.2f M weights", utils.count_parameters_in_MB(model))
     logger.info(
         "test loss %.4f, top-1 %.2f%%, top-5 %.2f%% on %d images", meter.loss, meter.top1, meter.top5, len(images)
     )
+    explosion = meter.explosion("test")
+    if explosion:
+        logger.warning("%s; the worst:", explosion)
+        for k in meter.extreme()[:_WORST]:
+            logger.info("  loss %.4g  %s", meter.losses[k], images.names[k])
 
 
 if __name__ == "__main__":

@@ -36,13 +36,12 @@ def train(run, batches, model, criterion, optimizer, args):
 
 
 @torch.no_grad()
-def infer(batches, model, criterion, after_batch=lambda: None):
+def infer(batches, model, after_batch=lambda: None):
     """Loss and accuracy on plain images, as a meter; `after_batch` is called after every batch."""
     model.eval()
-    meter = utils.AverageMeter()
+    meter = utils.Evaluation()
     for input, target in batches:
-        logits, _ = model(input)
-        meter.update(criterion(logits, target).item(), logits, target)
+        meter.add(model(input)[0], target)
         after_batch()
     return meter
 
@@ -139,7 +138,7 @@ def main():
         while run.epoch < args.epochs:
             model.drop_path_prob = args.drop_path_prob * run.epoch / args.epochs
             train(run, train_batches, model, criterion, optimizer, args)
-            valid = infer(test_batches, model, criterion, run.stop_if_asked)  # as DARTS: the test images
+            valid = infer(test_batches, model, run.stop_if_asked)  # as DARTS: the test images
             run.end_epoch(valid)
             logger.info("genotype = %s", genotypes.format(genotype))
         logger.info("trained; now: %s", run_folder.command("test.py", "--model_path", run.folder))

@@ -45,10 +45,9 @@ def train(run, train_batches, search_batches, architect, optimizer, args):
 def infer(run, batches, model):
     """Loss and accuracy of the supernet on plain images, as a meter."""
     model.eval()
-    meter = utils.AverageMeter()
+    meter = utils.Evaluation()
     for input, target in batches:
-        logits = model(input)
-        meter.update(model._criterion(logits, target).item(), logits, target)
+        meter.add(model(input), target)
         run.stop_if_asked()
     return meter
 

@@ -237,6 +237,49 @@ class AverageMeter:
         return f"loss {self.loss:.4f} acc {self.top1:.2f}%"
 
 
+class Evaluation(AverageMeter):
+    """An AverageMeter of cross-entropies that keeps every image's: a mean does not tell that two images make it."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses = torch.empty(0, dtype=torch.float64)  # (images,)
+        self._chance = 0.0  # the loss of a network that knows nothing
+
+    def add(self, logits, target):
+        """Add a batch: logits (N, classes), target (N,)."""
+        losses = torch.nn.functional.cross_entropy(logits, target, reduction="none").cpu().double()
+        self.losses = torch.cat([self.losses, losses])
+        self._chance = math.log(logits.shape[1])
+        self.update(losses.mean().item(), logits, target)
+
+    def extreme(self):
+        """The images, worst first, that make more than half of the loss by losses far above its median; or none.
+
+        Far above is ten times, and ten times what chance has: the median of a trained network is close to zero.
+        """
+        finite = self.losses[self.losses.isfinite()]
+        if len(finite) == 0:
+            return []
+        threshold = 10 * max(finite.median().item(), self._chance)
+        far = self.losses.isfinite() & (self.losses > threshold)
+        if self.losses[far].sum() <= finite.sum() / 2:
+            return []
+        order = self.losses.argsort(descending=True)
+        return order[far[order]].tolist()
+
+    def explosion(self, part):
+        """A line about what `extreme` finds, or None."""
+        images = self.extreme()
+        if not images:
+            return None
+        finite = self.losses[self.losses.isfinite()]
+        share = 100 * (self.losses[images].sum() / finite.sum()).item()
+        return (
+            f"{len(images)} of {self.images} {part} images make {share:.1f}% of the loss, up to "
+            f"{self.losses[images[0]]:.4g} each; the median over the images is {finite.median():.4g}"
+        )
+
+
 @torch.no_grad()
 def accuracy(logits, target, topk=(1,)):
     """Percentages of the batch whose target is among the k largest logits (all of them, if there are fewer).

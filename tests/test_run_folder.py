@@ -54,7 +54,9 @@ def make_batches():
 
 
 def meter(images=10, loss=1.0, top1=40.0, finite=10):
-    return utils.AverageMeter((images, loss * images, top1 * images, 100.0 * images, finite))
+    result = utils.Evaluation()
+    result.sums = [images, loss * images, top1 * images, 100.0 * images, finite]
+    return result
 
 
 def record(run, loss=1.0):
@@ -241,6 +243,13 @@ def test_validation_images_without_finite_logits_are_told(caplog):
     with pytest.raises(utils.UserError, match="no validation image has finite logits any more in epoch 2"):
         run.end_epoch(meter(loss=float("nan"), finite=0))
     assert run.checkpoint.read_bytes() == before and len(run.history) == 1
+
+
+def test_images_that_make_the_loss_are_counted(caplog):
+    run, valid = make_run(), utils.Evaluation()
+    valid.add(torch.tensor([[0.0, 1.0]] * 9 + [[7e5, 0.0]]), torch.ones(10, dtype=torch.long))
+    run.end_epoch(valid)
+    assert "1 of 10 validation images make 100.0% of the loss, up to 7e+05 each; the median" in caplog.text
 
 
 @pytest.mark.parametrize("kernel_norm, cure", [("none", "--kernel_norm soft_rms"), ("rms", "a lower --learning_rate")])

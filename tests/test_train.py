@@ -91,6 +91,19 @@ def test_bare_weights_do_not_say_what_bounds_their_kernels(script, tmp_path):
     assert "warning" not in script("test.py", *network, "--kernel_norm", "none").stdout
 
 
+def test_images_that_make_the_loss_are_named(script, image_folder, tmp_path):
+    """A network that is never in doubt about one class: it is not that."""
+    network = NetworkCIFAR(4, 3, 3, False, genotypes.DARTS)
+    with torch.no_grad():
+        network.classifier.weight.zero_()
+        network.classifier.bias.copy_(torch.tensor([0.0, 0.0, -1e5]))
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    own = ["--dataset", "folder", "--data", image_folder, "--init_channels", 4, "--layers", 3]
+    result = script("test.py", "--model_path", "weights.pt", *own)
+    assert "4 of 12 test images make 100.0% of the loss, up to 1e+05 each; the median" in result.stdout
+    assert result.stdout.count("loss 1e+05  ") == 4 and "test/red/003.png" in result.stdout
+
+
 def test_settings_given_to_test_win(script, uninterrupted):
     assert "on 50 images" in script("test.py", "--model_path", uninterrupted, "--subset", 50).stdout
 

@@ -22,6 +22,38 @@ def test_meter_averages_over_images():
     assert utils.AverageMeter(meter.sums).loss == 1.5
 
 
+def evaluation(logits, batch=3):
+    meter, logits = utils.Evaluation(), torch.tensor(logits)
+    for part in logits.split(batch):
+        meter.add(part, torch.zeros(len(part), dtype=torch.long))
+    return meter
+
+
+def test_an_evaluation_is_the_mean_cross_entropy():
+    torch.manual_seed(0)
+    logits = torch.randn(10, 4)
+    meter = evaluation(logits.tolist())
+    expected = torch.nn.functional.cross_entropy(logits, torch.zeros(10, dtype=torch.long))
+    assert meter.loss == pytest.approx(expected.item()) and meter.images == len(meter.losses) == 10
+
+
+@pytest.mark.parametrize(
+    "logits, extreme",
+    [
+        ([[0.0, 1.0], [1.0, 0.0]] * 5, []),
+        ([[9.0, 0.0]] * 20 + [[0.0, 6.0]], []),  # one miss of a well-trained network makes the loss, but is none
+        ([[0.0, 1.0]] * 8 + [[0.0, 50.0], [0.0, 7e5]], [9]),
+        ([[0.0, 1.0]] * 7 + [[0.0, float("inf")], [0.0, 9e4], [0.0, 7e5]], [9, 8]),
+        ([[0.0, 1e6]] * 9, []),  # all of them: the loss says it
+        ([[float("nan")] * 2] * 3, []),
+    ],
+)
+def test_images_that_make_the_loss_are_found(logits, extreme):
+    meter = evaluation(logits)
+    assert meter.extreme()[: len(extreme) or None] == extreme
+    assert bool(meter.explosion("test")) == bool(extreme)
+
+
 def test_logits_that_are_not_finite_are_misses():
     logits = torch.tensor([[float("nan")] * 3, [9.0, 0, float("inf")], [9.0, 0, 0]])
     target = torch.tensor([0, 0, 0])
