@@ -6,17 +6,21 @@ runs/search-NAME-TIMESTAMP/      or train-…
     metrics.csv                  one row an epoch
     genotype.json                readable by genotypes.parse
     checkpoint.pt                weights, alphas, optimizers, scheduler, epoch, step, random states
+    checkpoint.previous.pt       the checkpoint before it
     figures/                     curves.png, normal.png, reduction.png, and the .gv sources
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
 import logging
+import logging.handlers
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,13 +31,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import genotypes
 import involution
 import progress
 import visualize
 from curves import plot_curves
+from data import check_unchanged
 from operations import KERNEL_NORM
-from utils import AverageMeter, UserError, load_checkpoint, load_weights, number, replacing, user_value, write_text
+from utils import AverageMeter, UserError, number, remove_temporaries, user_value, write_text
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not locked
+    fcntl = None
 
 logger = logging.getLogger("darts.run")
 
@@ -118,7 +129,7 @@ def _is_setting(action, value):
 def _read_config(folder, script):
     if not folder.is_dir():
         raise UserError(f"--resume {folder}: no such folder")
-    if not (folder / "checkpoint.pt").is_file():
+    if not (folder / checkpoint.NAME).is_file():
         raise UserError(f"--resume {folder}: no checkpoint.pt in it; nothing to go on with")
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -144,7 +155,8 @@ class Run:
     Args:
         kind: "search" or "train".
         parts: name -> object with `state_dict` and `load_state_dict`; needs `model`, `optimizer` and `scheduler`.
-        facts: further plain values to keep in the checkpoint, for those who read it.
+        facts: further plain values to keep in the checkpoint, for those who read it; `data` has the fingerprints of
+            the images (`data.fingerprint`) by name: other ones are not gone on with.
     """
 
     def __init__(self, kind, args, device, parts, **facts):
@@ -152,18 +164,22 @@ class Run:
         self.epoch = self.step = 0
         self.meter = AverageMeter()
         self.history = []  # a dict of numbers for every finished epoch
-        self._signal = None
+        self._signal, self._handlers = None, {}
         self._said_why_no_drawing = self._said_not_finite = False
         self.folder = Path(args.resume) if args.resume is not None else _new_folder(kind, args.save)
-        self.checkpoint = self.folder / "checkpoint.pt"
-        if args.resume is not None:
-            self._restore()
-        else:
-            write_text(self.folder / "config.json", json.dumps(_config(args, device), indent=2) + "\n")
-            self.save()
-        handler = logging.FileHandler(self.folder / "log.txt")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        logging.getLogger().addHandler(handler)
+        self.checkpoint = self.folder / checkpoint.NAME
+        self._log = None
+        try:
+            self._log = _LogFile(self.folder / "log.txt")
+            if args.resume is not None:
+                self._restore()
+            else:
+                write_text(self.folder / "config.json", json.dumps(_config(args, device), indent=2) + "\n")
+                self.save()
+        except Exception as error:
+            self.__exit__(type(error))
+            raise
+        self._log.open_to_all()
         logger.info("%s %s", "resuming" if args.resume else "run folder", self.folder)
         logger.info("device %s, involution backend %s", device, involution.backend(device))
 
@@ -171,9 +187,20 @@ class Run:
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind=None, *_):
+        """End the log, so that another process may go on; a run that failed before its first step leaves nothing."""
         for number_, handler in self._handlers.items():
             signal.signal(number_, handler)
+        if self._log:
+            self._log.close()
+        if kind is not None and issubclass(kind, Exception) and not self._begun:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds other runs
+                self.folder.parent.rmdir()
+
+    @property
+    def _begun(self):
+        return self.args.resume is not None or self.epoch + self.step > 0
 
     def _on_signal(self, number_, _):
         if self._signal is not None:
@@ -212,9 +239,9 @@ class Run:
     def diverged(self, what, step):
         """The UserError that says what is no longer finite, where, and where to go on from."""
         lr = self.parts["optimizer"].param_groups[0]["lr"]
+        good = f"the last good checkpoint is {self.checkpoint}; " if self._begun else ""
         return UserError(
-            f"{what} in epoch {self.epoch + 1}, step {step}, at learning rate {lr:.3g}; "
-            f"the last good checkpoint is {self.checkpoint}; {self._cure()}"
+            f"{what} in epoch {self.epoch + 1}, step {step}, at learning rate {lr:.3g}; {good}{self._cure()}"
         )
 
     def _cure(self):
@@ -236,7 +263,7 @@ class Run:
         """Log and keep an epoch's numbers, step the scheduler, save, and write metrics.csv and the curves.
 
         Args:
-            valid: AverageMeter of the validation images.
+            valid: Evaluation of the validation images.
             more: further columns of metrics.csv.
 
         Raises:
@@ -253,6 +280,9 @@ class Run:
             what = "%d of %d validation images have logits that are not finite, and count as misses; %s"
             logger.warning(what, lost, valid.images, self._cure())
         self._said_not_finite |= lost > 0
+        explosion = valid.explosion("validation")
+        if explosion:
+            logger.warning("%s", explosion)
         row = dict(epoch=self.epoch + 1, lr=lr, train_loss=self.meter.loss, train_acc=self.meter.top1)
         self.history.append(row | dict(valid_loss=valid.loss, valid_acc=valid.top1) | more)
         self.parts["scheduler"].step()
@@ -265,11 +295,16 @@ class Run:
         logger.info("genotype = %s", genotypes.format(genotype))
         write_text(self.folder / "genotype.json", genotypes.to_json(genotype))
         try:
-            visualize.draw(genotype, self.folder / "figures", name=self.folder.name)
+            visualize.draw(genotype, self._figures(), name=self.folder.name)
         except visualize.DrawingError as error:
             if not self._said_why_no_drawing:
                 logger.warning("%s", error)
             self._said_why_no_drawing = True
+
+    def _figures(self):
+        folder = self.folder / "figures"
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def write_history(self):
         text = io.StringIO()
@@ -277,7 +312,7 @@ class Run:
         writer.writeheader()
         writer.writerows(self.history)
         write_text(self.folder / "metrics.csv", text.getvalue())
-        plot_curves(self.history, self.kind, self.folder / "figures" / "curves.png")
+        plot_curves(self.history, self.kind, self._figures() / "curves.png")
 
     def save(self):
         """Replace checkpoint.pt.
@@ -298,18 +333,17 @@ class Run:
             random=torch.get_rng_state(),
             cuda_random=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         )
-        with replacing(self.checkpoint) as temporary:
-            with temporary.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())  # a crash of the machine leaves the old checkpoint or the new one
+        checkpoint.save(state, self.checkpoint)
         self._saved_at = time.monotonic()
 
     def _restore(self):
         self._saved_at = time.monotonic()
-        state = load_checkpoint(self.checkpoint)
+        remove_temporaries(self.folder)
+        state = checkpoint.load(self.checkpoint)
         try:
-            load_weights(self.parts["model"], state["model"], self.checkpoint)
+            for part, before in state.get("data", {}).items():  # not kept by runs of before
+                check_unchanged(part, before, self.facts["data"][part])
+            checkpoint.load_weights(self.parts["model"], state["model"], self.checkpoint)
             for name, part in self.parts.items():
                 if name != "model":
                     part.load_state_dict(state[name])
@@ -327,6 +361,46 @@ class Run:
             self.write_history()  # a kill may have come between the checkpoint and these
 
 
+class _LogFile(logging.FileHandler):
+    """log.txt. Only one process at a time has it: the lock ends with the process, however that ends.
+
+    Raises:
+        UserError: another process has it.
+    """
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        try:
+            if fcntl:
+                fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise UserError(f"{path.parent}: another process is at work on this run; stop it first") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def open_to_all(self):
+        """Write down what is logged from now on, and what has been before there was a log.txt."""
+        root = logging.getLogger()
+        root.addHandler(self)
+        for early in [handler for handler in root.handlers if isinstance(handler, logging.handlers.MemoryHandler)]:
+            root.removeHandler(early)
+            early.setTarget(self)
+            early.close()
+
+    def handleError(self, record):
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):  # a full disk
+            raise OSError(error.errno, error.strerror, self.baseFilename) from None
+        super().handleError(record)
+
+    def close(self):
+        logging.getLogger().removeHandler(self)
+        with contextlib.suppress(OSError):  # of a full disk, which has been told
+            super().close()
+
+
 def _new_folder(kind, name):
     stamp = f"{kind}-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in range(100):  # several runs may start in one second
@@ -337,7 +411,6 @@ def _new_folder(kind, name):
             continue
         except OSError as error:
             raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from None
-        (folder / "figures").mkdir()
         return folder
     raise UserError(f"cannot make a new run folder runs/{stamp}: too many of that name")
 
@@ -346,7 +419,9 @@ def command(script, *arguments):
     """The line that runs one of our scripts, in this folder and with this Python."""
     python = os.path.relpath(sys.executable)
     script = os.path.relpath(Path(__file__).with_name(script))
-    return shlex.join([sys.executable if python.startswith("..") else python, script, *map(str, arguments)])
+    # a folder of our own may have the name of a flag or of a genotype
+    arguments = [os.path.join(".", a) if isinstance(a, Path) and len(a.parts) == 1 else str(a) for a in arguments]
+    return shlex.join([sys.executable if python.startswith("..") else python, script, *arguments])
 
 
 def _config(args, device):

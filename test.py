@@ -10,8 +10,8 @@ import logging
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
+import checkpoint
 import data
 import genotypes
 import run_folder
@@ -20,6 +20,8 @@ from model import NetworkCIFAR
 from train import add_network_arguments, infer
 
 logger = logging.getLogger("darts.test")
+
+_WORST = 10  # images that are named at most
 
 
 def build_parser():
@@ -41,10 +43,10 @@ def load_run(parser, argv=None):
     args = parser.parse_args(argv)
     path = Path(args.model_path)
     if path.is_dir():
-        path = path / "checkpoint.pt"
+        path = path / checkpoint.NAME
         if not path.exists():
             raise utils.UserError(f"--model_path {args.model_path}: no checkpoint.pt in that folder")
-    state = utils.load_checkpoint(path)
+    state = checkpoint.load(path)
     if not isinstance(state, dict):
         raise utils.UserError(f"{path} holds a {type(state).__name__}, not a checkpoint or a state dict")
     if "arch_optimizer" in state:
@@ -59,7 +61,7 @@ def main():
     parser = build_parser()
     args, weights, state = load_run(parser)
     device = utils.pick_device(args)
-    images = data.load(args.dataset, args.data, False, args.image_size, args.subset, args.seed, device)
+    images = data.load_as(args, False, device)
     if state:
         data.check_classes(images, state["classes"])
         normalization = data.Normalization(*state["normalization"])
@@ -78,13 +80,18 @@ def main():
         )
     classes = len(images.classes)
     model = NetworkCIFAR(args.init_channels, classes, args.layers, args.auxiliary, genotype, args.kernel_norm)
-    utils.load_weights(model, weights, args.model_path)
+    checkpoint.load_weights(model, weights, args.model_path)
     batches = data.Batches(images, args.batch_size, normalization, augmentation=None)
-    meter = infer(batches, model.to(device, memory_format=torch.channels_last), nn.CrossEntropyLoss())
+    meter = infer(batches, model.to(device, memory_format=torch.channels_last))
     logger.info("genotype = %s", genotypes.format(genotype))
     logger.info("%.2f M weights", utils.count_parameters_in_MB(model))
     top5 = f", top-5 {meter.top5:.2f}%" if classes > 5 else ""  # else all of them
     logger.info("test loss %.4f, top-1 %.2f%%%s on %d images", meter.loss, meter.top1, top5, len(images))
+    explosion = meter.explosion("test")
+    if explosion:
+        logger.warning("%s; the worst:", explosion)
+        for k in meter.extreme()[:_WORST]:
+            logger.info("  loss %.4g  %s", meter.losses[k], images.names[k])
 
 
 if __name__ == "__main__":

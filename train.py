@@ -37,23 +37,19 @@ def train(run, batches, model, criterion, optimizer, args):
 
 
 @torch.no_grad()
-def infer(batches, model, criterion, after_batch=lambda: None):
+def infer(batches, model, after_batch=lambda: None):
     """Loss and accuracy on plain images, as a meter; `after_batch` is called after every batch."""
     model.eval()
-    meter = utils.AverageMeter()
+    meter = utils.Evaluation()
     for input, target in progress.counted(batches, "test"):
-        logits, _ = model(input)
-        meter.update(criterion(logits, target).item(), logits, target)
+        meter.add(model(input)[0], target)
         after_batch()
     return meter
 
 
 def load_data(args, device):
-    """Augmented batches of the training images, plain batches of the test images, normalization, class names."""
-    images, test_images = (
-        data.load(args.dataset, args.data, train, args.image_size, args.subset, args.seed, device)
-        for train in (True, False)
-    )
+    """Augmented batches of the training images, plain batches of the test images, what a checkpoint keeps of them."""
+    images, test_images = (data.load_as(args, train, device) for train in (True, False))
     data.check_classes(test_images, images.classes)
     size = images.pixels.shape[1]
     if args.batch_size > len(images):
@@ -68,7 +64,9 @@ def load_data(args, device):
     augmentation = data.Augmentation.of(args.dataset, size, args.cutout_length if args.cutout else 0)
     train_batches = data.Batches(images, args.batch_size, normalization, augmentation, key=(args.seed, 0))
     test_batches = data.Batches(test_images, args.batch_size, normalization, augmentation=None)
-    return train_batches, test_batches, normalization, images.classes
+    fingerprints = {"train": data.fingerprint(images), "test": data.fingerprint(test_images)}
+    facts = dict(normalization=tuple(normalization), classes=images.classes, data=fingerprints)
+    return train_batches, test_batches, facts
 
 
 def smallest_image(layers):
@@ -125,8 +123,9 @@ def main():
     genotype = genotypes.parse(args.arch)
     device = utils.pick_device(args)
     torch.manual_seed(args.seed)
-    train_batches, test_batches, normalization, classes = load_data(args, device)
-    model = NetworkCIFAR(args.init_channels, len(classes), args.layers, args.auxiliary, genotype, args.kernel_norm)
+    train_batches, test_batches, facts = load_data(args, device)
+    classes = len(facts["classes"])
+    model = NetworkCIFAR(args.init_channels, classes, args.layers, args.auxiliary, genotype, args.kernel_norm)
     model.to(device, memory_format=torch.channels_last)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(
@@ -135,7 +134,7 @@ def main():
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
 
-    with run_folder.Run("train", args, device, parts, normalization=tuple(normalization), classes=classes) as run:
+    with run_folder.Run("train", args, device, parts, **facts) as run:
         if genotype == genotypes.DARTS:
             logger.info(genotypes.WHICH_DARTS)
         run.report(genotype)
@@ -143,7 +142,7 @@ def main():
         while run.epoch < args.epochs:
             model.drop_path_prob = args.drop_path_prob * run.epoch / args.epochs
             train(run, train_batches, model, criterion, optimizer, args)
-            valid = infer(test_batches, model, criterion, run.stop_if_asked)  # as DARTS: the test images
+            valid = infer(test_batches, model, run.stop_if_asked)  # as DARTS: the test images
             run.end_epoch(valid)
         logger.info("trained; now: %s", run_folder.command("test.py", "--model_path", run.folder))
 

@@ -1,14 +1,19 @@
 """Run folders: what they hold, how they are resumed, how they stop."""
 
 import argparse
+import errno
 import json
 import logging
 import os
+import shlex
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
+import checkpoint
 import data
 import progress
 import run_folder
@@ -40,6 +45,12 @@ def make_run(kind="train", model=None, **kwargs):
     return run
 
 
+def go_on(run, **kwargs):
+    """The run, resumed by what would be another process."""
+    run.__exit__()
+    return make_run(resume=run.folder, **kwargs)
+
+
 def make_batches():
     images = data.Images(torch.zeros(8, 4, 4, 3, dtype=torch.uint8), torch.tensor([0, 1] * 4), ["a", "b"])
     plain = data.Normalization((0.0,) * 3, (1.0,) * 3)
@@ -47,7 +58,9 @@ def make_batches():
 
 
 def meter(images=10, loss=1.0, top1=40.0, finite=10):
-    return utils.AverageMeter((images, loss * images, top1 * images, 100.0 * images, finite))
+    result = utils.Evaluation()
+    result.sums = [images, loss * images, top1 * images, 100.0 * images, finite]
+    return result
 
 
 def record(run, loss=1.0):
@@ -60,7 +73,7 @@ def test_a_folder_and_its_files():
     run.meter = meter(3, 1 / 3, 50.0)
     run.end_epoch(meter(), note="x")
     names = {path.name for path in run.folder.iterdir()}
-    assert names == {"config.json", "log.txt", "metrics.csv", "checkpoint.pt", "figures"}
+    assert names == {"config.json", "log.txt", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "figures"}
     config = json.loads((run.folder / "config.json").read_text())
     assert config["args"]["epochs"] == 2 and config["versions"]["torch"] == torch.__version__
     assert config["device"] == "cpu" and config["involution_backend"]
@@ -87,7 +100,7 @@ def test_everything_is_restored():
     run.save()
     expected = torch.rand(3)
 
-    again = make_run(resume=run.folder)
+    again = go_on(run)
     assert (again.epoch, again.step, again.history) == (1, run.step, run.history)
     assert again.meter.sums == run.meter.sums
     assert torch.equal(again.parts["model"].weight, run.parts["model"].weight)
@@ -106,7 +119,7 @@ def test_steps_go_on_where_they_stopped():
             run.step = 2  # the second step is counted as done
             run.save()
             break
-    again = make_run(resume=run.folder)
+    again = go_on(run)
     rest = [target for _, target in again.steps(batches)]
     assert len(rest) == 2
     assert progress._state["doing"] == "epoch 1/2 step 4/4"
@@ -134,7 +147,7 @@ def test_a_signal_finishes_the_step_and_saves(number, caplog):
                 os.kill(os.getpid(), number)
             record(run)
     assert caught.value.code == 128 + number
-    assert utils.load_checkpoint(run.checkpoint)["step"] == 2
+    assert checkpoint.load(run.checkpoint)["step"] == 2
     assert f"--resume {run.folder}" in caplog.text
     assert caplog.text.index("stopped in epoch 1 after step 2") < caplog.text.index("--resume")
     assert signal.getsignal(number) != run._on_signal
@@ -148,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(loss):
             record(run, loss if run.step == 2 else 1.0)
     for text in (f"became {loss}", "epoch 1, step 3", "learning rate 0.1", str(run.checkpoint)):
         assert text in str(caught.value)
-    assert utils.load_checkpoint(run.checkpoint)["step"] == 0
+    assert checkpoint.load(run.checkpoint)["step"] == 0
 
 
 def parse(*argv):
@@ -164,8 +177,8 @@ def parse(*argv):
 @pytest.fixture
 def saved(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py"])
-    run = make_run(epochs=2, data="there", seed=5)
-    return run.folder
+    with make_run(epochs=2, data="there", seed=5) as run:
+        return run.folder
 
 
 def test_resume_brings_the_settings_of_the_run(saved):
@@ -249,6 +262,13 @@ def test_validation_images_without_finite_logits_are_told(caplog):
     assert run.checkpoint.read_bytes() == before and len(run.history) == 1
 
 
+def test_images_that_make_the_loss_are_counted(caplog):
+    run, valid = make_run(), utils.Evaluation()
+    valid.add(torch.tensor([[0.0, 1.0]] * 9 + [[7e5, 0.0]]), torch.ones(10, dtype=torch.long))
+    run.end_epoch(valid)
+    assert "1 of 10 validation images make 100.0% of the loss, up to 7e+05 each; the median" in caplog.text
+
+
 @pytest.mark.parametrize("kernel_norm, cure", [("none", "--kernel_norm soft_rms"), ("rms", "a lower --learning_rate")])
 def test_what_cures_numbers_that_are_not_finite_is_said_once(caplog, kernel_norm, cure):
     run = make_run(model=Involution2d(4, 3, kernel_norm=kernel_norm))
@@ -256,3 +276,72 @@ def test_what_cures_numbers_that_are_not_finite_is_said_once(caplog, kernel_norm
         run.end_epoch(meter(loss=float("nan"), finite=7))
     assert caplog.text.count("logits that are not finite") == caplog.text.count(cure) == 1
     assert cure in str(run.diverged("the loss became nan", 3))
+
+
+def test_a_run_is_not_gone_on_with_twice_at_once():
+    run = make_run()
+    before = run.checkpoint.read_bytes()
+    (run.folder / f".checkpoint.pt.{os.getpid()}").write_text("half of it")
+    with pytest.raises(utils.UserError, match="another process is at work on this run"):
+        make_run(resume=run.folder)
+    assert run.checkpoint.read_bytes() == before and list(run.folder.glob(".checkpoint*"))
+    go_on(run)
+
+
+def test_without_locks_runs_go_on(monkeypatch):
+    monkeypatch.setattr(run_folder, "fcntl", None)
+    run = make_run()
+    make_run(resume=run.folder)
+
+
+def test_a_resumed_run_removes_what_a_kill_left_and_makes_its_figures_again():
+    run = make_run()
+    run.end_epoch(meter())
+    (run.folder / ".checkpoint.pt.123").write_text("half of it")
+    (run.folder / "figures" / ".curves.png.123").write_text("half of it")
+    (run.folder / ".mine.7").write_text("of the user")
+    again = go_on(run)
+    assert not list(run.folder.rglob(".c*")) and (run.folder / ".mine.7").exists()
+    shutil.rmtree(run.folder / "figures")
+    go_on(again)
+    assert (run.folder / "figures" / "curves.png").exists()
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(working_folder):
+    for _ in range(2):
+        with pytest.raises(RuntimeError), make_run():
+            raise RuntimeError
+        assert not list(working_folder.iterdir())
+    with pytest.raises(RuntimeError), make_run() as run:
+        for _ in run.steps(make_batches()):
+            if run.step:
+                raise RuntimeError
+    assert run.checkpoint.exists()
+
+
+@pytest.mark.parametrize("fails", ["os.fsync", "run_folder._config", "logging.FileHandler._open"])
+def test_a_full_disk_is_named_and_leaves_nothing(working_folder, monkeypatch, fails):
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fails, no_space)
+    with pytest.raises(OSError) as caught:
+        make_run()
+    assert not list(working_folder.iterdir())
+    if fails == "os.fsync":
+        assert str(caught.value.filename).endswith("checkpoint.pt")
+
+
+def test_a_log_that_cannot_be_written_is_named():
+    with make_run() as run:
+        run._log.stream.close()
+        run._log.stream = open("/dev/full", "w")
+        with pytest.raises(OSError) as caught:
+            logging.getLogger("darts").warning("x")
+        assert caught.value.filename == str((run.folder / "log.txt").absolute())
+
+
+@pytest.mark.parametrize("name", ["-dash", "DARTS"])
+def test_a_printed_command_takes_a_folder_of_any_name(name):
+    line = shlex.split(run_folder.command("train.py", "--arch", Path(name)))
+    assert line[-1] == f"./{name}"

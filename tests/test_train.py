@@ -94,6 +94,19 @@ def test_bare_weights_do_not_say_what_bounds_their_kernels(script, tmp_path):
     assert "warning" not in script("test.py", *network, "--kernel_norm", "none").stdout
 
 
+def test_images_that_make_the_loss_are_named(script, image_folder, tmp_path):
+    """A network that is never in doubt about one class: it is not that."""
+    network = NetworkCIFAR(4, 3, 3, False, genotypes.DARTS)
+    with torch.no_grad():
+        network.classifier.weight.zero_()
+        network.classifier.bias.copy_(torch.tensor([0.0, 0.0, -1e5]))
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    own = ["--dataset", "folder", "--data", image_folder, "--init_channels", 4, "--layers", 3]
+    result = script("test.py", "--model_path", "weights.pt", *own)
+    assert "4 of 12 test images make 100.0% of the loss, up to 1e+05 each; the median" in result.stdout
+    assert result.stdout.count("loss 1e+05  ") == 4 and "test/red/003.png" in result.stdout
+
+
 def test_settings_given_to_test_win(script, uninterrupted):
     assert "on 50 images" in script("test.py", "--model_path", uninterrupted, "--subset", 50).stdout
 
@@ -145,11 +158,23 @@ def test_empty_class_folder_and_broken_image(script, image_folder, tmp_path):
     shutil.copytree(image_folder, root)
     own = ["--dataset", "folder", "--data", "images", "--batch_size", 4, "--init_channels", 4, "--layers", 2]
     (root / "test" / "red" / "002.png").write_bytes(b"broken")
-    assert_one_clear_line(script("train.py", *own), "broken image file images/test/red/002.png")
+    assert_one_clear_line(script("train.py", *own), "broken image images/test/red/002.png")
     for path in (root / "train" / "blue").iterdir():
         path.unlink()
     assert_one_clear_line(script("train.py", *own), "images/train/blue holds no image file")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_does_not_go_on_with_other_images(script, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "images")
+    own = ["--dataset", "folder", "--data", "images", "--batch_size", 8, "--init_channels", 4, "--layers", 2]
+    assert script("train.py", *own, "--epochs", 1, "--image_size", 8).returncode == 0
+    folder = only_run(tmp_path, "train")
+    assert "train: 24 of 24 images, 3 classes (images/train)" in (folder / "log.txt").read_text()
+    assert script("train.py", "--resume", folder).returncode == 0
+    for part in ("train", "test"):  # the order of the classes, hence their labels, would be another one
+        (tmp_path / "images" / part / "red").rename(tmp_path / "images" / part / "azure")
+    assert_one_clear_line(script("train.py", "--resume", folder), "the train images are not those", "'azure'")
 
 
 @pytest.mark.parametrize(
