@@ -131,7 +131,7 @@ def test_an_epoch_whose_last_step_was_saved_is_ended_by_the_next_run():
     for _ in run.steps(make_batches()):
         record(run)
     run.save()
-    again = make_run(resume=run.folder)
+    again = go_on(run)
     assert not list(again.steps(make_batches()))
     again.end_epoch(meter())  # a warning of the scheduler would be an error
     assert torch.equal(again.parts["model"].weight, run.parts["model"].weight)
