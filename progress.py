@@ -10,7 +10,7 @@ import time
 
 logger = logging.getLogger("darts.progress")
 
-SILENCE = 20  # seconds
+SILENCE = 15  # seconds
 _state = {"doing": "starting: reads the images, and builds the C++ operators if this is their first use"}
 
 
