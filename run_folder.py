@@ -10,7 +10,6 @@ runs/search-NAME-TIMESTAMP/      or train-…
     figures/                     curves.png, normal.png, reduction.png, and the .gv sources
 """
 
-import argparse
 import contextlib
 import csv
 import io
@@ -39,7 +38,7 @@ import visualize
 from curves import plot_curves
 from data import check_unchanged
 from operations import KERNEL_NORM
-from utils import AverageMeter, UserError, number, remove_temporaries, user_value, write_text
+from utils import AverageMeter, UserError, remove_temporaries, write_text
 
 try:
     import fcntl
@@ -48,101 +47,7 @@ except ImportError:  # Windows: runs are not locked
 
 logger = logging.getLogger("darts.run")
 
-# settings that may differ between a run and its continuation: they do not change what is computed
-PORTABLE = ("data", "device", "gpu", "report_freq", "cuda_graph")
-_BEFORE = {"kernel_norm": "none"}  # what runs did that are older than the setting
 _SAVE_EVERY = 300  # seconds between two checkpoints within an epoch
-
-
-# --------------------------------------------------------------------------------------------- command lines
-
-
-def add_arguments(parser, seed):
-    group = parser.add_argument_group("run")
-    group.add_argument("--save", default="EXP", type=user_value(_run_name), help="name of the run folder, in runs/")
-    group.add_argument(
-        "--resume",
-        metavar="RUN_FOLDER",
-        type=user_value(_not_empty),
-        help="go on with an interrupted run, with its own settings",
-    )
-    group.add_argument("--seed", type=number(int, low=0, high=2**63 - 1), default=seed, help="random seed")
-    group.add_argument("--report_freq", type=number(int, low=1), default=50, help="steps between two report lines")
-
-
-def settings(saved):
-    """The settings (a dict) that a run keeps, with those that are younger than the run."""
-    return _BEFORE | saved
-
-
-def _not_empty(text):
-    if not text:
-        raise ValueError("must be the path of a run folder, got ''")
-    return text
-
-
-def _run_name(text):
-    if Path(text).name != text or not 1 <= len(text) <= 100 or text == "..":
-        raise ValueError(f"must be a name, not a path, of 1 to 100 characters, got {text[:110]!r}")
-    return text
-
-
-def parse_args(parser, argv=None):
-    """The arguments of a script; with --resume, those of the run.
-
-    Raises:
-        UserError: a folder that is no run, or a setting that differs from the run's.
-    """
-    args = parser.parse_args(argv)
-    if args.resume is None:
-        return args
-    given = parser.given(argv)
-    saved = _read_config(Path(args.resume), parser.prog)
-    actions = {action.dest: action for action in parser._actions}
-    for name, value in saved.items():
-        if name not in actions:
-            raise UserError(f"--resume {args.resume}: the run has a setting {name!r} that this version does not know")
-        if not _is_setting(actions[name], value):
-            raise UserError(f"--resume {args.resume}: config.json is damaged: {name} is {value!r}")
-        if name in PORTABLE and name in given:
-            continue
-        if name in given and given[name] != value and name != "resume":
-            raise UserError(
-                f"--resume {args.resume}: --{name} is {value} in that run, not {given[name]}; leave --{name} out, "
-                "or start a new run"
-            )
-        if name != "resume":
-            setattr(args, name, value)
-    return args
-
-
-def _is_setting(action, value):
-    """Whether the command line can give `action` this value."""
-    if value is None or isinstance(value, bool):
-        return type(value) is type(action.default)
-    try:
-        return (action.type or str)(str(value)) == value and (action.choices is None or value in action.choices)
-    except (ValueError, argparse.ArgumentTypeError):
-        return False
-
-
-def _read_config(folder, script):
-    if not folder.is_dir():
-        raise UserError(f"--resume {folder}: no such folder")
-    if not (folder / checkpoint.NAME).is_file():
-        raise UserError(f"--resume {folder}: no checkpoint.pt in it; nothing to go on with")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        if config["script"] != script:
-            raise UserError(f"--resume {folder}: that run is one of {config['script']}, not of {script}")
-        return settings(dict(config["args"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"--resume {folder}: config.json is missing or damaged ({error})") from None
-
-
-# ---------------------------------------------------------------------------------------------- run folders
 
 
 class Run:
@@ -211,6 +116,8 @@ class Run:
     def steps(self, batches):
         """Yield the augmented batches that are left of this epoch, with a progress bar or report lines."""
         label = f"epoch {self.epoch + 1}/{self.args.epochs}"
+        if self.step > len(batches):
+            raise UserError(f"{self.checkpoint} is damaged: step {self.step} of an epoch of {len(batches)} steps")
         bar = tqdm(total=len(batches), initial=self.step, desc=label, disable=not sys.stdout.isatty(), leave=False)
         with bar:
             while self.step < len(batches):
@@ -308,7 +215,8 @@ class Run:
 
     def write_history(self):
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(self.history[0]), lineterminator="\n")
+        columns = dict.fromkeys(name for row in self.history for name in row)
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.history)
         write_text(self.folder / "metrics.csv", text.getvalue())
@@ -340,25 +248,54 @@ class Run:
         self._saved_at = time.monotonic()
         remove_temporaries(self.folder)
         state = checkpoint.load(self.checkpoint)
+        checkpoint.check(state, self.checkpoint, needs={*self.parts, *self.facts} - {"data"})
+        fingerprints = self.facts.get("data")
+        if "data" in state and fingerprints:  # not kept by runs of before
+            for part, now in fingerprints.items():
+                check_unchanged(part, state["data"].get(part, now), now)
+        self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
+        self.meter = AverageMeter(state["sums"])
+        self._restore_parts(state)
+        before = state["args"]["epochs"]
+        if self.args.epochs != before:
+            self._extend(before)
+        if self.history:
+            self.write_history()  # a kill may have come between the checkpoint and these
+
+    def _restore_parts(self, state):
+        checkpoint.load_weights(self.parts["model"], state["model"], self.checkpoint)
+        name = "scheduler"
         try:
-            for part, before in state.get("data", {}).items():  # not kept by runs of before
-                check_unchanged(part, before, self.facts["data"][part])
-            checkpoint.load_weights(self.parts["model"], state["model"], self.checkpoint)
-            for name, part in self.parts.items():
-                if name != "model":
-                    part.load_state_dict(state[name])
+            checkpoint.load_scheduler(self.parts[name], state[name], self.epoch, state["args"]["epochs"])
+            for name in sorted({*self.parts} - {"model", "scheduler"}):
+                checkpoint.load_optimizer(self.parts[name], state[name])
             self.parts["optimizer"].step()  # without gradients, moves nothing; the scheduler wants one before its own
-            self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
-            self.meter = AverageMeter(state["sums"])
+            name = "random"
             torch.set_rng_state(state["random"])
             if self.device.type == "cuda" and state["cuda_random"]:
                 torch.cuda.set_rng_state_all(state["cuda_random"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{self.checkpoint} is not a checkpoint of this script ({error!r})") from None
-        if self.history:
-            self.write_history()  # a kill may have come between the checkpoint and these
+        except Exception as error:  # as many kinds as there are wrong values
+            what = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"{self.checkpoint} is damaged or of another script: its {name}: {what}") from None
+
+    def _extend(self, before):
+        """Go on along the cosine of the new number of epochs, from where it is at this epoch."""
+        scheduler, optimizer, epochs = self.parts["scheduler"], self.parts["optimizer"], self.args.epochs
+        was = optimizer.param_groups[0]["lr"]
+        scheduler.T_max = epochs
+        for group, base in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
+            left = (1 + math.cos(math.pi * self.epoch / epochs)) / 2
+            group["lr"] = scheduler.eta_min + (base - scheduler.eta_min) * left
+        path = self.folder / "config.json"
+        config = json.loads(path.read_text())
+        config["args"]["epochs"] = epochs
+        write_text(path, json.dumps(config, indent=2) + "\n")
+        self.save()
+        logger.info(
+            "extended from %d to %d epochs: the learning rate is that of a cosine of %d epochs, %.3g from here on (it "
+            "was %.3g)",
+            *(before, epochs, epochs, optimizer.param_groups[0]["lr"], was),
+        )
 
 
 class _LogFile(logging.FileHandler):

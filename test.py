@@ -14,10 +14,10 @@ import torch
 import checkpoint
 import data
 import genotypes
-import run_folder
+import settings
+import train
 import utils
 from model import NetworkCIFAR
-from train import add_network_arguments, infer
 
 logger = logging.getLogger("darts.test")
 
@@ -30,7 +30,7 @@ def build_parser():
     )
     group = parser.add_argument_group("model")
     group.add_argument("--model_path", required=True, help="a run folder, its checkpoint.pt, or a state dict")
-    add_network_arguments(parser)
+    train.add_network_arguments(parser)
     group = utils.add_data_arguments(parser)
     group.add_argument("--batch_size", type=utils.number(int, low=1), default=96, help="images at once")
     group.add_argument("--seed", type=utils.number(int, low=0), default=0, help="draws the --subset")
@@ -53,8 +53,10 @@ def load_run(parser, argv=None):
         raise utils.UserError(f"{path} is a search: train what it found (python train.py --arch {path.parent}) first")
     if not {"model", "args", "normalization", "classes"} <= set(state):
         return args, state, {}
-    settings = vars(args) | {k: v for k, v in run_folder.settings(state["args"]).items() if hasattr(args, k)}
-    return argparse.Namespace(**(settings | parser.given(argv))), state["model"], state
+    checkpoint.check(state, path)
+    saved = settings.check(state["args"], train.build_parser(), path)
+    own = {name: value for name, value in saved.items() if hasattr(args, name)}
+    return argparse.Namespace(**(vars(args) | own | parser.given(argv))), state["model"], state
 
 
 def main():
@@ -82,11 +84,14 @@ def main():
     model = NetworkCIFAR(args.init_channels, classes, args.layers, args.auxiliary, genotype, args.kernel_norm)
     checkpoint.load_weights(model, weights, args.model_path)
     batches = data.Batches(images, args.batch_size, normalization, augmentation=None)
-    meter = infer(batches, model.to(device, memory_format=torch.channels_last))
+    meter = train.infer(batches, model.to(device, memory_format=torch.channels_last))
     logger.info("genotype = %s", genotypes.format(genotype))
     logger.info("%.2f M weights", utils.count_parameters_in_MB(model))
     top5 = f", top-5 {meter.top5:.2f}%" if classes > 5 else ""  # else all of them
     logger.info("test loss %.4f, top-1 %.2f%%%s on %d images", meter.loss, meter.top1, top5, len(images))
+    if meter.finite_images < meter.images:
+        lost = meter.images - meter.finite_images
+        logger.warning("%d of %d test images have logits that are not finite, and count as misses", lost, meter.images)
     explosion = meter.explosion("test")
     if explosion:
         logger.warning("%s; the worst:", explosion)

@@ -15,6 +15,7 @@ import data
 import genotypes
 import progress
 import run_folder
+import settings
 import utils
 from model import AuxiliaryHeadCIFAR, NetworkCIFAR
 
@@ -92,7 +93,7 @@ def add_network_arguments(parser):
     utils.add_kernel_norm_argument(group)
 
 
-def parse_args(argv=None):
+def build_parser():
     parser = utils.ArgumentParser(description="Train a genotype from scratch.")
     utils.add_data_arguments(parser)
     group = parser.add_argument_group("augmentation and regularization")
@@ -114,12 +115,12 @@ def parse_args(argv=None):
     group.add_argument("--weight_decay", type=utils.number(float, low=0), default=3e-4, help="of SGD")
     group.add_argument("--grad_clip", type=utils.number(float, above=0), default=5.0, help="largest gradient norm")
     utils.add_device_arguments(parser)
-    run_folder.add_arguments(parser, seed=0)
-    return run_folder.parse_args(parser, argv)
+    settings.add_arguments(parser, seed=0)
+    return parser
 
 
 def main():
-    args = parse_args()
+    args = settings.parse_args(build_parser())
     genotype = genotypes.parse(args.arch)
     device = utils.pick_device(args)
     torch.manual_seed(args.seed)

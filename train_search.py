@@ -14,6 +14,7 @@ import data
 import genotypes
 import progress
 import run_folder
+import settings
 import utils
 from architect import Architect
 from gradients import Gradients
@@ -86,7 +87,7 @@ def count_skips(genotype):
     return skips
 
 
-def parse_args(argv=None):
+def build_parser():
     parser = utils.ArgumentParser(description="Search for an architecture with DARTS.")
     utils.add_data_arguments(parser)
     group = parser.add_argument_group("augmentation and split")
@@ -125,12 +126,12 @@ def parse_args(argv=None):
     group = utils.add_device_arguments(parser)
     group.add_argument("--amp", action="store_true", help="bfloat16 but for the finite differences and validation")
     group.add_argument("--cuda_graph", action="store_true", help="replay a step as CUDA graphs: no launch overhead")
-    run_folder.add_arguments(parser, seed=2)
-    return run_folder.parse_args(parser, argv)
+    settings.add_arguments(parser, seed=2)
+    return parser
 
 
 def main():
-    args = parse_args()
+    args = settings.parse_args(build_parser())
     device = utils.pick_device(args)
     if args.cuda_graph and device.type != "cuda":
         if not args.resume:
@@ -140,8 +141,8 @@ def main():
     torch.manual_seed(args.seed)
     train_batches, search_batches, classes, fingerprint = load_data(args, device)
     primitives = genotypes.SEARCH_SPACES[args.search_space]
-    settings = dict(primitives=primitives, kernel_norm=args.kernel_norm)
-    model = Network(args.init_channels, len(classes), args.layers, nn.CrossEntropyLoss(), **settings)
+    form = dict(primitives=primitives, kernel_norm=args.kernel_norm)
+    model = Network(args.init_channels, len(classes), args.layers, nn.CrossEntropyLoss(), **form)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay

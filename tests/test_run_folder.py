@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -19,7 +20,6 @@ import progress
 import run_folder
 import utils
 from involution import Involution2d
-from operations import KERNEL_NORM
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +37,10 @@ def settings(**kwargs):
 def make_run(kind="train", model=None, **kwargs):
     torch.manual_seed(0)
     model = model or torch.nn.Linear(3, 2)
+    epochs = kwargs.get("epochs", 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    parts = dict(model=model, optimizer=optimizer, scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
     run = run_folder.Run(kind, settings(**kwargs), torch.device("cpu"), parts)
     if run.args.resume is None:
         optimizer.step()  # as a training does before an epoch ends; without gradients, it moves nothing
@@ -164,82 +166,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(loss):
     assert checkpoint.load(run.checkpoint)["step"] == 0
 
 
-def parse(*argv):
-    parser = utils.ArgumentParser(prog="train.py")
-    parser.add_argument("--epochs", type=int, default=9)
-    parser.add_argument("--data", default="data")
-    parser.add_argument("--learning_rate", type=float, default=0.1)
-    utils.add_kernel_norm_argument(parser)
-    run_folder.add_arguments(parser, seed=0)
-    return run_folder.parse_args(parser, [str(argument) for argument in argv])
-
-
-@pytest.fixture
-def saved(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py"])
-    with make_run(epochs=2, data="there", seed=5) as run:
-        return run.folder
-
-
-def test_resume_brings_the_settings_of_the_run(saved):
-    args = parse("--resume", saved)
-    assert (args.epochs, args.data, args.seed, args.resume) == (2, "there", 5, str(saved))
-    assert parse("--resume", saved, "--data", "here").data == "here"
-    assert parse("--resume", saved, "--epochs", 2).epochs == 2
-
-
-def test_a_run_from_before_kernels_were_bounded_goes_on_without_bounds(saved):
-    assert "kernel_norm" not in json.loads((saved / "config.json").read_text())["args"]
-    assert (
-        parse("--resume", saved).kernel_norm == parse("--resume", saved, "--kernel_norm", "none").kernel_norm == "none"
-    )
-    with pytest.raises(utils.UserError, match="--kernel_norm is none in that run, not soft_rms"):
-        parse("--resume", saved, "--kernel_norm", "soft_rms")
-    assert parse().kernel_norm == KERNEL_NORM
-
-
-def test_resume_with_other_settings_names_the_setting(saved):
-    with pytest.raises(utils.UserError, match="--epochs is 2 in that run, not 3"):
-        parse("--resume", saved, "--epochs", 3)
-
-
-@pytest.mark.parametrize(
-    "damage, says",
-    [
-        (lambda folder: (folder / "checkpoint.pt").unlink(), "no checkpoint.pt in it"),
-        (lambda folder: (folder / "config.json").unlink(), "config.json is missing or damaged"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json is missing or damaged"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json is missing or damaged"),
-        (lambda folder: (folder / "config.json").write_text('{"script": "x.py"}'), "one of x.py, not of train.py"),
-        (
-            lambda folder: (folder / "config.json").write_text('{"script": "train.py", "args": {"new": 1}}'),
-            "a setting 'new' that this version does not know",
-        ),
-        (
-            lambda folder: (folder / "config.json").write_text('{"script": "train.py", "args": {"epochs": "2"}}'),
-            "config.json is damaged: epochs is '2'",
-        ),
-    ],
-)
-def test_resume_of_a_damaged_run(saved, damage, says):
-    damage(saved)
-    with pytest.raises(utils.UserError) as caught:
-        parse("--resume", saved)
-    assert says in str(caught.value)
-
-
-def test_resume_of_a_truncated_checkpoint(saved):
-    path = saved / "checkpoint.pt"
+def test_resume_of_a_truncated_checkpoint():
+    with make_run() as run:
+        path = run.checkpoint
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(utils.UserError, match="truncated"):
-        make_run(resume=saved)
-
-
-@pytest.mark.parametrize("name", ["", "a/b", "..", "x" * 101])
-def test_a_run_name_is_a_name(name, capsys):
-    with pytest.raises(SystemExit):
-        parse("--save", name)
-    assert "must be a name, not a path" in capsys.readouterr().err
+        make_run(resume=run.folder)
 
 
 def test_weights_that_are_not_finite_are_not_saved():
@@ -345,3 +277,89 @@ def test_a_log_that_cannot_be_written_is_named():
 def test_a_printed_command_takes_a_folder_of_any_name(name):
     line = shlex.split(run_folder.command("train.py", "--arch", Path(name)))
     assert line[-1] == f"./{name}"
+
+
+def trained_run():
+    run = make_run()
+    for _ in run.steps(make_batches()):
+        run.parts["model"](torch.randn(4, 3)).sum().backward()
+        run.parts["optimizer"].step()
+        record(run)
+    run.end_epoch(meter())
+    run.__exit__()
+    return run.folder
+
+
+NAN = float("nan")
+DAMAGES = {  # what is put where in a checkpoint: the last key of a path gets the value
+    "epoch": ["0", -1, 5, True, None, [0]],
+    "step": [-1, 1.0, "x"],
+    "sums": [[], [1, 2], ["a"] * 5, [NAN] * 5],
+    "history": [[], [{}], [3], {"zz": 1}, None],
+    "history 0 valid_acc": ["high", [1]],
+    "history 0 genotype": ["nothing", 3],
+    "random": [torch.zeros(3, dtype=torch.uint8), torch.zeros(5056), None],
+    "cuda_random": [3],
+    "model weight": [torch.zeros(7), torch.full((2, 3), NAN), None],
+    "model": [{}, []],
+    "optimizer": [{}, {"state": {}, "param_groups": []}],
+    "optimizer param_groups 0 lr": [NAN, -1.0, "x"],
+    "optimizer param_groups 0 momentum": ["0.9", 5.0],
+    "optimizer param_groups 0 params": [[0], [7, 8]],
+    "optimizer state 0 momentum_buffer": [torch.zeros(7), torch.full((2, 3), NAN), 3],
+    "optimizer state 0": [{}, {"zz": torch.zeros(2, 3)}][1:],
+    "scheduler": [{}],
+    "scheduler T_max": [0, 77, "x"],
+    "scheduler last_epoch": [-5, None],
+    "scheduler base_lrs": [[9.0], []],
+    "args": [None, []],
+}
+
+
+@pytest.mark.parametrize("where", DAMAGES)
+def test_wrong_values_in_a_checkpoint_are_named(where):
+    folder = trained_run()
+    path = folder / "checkpoint.pt"
+    whole = path.read_bytes()
+    for value in DAMAGES[where]:
+        path.write_bytes(whole)
+        state = torch.load(path, weights_only=True)
+        *keys, last = [int(key) if key.isdigit() else key for key in where.split()]
+        place = state
+        for key in keys:
+            place = place[key]
+        place[last] = value
+        torch.save(state, path)
+        with pytest.raises(utils.UserError, match="checkpoint.pt"):
+            make_run(resume=folder)
+        del place[last]
+        torch.save(state, path)
+        if where.split()[-1] not in ("genotype", "momentum_buffer", "0"):
+            with pytest.raises(utils.UserError, match="checkpoint.pt"):
+                make_run(resume=folder)
+    path.write_bytes(whole)
+    make_run(resume=folder)
+
+
+def test_a_step_beyond_the_epoch_is_named():
+    run = make_run()
+    run.step = 9
+    with pytest.raises(utils.UserError, match="step 9 of an epoch of 4 steps"):
+        next(run.steps(make_batches()))
+
+
+def test_an_extended_run_goes_on_along_the_cosine_of_its_new_length(caplog):
+    caplog.set_level(logging.INFO, "darts")
+    folder = trained_run()
+    with make_run(resume=folder, epochs=5) as run:
+        rates = []
+        while run.epoch < 5:
+            rates.append(run.parts["optimizer"].param_groups[0]["lr"])
+            run.parts["optimizer"].step()
+            run.end_epoch(meter())
+    expected = [0.1 * (1 + math.cos(math.pi * epoch / 5)) / 2 for epoch in range(1, 5)]
+    assert rates == pytest.approx(expected)
+    assert "extended from 2 to 5 epochs" in caplog.text and f"{expected[0]:.3g} from here on" in caplog.text
+    assert json.loads((folder / "config.json").read_text())["args"]["epochs"] == 5
+    assert len((folder / "metrics.csv").read_text().splitlines()) == 6
+    make_run(resume=folder, epochs=5)

@@ -10,8 +10,10 @@ import torch
 
 import genotypes
 import original_darts
+import test as test_script
 from conftest import assert_one_clear_line, only_run, start_script
 from model import NetworkCIFAR
+from utils import UserError
 
 TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 2 --epochs 2 --report_freq 1".split()
 PRINTED_ARCH = """Genotype(normal=[('sep_invo_3x3', 1), ('sep_invo_3x3', 0), ('sep_invo_3x3', 2), ('dil_invo_3x3', 1),
@@ -189,6 +191,28 @@ def test_bad_model_paths(script, tmp_path, content, says):
     if content is not None:
         (tmp_path / "weights.pt").write_bytes(content)
     assert_one_clear_line(script("test.py", "--model_path", "weights.pt"), "weights.pt", says)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(normalization=((float("nan"),) * 3,) * 2), "its normalization is ((nan, nan, nan)"),
+        (dict(normalization=((0.0,) * 3, (0.0,) * 3)), "its normalization is"),
+        (dict(classes=[3]), "its classes is [3]"),
+        (dict(epoch="two"), "its epoch is 'two'"),
+        (dict(layers=10**6), "layers is 1000000"),
+        (dict(arch="zz"), "arch is 'zz'"),
+        (dict(layers=None), "layers is None"),
+    ],
+)
+def test_wrong_values_in_a_trained_network_are_named(uninterrupted, tmp_path, change, says):
+    state = torch.load(uninterrupted / "checkpoint.pt", weights_only=True)
+    for name, value in change.items():
+        (state["args"] if name in state["args"] else state)[name] = value
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError) as caught:
+        test_script.load_run(test_script.build_parser(), ["--model_path", str(tmp_path / "checkpoint.pt")])
+    assert says in str(caught.value)
 
 
 def test_a_search_is_not_a_trained_network(script, tmp_path):
