@@ -4,6 +4,7 @@
 # make lint    style checks
 # make clean   remove the environment (runs/ stays)
 
+SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 DIGITS := --dataset digits --save demo
@@ -11,7 +12,8 @@ DIGITS := --dataset digits --save demo
 .PHONY: demo test sanitize lint clean
 
 demo: .venv/installed
-	@set -e; newest() { ls -td runs/$$1-demo-* | head -n 1; }; \
+	@set -e -o pipefail; newest() { ls -td runs/$$1-demo-* | head -n 1; }; \
+	echo "search, retrain, test and draw on 8x8 digits: two to five minutes on two cores, by what else they do"; \
 	echo "== 1/4 search (second order)"; \
 	$(BIN)/python train_search.py --unrolled $(DIGITS) --epochs 3 --layers 3 --init_channels 8; \
 	search=$$(newest search); \
@@ -19,7 +21,7 @@ demo: .venv/installed
 	$(BIN)/python train.py $(DIGITS) --arch $$search --epochs 15 --layers 5 --init_channels 16 --batch_size 64; \
 	train=$$(newest train); \
 	echo "== 3/4 test $$train"; \
-	result=$$($(BIN)/python test.py --model_path $$train); \
+	$(BIN)/python test.py --model_path $$train | tee $$train/test.txt; \
 	echo "== 4/4 draw $$search"; \
 	if command -v dot > /dev/null; then \
 		$(BIN)/python visualize.py $$search --output $$search/figures; \
@@ -27,7 +29,7 @@ demo: .venv/installed
 		echo "no dot program: install Graphviz to have the cells drawn (their .gv sources are in $$search/figures)"; \
 	fi; \
 	echo; echo "genotype:  $$(grep -o 'Genotype(.*' $$search/log.txt | tail -n 1)"; \
-	echo "accuracy:  $$(echo "$$result" | tail -n 1 | cut -d' ' -f2-)"; \
+	echo "accuracy:  $$(tail -n 1 $$train/test.txt | cut -d' ' -f2-)"; \
 	echo "pictures:  $$search/figures (curves, the two cells), $$train/figures (curves)"
 
 test: .venv/installed
@@ -47,7 +49,9 @@ lint: .venv/installed
 .venv/installed: requirements.txt
 	@echo "making the environment .venv (PyTorch takes a few minutes to install)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@trap 'kill $$pulse' EXIT; \
+	while sleep 25 > /dev/null 2>&1; do echo "installing: $$(du -sm .venv | cut -f1) MB so far"; done & pulse=$$!; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 clean:

@@ -5,6 +5,7 @@ with black, a random flip, normalisation, cutout (arXiv 1708.04552). Every batch
 step) alone, so that an interrupted run can go on at any step.
 """
 
+import hashlib
 import logging
 from http.client import HTTPException
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
+import image_folder
 from utils import UserError
 
 logger = logging.getLogger("darts.data")
@@ -32,6 +33,7 @@ class Images(NamedTuple):
     pixels: torch.Tensor  # (N, H, W, 3), uint8
     labels: torch.Tensor  # (N,), int64
     classes: list  # of names
+    names: list = ()  # (N,), the files where there are files
 
     def __len__(self):
         return len(self.labels)
@@ -173,28 +175,39 @@ class Batches:
         return input.unflatten(2, (-1, 3)).permute(0, 3, 1, 2), self.labels[indices]
 
 
-def load(dataset, root, train, image_size=None, subset=None, seed=0, device="cpu"):
+def load(dataset, root, train, image_size=None, subset=None, seed=0, device="cpu", skip_broken=False):
     """The training or the test images of a data set.
 
     Args:
         dataset: one of `DATASETS`; `folder` reads `root/train/<class>/*` and `root/test/<class>/*` (or `val`).
         image_size: pixels; None is the data set's own (digits 8, else 32).
         subset: at most this many images, drawn with `seed`; None is all.
+        skip_broken: leave out image files that cannot be read.
 
     Raises:
         UserError: images that are missing, broken or not downloadable.
     """
-    size = image_size or _NATIVE_SIZE[dataset]
+    size, part = image_size or _NATIVE_SIZE[dataset], "train" if train else "test"
     if dataset == "folder":
-        images = _load_folder(Path(root), train, size, subset, seed)
+        folder, classes, samples = image_folder.scan(Path(root), train)
+        count = len(samples)
+        samples = [samples[k] for k in _choose(count, subset, seed)]
+        pixels, labels, names = image_folder.read(samples, size, part, skip_broken)
     else:
         pixels, labels, classes = _load_digits(train) if dataset == "digits" else _load_cifar(dataset, root, train)
-        chosen = _choose(len(labels), subset, seed)
-        pixels, labels = pixels[chosen], labels[chosen]
+        count, folder = len(labels), dataset
+        chosen = _choose(count, subset, seed)
+        pixels, labels, names = pixels[chosen], labels[chosen], [f"image {k}" for k in chosen]
         if pixels.shape[1] != size:
             pixels = np.stack([np.asarray(Image.fromarray(p).resize((size, size), Image.BILINEAR)) for p in pixels])
-        images = Images(torch.from_numpy(pixels), torch.from_numpy(labels), classes)
-    return Images(images.pixels.to(device), images.labels.to(device), images.classes)
+    what = "%s: %d of %d images, %d classes (%s)"
+    logger.info(what, part, len(labels), count, len(classes), folder)
+    return Images(torch.from_numpy(pixels).to(device), torch.from_numpy(labels).to(device), classes, names)
+
+
+def load_as(args, train, device):
+    """`load` with the flags of a script."""
+    return load(args.dataset, args.data, train, args.image_size, args.subset, args.seed, device, args.skip_broken)
 
 
 def split(images, train_portion, seed):
@@ -252,40 +265,32 @@ def _load_cifar(dataset, root, train):
     return images.data, np.array(images.targets, dtype=np.int64), images.classes
 
 
-def _load_folder(root, train, size, subset, seed):
-    classes, samples = _scan_folder(root, train)
-    chosen = [samples[k] for k in _choose(len(samples), subset, seed)]
-    pixels = np.empty((len(chosen), size, size, 3), dtype=np.uint8)
-    for k, (path, _) in enumerate(tqdm(chosen, desc=f"reading {'train' if train else 'test'} images", disable=None)):
-        pixels[k] = _read_image(path, size)
-    labels = torch.tensor([label for _, label in chosen])
-    return Images(torch.from_numpy(pixels), labels, classes)
+def fingerprint(images):
+    """What tells a set of images from another (a dict of plain values): 0.2 s for 60,000 images of 32x32 pixels."""
+    digest = hashlib.sha256(images.pixels.cpu().numpy())
+    digest.update(images.labels.cpu().numpy())
+    counts = images.labels.bincount(minlength=len(images.classes)).tolist()
+    return {"classes": list(images.classes), "counts": counts, "sha256": digest.hexdigest()}
 
 
-def _scan_folder(root, train):
-    """Class names, and (path, label) of every image below `root/train`, or below `root/test` or `root/val`."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+def check_unchanged(part, before, now):
+    """Raise UserError, naming what differs, unless two fingerprints are the same.
 
-    if not root.is_dir():
-        raise UserError(f"--data {root}: no such folder; --dataset folder needs {root}/train and {root}/test")
-    names = ("train",) if train else ("test", "val")
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
-        raise UserError(f"--data {root}: the folder {' or '.join(names)} is missing in it")
-    # names that start with a dot are what file managers and notebooks leave behind
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
-    if len(classes) < 2:
-        raise UserError(f"{folder} needs two class folders or more, with images in {folder}/CLASS/; got {len(classes)}")
-    samples = make_dataset(
-        folder,
-        {name: label for label, name in enumerate(classes)},
-        is_valid_file=lambda path: path.lower().endswith(IMG_EXTENSIONS) and Path(path).name[0] != ".",
-        allow_empty=True,
-    )
-    empty = set(range(len(classes))) - {label for _, label in samples}
-    if empty:
-        raise UserError(f"the class folder {folder / classes[min(empty)]} holds no image file")
-    return classes, samples
+    Args:
+        part: "train" or "test".
+    """
+    if before == now:
+        return
+    if before["classes"] != now["classes"]:
+        differing = sorted(set(before["classes"]) ^ set(now["classes"])) or now["classes"]
+        what = f"the classes differ in {differing[0]!r}"
+    elif before["counts"] != now["counts"]:
+        counts = zip(now["classes"], before["counts"], now["counts"], strict=True)
+        name, had, has = next(count for count in counts if count[1] != count[2])
+        what = f"class {name!r} had {had} images and has {has}"
+    else:
+        what = "as many images, but other pixels or another order of the files"
+    raise UserError(f"the {part} images are not those that the run began with ({what}): put them back, or start anew")
 
 
 def check_classes(images, expected):
@@ -295,14 +300,3 @@ def check_classes(images, expected):
         raise UserError(
             f"the test images must have the classes of the training images; they differ in {differing[0]!r}"
         )
-
-
-def _read_image(path, size):
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits, which convert() would clip to 8
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert("RGB")
-            return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.BILINEAR))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"broken image file {path}: {error}") from None

@@ -170,6 +170,7 @@ DARTS_L20 = Genotype(
 )  # fmt: skip
 DARTS = DARTS_L10
 
+WHICH_DARTS = "DARTS is DARTS_L10, of involutions; the convolutional result of the DARTS paper is DARTS_V2"
 NAMED = {name: value for name, value in list(globals().items()) if isinstance(value, Genotype)}
 
 # ------------------------------------------------------------------------------------------ reading, writing
@@ -239,6 +240,8 @@ def _read_file(path):
         if path.is_dir():
             path = path / "genotype.json"
         if not path.is_file():
+            if path.with_name("checkpoint.pt").is_file():
+                raise ValueError(f"{path.parent} has no genotype yet: the first epoch of that search has not ended")
             raise ValueError(f"{path.parent} has no genotype.json: is it the folder of a run?")
         with path.open(errors="replace") as file:
             text = file.read(_LONGEST_TEXT + 1).strip()

@@ -6,19 +6,21 @@ runs/search-NAME-TIMESTAMP/      or train-…
     metrics.csv                  one row an epoch
     genotype.json                readable by genotypes.parse
     checkpoint.pt                weights, alphas, optimizers, scheduler, epoch, step, random states
+    checkpoint.previous.pt       the checkpoint before it
     figures/                     curves.png, normal.png, reduction.png, and the .gv sources
 """
 
-import argparse
+import contextlib
 import csv
 import io
 import json
 import logging
+import logging.handlers
 import math
 import os
 import shlex
+import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -26,112 +28,26 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import checkpoint
 import genotypes
 import involution
+import progress
 import visualize
+from curves import plot_curves
+from data import check_unchanged
 from operations import KERNEL_NORM
-from utils import AverageMeter, UserError, load_checkpoint, load_weights, number, replacing, user_value, write_text
+from utils import AverageMeter, UserError, remove_temporaries, write_text
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not locked
+    fcntl = None
 
 logger = logging.getLogger("darts.run")
 
-# settings that may differ between a run and its continuation: they do not change what is computed
-PORTABLE = ("data", "device", "gpu", "report_freq", "cuda_graph")
-_BEFORE = {"kernel_norm": "none"}  # what runs did that are older than the setting
 _SAVE_EVERY = 300  # seconds between two checkpoints within an epoch
-
-
-# --------------------------------------------------------------------------------------------- command lines
-
-
-def add_arguments(parser, seed):
-    group = parser.add_argument_group("run")
-    group.add_argument("--save", default="EXP", type=user_value(_run_name), help="name of the run folder, in runs/")
-    group.add_argument(
-        "--resume",
-        metavar="RUN_FOLDER",
-        type=user_value(_not_empty),
-        help="go on with an interrupted run, with its own settings",
-    )
-    group.add_argument("--seed", type=number(int, low=0, high=2**63 - 1), default=seed, help="random seed")
-    group.add_argument("--report_freq", type=number(int, low=1), default=50, help="steps between two report lines")
-
-
-def settings(saved):
-    """The settings (a dict) that a run keeps, with those that are younger than the run."""
-    return _BEFORE | saved
-
-
-def _not_empty(text):
-    if not text:
-        raise ValueError("must be the path of a run folder, got ''")
-    return text
-
-
-def _run_name(text):
-    if Path(text).name != text or not 1 <= len(text) <= 100 or text == "..":
-        raise ValueError(f"must be a name, not a path, of 1 to 100 characters, got {text[:110]!r}")
-    return text
-
-
-def parse_args(parser, argv=None):
-    """The arguments of a script; with --resume, those of the run.
-
-    Raises:
-        UserError: a folder that is no run, or a setting that differs from the run's.
-    """
-    args = parser.parse_args(argv)
-    if args.resume is None:
-        return args
-    given = parser.given(argv)
-    saved = _read_config(Path(args.resume), parser.prog)
-    actions = {action.dest: action for action in parser._actions}
-    for name, value in saved.items():
-        if name not in actions:
-            raise UserError(f"--resume {args.resume}: the run has a setting {name!r} that this version does not know")
-        if not _is_setting(actions[name], value):
-            raise UserError(f"--resume {args.resume}: config.json is damaged: {name} is {value!r}")
-        if name in PORTABLE and name in given:
-            continue
-        if name in given and given[name] != value and name != "resume":
-            raise UserError(
-                f"--resume {args.resume}: --{name} is {value} in that run, not {given[name]}; leave --{name} out, "
-                "or start a new run"
-            )
-        if name != "resume":
-            setattr(args, name, value)
-    return args
-
-
-def _is_setting(action, value):
-    """Whether the command line can give `action` this value."""
-    if value is None or isinstance(value, bool):
-        return type(value) is type(action.default)
-    try:
-        return (action.type or str)(str(value)) == value and (action.choices is None or value in action.choices)
-    except (ValueError, argparse.ArgumentTypeError):
-        return False
-
-
-def _read_config(folder, script):
-    if not folder.is_dir():
-        raise UserError(f"--resume {folder}: no such folder")
-    if not (folder / "checkpoint.pt").is_file():
-        raise UserError(f"--resume {folder}: no checkpoint.pt in it; nothing to go on with")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        if config["script"] != script:
-            raise UserError(f"--resume {folder}: that run is one of {config['script']}, not of {script}")
-        return settings(dict(config["args"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"--resume {folder}: config.json is missing or damaged ({error})") from None
-
-
-# ---------------------------------------------------------------------------------------------- run folders
 
 
 class Run:
@@ -144,26 +60,31 @@ class Run:
     Args:
         kind: "search" or "train".
         parts: name -> object with `state_dict` and `load_state_dict`; needs `model`, `optimizer` and `scheduler`.
-        facts: further plain values to keep in the checkpoint, for those who read it.
+        facts: further plain values to keep in the checkpoint, for those who read it; `data` has the fingerprints of
+            the images (`data.fingerprint`) by name: other ones are not gone on with.
     """
 
     def __init__(self, kind, args, device, parts, **facts):
-        self.args, self.device, self.parts, self.facts = args, device, parts, facts
+        self.kind, self.args, self.device, self.parts, self.facts = kind, args, device, parts, facts
         self.epoch = self.step = 0
         self.meter = AverageMeter()
         self.history = []  # a dict of numbers for every finished epoch
-        self._signal = None
+        self._signal, self._handlers = None, {}
         self._said_why_no_drawing = self._said_not_finite = False
         self.folder = Path(args.resume) if args.resume is not None else _new_folder(kind, args.save)
-        self.checkpoint = self.folder / "checkpoint.pt"
-        if args.resume is not None:
-            self._restore()
-        else:
-            write_text(self.folder / "config.json", json.dumps(_config(args, device), indent=2) + "\n")
-            self.save()
-        handler = logging.FileHandler(self.folder / "log.txt")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        logging.getLogger().addHandler(handler)
+        self.checkpoint = self.folder / checkpoint.NAME
+        self._log = None
+        try:
+            self._log = _LogFile(self.folder / "log.txt")
+            if args.resume is not None:
+                self._restore()
+            else:
+                write_text(self.folder / "config.json", json.dumps(_config(args, device), indent=2) + "\n")
+                self.save()
+        except Exception as error:
+            self.__exit__(type(error))
+            raise
+        self._log.open_to_all()
         logger.info("%s %s", "resuming" if args.resume else "run folder", self.folder)
         logger.info("device %s, involution backend %s", device, involution.backend(device))
 
@@ -171,9 +92,20 @@ class Run:
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind=None, *_):
+        """End the log, so that another process may go on; a run that failed before its first step leaves nothing."""
         for number_, handler in self._handlers.items():
             signal.signal(number_, handler)
+        if self._log:
+            self._log.close()
+        if kind is not None and issubclass(kind, Exception) and not self._begun:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds other runs
+                self.folder.parent.rmdir()
+
+    @property
+    def _begun(self):
+        return self.args.resume is not None or self.epoch + self.step > 0
 
     def _on_signal(self, number_, _):
         if self._signal is not None:
@@ -184,9 +116,12 @@ class Run:
     def steps(self, batches):
         """Yield the augmented batches that are left of this epoch, with a progress bar or report lines."""
         label = f"epoch {self.epoch + 1}/{self.args.epochs}"
+        if self.step > len(batches):
+            raise UserError(f"{self.checkpoint} is damaged: step {self.step} of an epoch of {len(batches)} steps")
         bar = tqdm(total=len(batches), initial=self.step, desc=label, disable=not sys.stdout.isatty(), leave=False)
         with bar:
             while self.step < len(batches):
+                progress.doing(f"{label} step {self.step + 1}/{len(batches)}")
                 yield batches.batch(self.epoch, self.step)
                 self.step += 1
                 bar.set_postfix_str(str(self.meter), refresh=False)
@@ -211,9 +146,9 @@ class Run:
     def diverged(self, what, step):
         """The UserError that says what is no longer finite, where, and where to go on from."""
         lr = self.parts["optimizer"].param_groups[0]["lr"]
+        good = f"the last good checkpoint is {self.checkpoint}; " if self._begun else ""
         return UserError(
-            f"{what} in epoch {self.epoch + 1}, step {step}, at learning rate {lr:.3g}; "
-            f"the last good checkpoint is {self.checkpoint}; {self._cure()}"
+            f"{what} in epoch {self.epoch + 1}, step {step}, at learning rate {lr:.3g}; {good}{self._cure()}"
         )
 
     def _cure(self):
@@ -235,7 +170,7 @@ class Run:
         """Log and keep an epoch's numbers, step the scheduler, save, and write metrics.csv and the curves.
 
         Args:
-            valid: AverageMeter of the validation images.
+            valid: Evaluation of the validation images.
             more: further columns of metrics.csv.
 
         Raises:
@@ -252,6 +187,9 @@ class Run:
             what = "%d of %d validation images have logits that are not finite, and count as misses; %s"
             logger.warning(what, lost, valid.images, self._cure())
         self._said_not_finite |= lost > 0
+        explosion = valid.explosion("validation")
+        if explosion:
+            logger.warning("%s", explosion)
         row = dict(epoch=self.epoch + 1, lr=lr, train_loss=self.meter.loss, train_acc=self.meter.top1)
         self.history.append(row | dict(valid_loss=valid.loss, valid_acc=valid.top1) | more)
         self.parts["scheduler"].step()
@@ -264,19 +202,25 @@ class Run:
         logger.info("genotype = %s", genotypes.format(genotype))
         write_text(self.folder / "genotype.json", genotypes.to_json(genotype))
         try:
-            visualize.draw(genotype, self.folder / "figures")
+            visualize.draw(genotype, self._figures(), name=self.folder.name)
         except visualize.DrawingError as error:
             if not self._said_why_no_drawing:
                 logger.warning("%s", error)
             self._said_why_no_drawing = True
 
+    def _figures(self):
+        folder = self.folder / "figures"
+        folder.mkdir(exist_ok=True)
+        return folder
+
     def write_history(self):
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(self.history[0]), lineterminator="\n")
+        columns = dict.fromkeys(name for row in self.history for name in row)
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.history)
         write_text(self.folder / "metrics.csv", text.getvalue())
-        plot_curves(self.history, self.folder / "figures" / "curves.png")
+        plot_curves(self.history, self.kind, self._figures() / "curves.png")
 
     def save(self):
         """Replace checkpoint.pt.
@@ -297,32 +241,101 @@ class Run:
             random=torch.get_rng_state(),
             cuda_random=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         )
-        with replacing(self.checkpoint) as temporary:
-            with temporary.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())  # a crash of the machine leaves the old checkpoint or the new one
+        checkpoint.save(state, self.checkpoint)
         self._saved_at = time.monotonic()
 
     def _restore(self):
         self._saved_at = time.monotonic()
-        state = load_checkpoint(self.checkpoint)
+        remove_temporaries(self.folder)
+        state = checkpoint.load(self.checkpoint)
+        checkpoint.check(state, self.checkpoint, needs={*self.parts, *self.facts} - {"data"})
+        fingerprints = self.facts.get("data")
+        if "data" in state and fingerprints:  # not kept by runs of before
+            for part, now in fingerprints.items():
+                check_unchanged(part, state["data"].get(part, now), now)
+        self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
+        self.meter = AverageMeter(state["sums"])
+        self._restore_parts(state)
+        before = state["args"]["epochs"]
+        if self.args.epochs != before:
+            self._extend(before)
+        if self.history:
+            self.write_history()  # a kill may have come between the checkpoint and these
+
+    def _restore_parts(self, state):
+        checkpoint.load_weights(self.parts["model"], state["model"], self.checkpoint)
+        name = "scheduler"
         try:
-            load_weights(self.parts["model"], state["model"], self.checkpoint)
-            for name, part in self.parts.items():
-                if name != "model":
-                    part.load_state_dict(state[name])
-            self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
-            self.meter = AverageMeter(state["sums"])
+            checkpoint.load_scheduler(self.parts[name], state[name], self.epoch, state["args"]["epochs"])
+            for name in sorted({*self.parts} - {"model", "scheduler"}):
+                checkpoint.load_optimizer(self.parts[name], state[name])
+            self.parts["optimizer"].step()  # without gradients, moves nothing; the scheduler wants one before its own
+            name = "random"
             torch.set_rng_state(state["random"])
             if self.device.type == "cuda" and state["cuda_random"]:
                 torch.cuda.set_rng_state_all(state["cuda_random"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{self.checkpoint} is not a checkpoint of this script ({error!r})") from None
-        if self.history:
-            self.write_history()  # a kill may have come between the checkpoint and these
+        except Exception as error:  # as many kinds as there are wrong values
+            what = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"{self.checkpoint} is damaged or of another script: its {name}: {what}") from None
+
+    def _extend(self, before):
+        """Go on along the cosine of the new number of epochs, from where it is at this epoch."""
+        scheduler, optimizer, epochs = self.parts["scheduler"], self.parts["optimizer"], self.args.epochs
+        was = optimizer.param_groups[0]["lr"]
+        scheduler.T_max = epochs
+        for group, base in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
+            left = (1 + math.cos(math.pi * self.epoch / epochs)) / 2
+            group["lr"] = scheduler.eta_min + (base - scheduler.eta_min) * left
+        path = self.folder / "config.json"
+        config = json.loads(path.read_text())
+        config["args"]["epochs"] = epochs
+        write_text(path, json.dumps(config, indent=2) + "\n")
+        self.save()
+        logger.info(
+            "extended from %d to %d epochs: the learning rate is that of a cosine of %d epochs, %.3g from here on (it "
+            "was %.3g)",
+            *(before, epochs, epochs, optimizer.param_groups[0]["lr"], was),
+        )
+
+
+class _LogFile(logging.FileHandler):
+    """log.txt. Only one process at a time has it: the lock ends with the process, however that ends.
+
+    Raises:
+        UserError: another process has it.
+    """
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        try:
+            if fcntl:
+                fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise UserError(f"{path.parent}: another process is at work on this run; stop it first") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def open_to_all(self):
+        """Write down what is logged from now on, and what has been before there was a log.txt."""
+        root = logging.getLogger()
+        root.addHandler(self)
+        for early in [handler for handler in root.handlers if isinstance(handler, logging.handlers.MemoryHandler)]:
+            root.removeHandler(early)
+            early.setTarget(self)
+            early.close()
+
+    def handleError(self, record):
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):  # a full disk
+            raise OSError(error.errno, error.strerror, self.baseFilename) from None
+        super().handleError(record)
+
+    def close(self):
+        logging.getLogger().removeHandler(self)
+        with contextlib.suppress(OSError):  # of a full disk, which has been told
+            super().close()
 
 
 def _new_folder(kind, name):
@@ -335,7 +348,6 @@ def _new_folder(kind, name):
             continue
         except OSError as error:
             raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from None
-        (folder / "figures").mkdir()
         return folder
     raise UserError(f"cannot make a new run folder runs/{stamp}: too many of that name")
 
@@ -344,7 +356,9 @@ def command(script, *arguments):
     """The line that runs one of our scripts, in this folder and with this Python."""
     python = os.path.relpath(sys.executable)
     script = os.path.relpath(Path(__file__).with_name(script))
-    return shlex.join([sys.executable if python.startswith("..") else python, script, *map(str, arguments)])
+    # a folder of our own may have the name of a flag or of a genotype
+    arguments = [os.path.join(".", a) if isinstance(a, Path) and len(a.parts) == 1 else str(a) for a in arguments]
+    return shlex.join([sys.executable if python.startswith("..") else python, script, *arguments])
 
 
 def _config(args, device):
@@ -366,30 +380,3 @@ def _git_commit():
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # no git on this machine
         return None
-
-
-def off_scale(values):
-    """Where to cut an axis off whose values are a few huge ones above many usual ones; None for nowhere."""
-    finite = [value for value in values if math.isfinite(value)]
-    usual = statistics.median(finite) if finite else 0
-    return 2.5 * usual if finite and max(finite) > 10 * usual else None
-
-
-def plot_curves(history, path):
-    """Training and validation accuracy and loss over the epochs, two panels, as a PNG."""
-    epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, what, unit in zip(figure.subplots(1, 2), ("acc", "loss"), ("accuracy (%)", "loss"), strict=True):
-        for part, color in (("train", "tab:blue"), ("valid", "tab:orange")):
-            values = [row[f"{part}_{what}"] for row in history]
-            axes.plot(epochs, values, color=color, marker="o" if len(epochs) < 30 else None, ms=3, label=part)
-        axes.set(xlabel="epoch", ylabel=unit)
-        top = off_scale([row[f"{part}_{what}"] for row in history for part in ("train", "valid")])
-        if top is not None:
-            axes.set_ylim(0, top)
-            axes.set_title("values above the frame: see metrics.csv", fontsize="small")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)

@@ -10,16 +10,18 @@ import logging
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
+import checkpoint
 import data
 import genotypes
-import run_folder
+import settings
+import train
 import utils
 from model import NetworkCIFAR
-from train import add_network_arguments, infer
 
 logger = logging.getLogger("darts.test")
+
+_WORST = 10  # images that are named at most
 
 
 def build_parser():
@@ -28,7 +30,7 @@ def build_parser():
     )
     group = parser.add_argument_group("model")
     group.add_argument("--model_path", required=True, help="a run folder, its checkpoint.pt, or a state dict")
-    add_network_arguments(parser)
+    train.add_network_arguments(parser)
     group = utils.add_data_arguments(parser)
     group.add_argument("--batch_size", type=utils.number(int, low=1), default=96, help="images at once")
     group.add_argument("--seed", type=utils.number(int, low=0), default=0, help="draws the --subset")
@@ -41,25 +43,27 @@ def load_run(parser, argv=None):
     args = parser.parse_args(argv)
     path = Path(args.model_path)
     if path.is_dir():
-        path = path / "checkpoint.pt"
+        path = path / checkpoint.NAME
         if not path.exists():
             raise utils.UserError(f"--model_path {args.model_path}: no checkpoint.pt in that folder")
-    state = utils.load_checkpoint(path)
+    state = checkpoint.load(path)
     if not isinstance(state, dict):
         raise utils.UserError(f"{path} holds a {type(state).__name__}, not a checkpoint or a state dict")
     if "arch_optimizer" in state:
         raise utils.UserError(f"{path} is a search: train what it found (python train.py --arch {path.parent}) first")
     if not {"model", "args", "normalization", "classes"} <= set(state):
         return args, state, {}
-    settings = vars(args) | {k: v for k, v in run_folder.settings(state["args"]).items() if hasattr(args, k)}
-    return argparse.Namespace(**(settings | parser.given(argv))), state["model"], state
+    checkpoint.check(state, path)
+    saved = settings.check(state["args"], train.build_parser(), path)
+    own = {name: value for name, value in saved.items() if hasattr(args, name)}
+    return argparse.Namespace(**(vars(args) | own | parser.given(argv))), state["model"], state
 
 
 def main():
     parser = build_parser()
     args, weights, state = load_run(parser)
     device = utils.pick_device(args)
-    images = data.load(args.dataset, args.data, False, args.image_size, args.subset, args.seed, device)
+    images = data.load_as(args, False, device)
     if state:
         data.check_classes(images, state["classes"])
         normalization = data.Normalization(*state["normalization"])
@@ -78,14 +82,21 @@ def main():
         )
     classes = len(images.classes)
     model = NetworkCIFAR(args.init_channels, classes, args.layers, args.auxiliary, genotype, args.kernel_norm)
-    utils.load_weights(model, weights, args.model_path)
+    checkpoint.load_weights(model, weights, args.model_path)
     batches = data.Batches(images, args.batch_size, normalization, augmentation=None)
-    meter = infer(batches, model.to(device, memory_format=torch.channels_last), nn.CrossEntropyLoss())
+    meter = train.infer(batches, model.to(device, memory_format=torch.channels_last))
     logger.info("genotype = %s", genotypes.format(genotype))
     logger.info("%.2f M weights", utils.count_parameters_in_MB(model))
-    logger.info(
-        "test loss %.4f, top-1 %.2f%%, top-5 %.2f%% on %d images", meter.loss, meter.top1, meter.top5, len(images)
-    )
+    top5 = f", top-5 {meter.top5:.2f}%" if classes > 5 else ""  # else all of them
+    logger.info("test loss %.4f, top-1 %.2f%%%s on %d images", meter.loss, meter.top1, top5, len(images))
+    if meter.finite_images < meter.images:
+        lost = meter.images - meter.finite_images
+        logger.warning("%d of %d test images have logits that are not finite, and count as misses", lost, meter.images)
+    explosion = meter.explosion("test")
+    if explosion:
+        logger.warning("%s; the worst:", explosion)
+        for k in meter.extreme()[:_WORST]:
+            logger.info("  loss %.4g  %s", meter.losses[k], images.names[k])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import torch.nn as nn
 
 import data
 import genotypes
+import progress
 import run_folder
+import settings
 import utils
 from model import AuxiliaryHeadCIFAR, NetworkCIFAR
 
@@ -36,23 +38,19 @@ def train(run, batches, model, criterion, optimizer, args):
 
 
 @torch.no_grad()
-def infer(batches, model, criterion, after_batch=lambda: None):
+def infer(batches, model, after_batch=lambda: None):
     """Loss and accuracy on plain images, as a meter; `after_batch` is called after every batch."""
     model.eval()
-    meter = utils.AverageMeter()
-    for input, target in batches:
-        logits, _ = model(input)
-        meter.update(criterion(logits, target).item(), logits, target)
+    meter = utils.Evaluation()
+    for input, target in progress.counted(batches, "test"):
+        meter.add(model(input)[0], target)
         after_batch()
     return meter
 
 
 def load_data(args, device):
-    """Augmented batches of the training images, plain batches of the test images, normalization, class names."""
-    images, test_images = (
-        data.load(args.dataset, args.data, train, args.image_size, args.subset, args.seed, device)
-        for train in (True, False)
-    )
+    """Augmented batches of the training images, plain batches of the test images, what a checkpoint keeps of them."""
+    images, test_images = (data.load_as(args, train, device) for train in (True, False))
     data.check_classes(test_images, images.classes)
     size = images.pixels.shape[1]
     if args.batch_size > len(images):
@@ -67,7 +65,9 @@ def load_data(args, device):
     augmentation = data.Augmentation.of(args.dataset, size, args.cutout_length if args.cutout else 0)
     train_batches = data.Batches(images, args.batch_size, normalization, augmentation, key=(args.seed, 0))
     test_batches = data.Batches(test_images, args.batch_size, normalization, augmentation=None)
-    return train_batches, test_batches, normalization, images.classes
+    fingerprints = {"train": data.fingerprint(images), "test": data.fingerprint(test_images)}
+    facts = dict(normalization=tuple(normalization), classes=images.classes, data=fingerprints)
+    return train_batches, test_batches, facts
 
 
 def smallest_image(layers):
@@ -82,7 +82,8 @@ def add_network_arguments(parser):
         "--arch",
         type=utils.user_value(lambda text: genotypes.format(genotypes.parse(text))),
         default="DARTS",
-        help=f"a name ({', '.join(genotypes.NAMED)}), a Genotype(...) expression, a run folder or a genotype file",
+        help=f"a name ({', '.join(genotypes.NAMED)}), a Genotype(...) expression, a run folder or a genotype file; "
+        f"{genotypes.WHICH_DARTS}",
     )
     group.add_argument(
         "--init_channels", type=utils.number(int, low=1, high=4096), default=36, help="channels of the first cells"
@@ -92,7 +93,7 @@ def add_network_arguments(parser):
     utils.add_kernel_norm_argument(group)
 
 
-def parse_args(argv=None):
+def build_parser():
     parser = utils.ArgumentParser(description="Train a genotype from scratch.")
     utils.add_data_arguments(parser)
     group = parser.add_argument_group("augmentation and regularization")
@@ -114,17 +115,18 @@ def parse_args(argv=None):
     group.add_argument("--weight_decay", type=utils.number(float, low=0), default=3e-4, help="of SGD")
     group.add_argument("--grad_clip", type=utils.number(float, above=0), default=5.0, help="largest gradient norm")
     utils.add_device_arguments(parser)
-    run_folder.add_arguments(parser, seed=0)
-    return run_folder.parse_args(parser, argv)
+    settings.add_arguments(parser, seed=0)
+    return parser
 
 
 def main():
-    args = parse_args()
+    args = settings.parse_args(build_parser())
     genotype = genotypes.parse(args.arch)
     device = utils.pick_device(args)
     torch.manual_seed(args.seed)
-    train_batches, test_batches, normalization, classes = load_data(args, device)
-    model = NetworkCIFAR(args.init_channels, len(classes), args.layers, args.auxiliary, genotype, args.kernel_norm)
+    train_batches, test_batches, facts = load_data(args, device)
+    classes = len(facts["classes"])
+    model = NetworkCIFAR(args.init_channels, classes, args.layers, args.auxiliary, genotype, args.kernel_norm)
     model.to(device, memory_format=torch.channels_last)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(
@@ -133,15 +135,16 @@ def main():
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
 
-    with run_folder.Run("train", args, device, parts, normalization=tuple(normalization), classes=classes) as run:
+    with run_folder.Run("train", args, device, parts, **facts) as run:
+        if genotype == genotypes.DARTS:
+            logger.info(genotypes.WHICH_DARTS)
         run.report(genotype)
         logger.info("network of %.2f M weights", utils.count_parameters_in_MB(model))
         while run.epoch < args.epochs:
             model.drop_path_prob = args.drop_path_prob * run.epoch / args.epochs
             train(run, train_batches, model, criterion, optimizer, args)
-            valid = infer(test_batches, model, criterion, run.stop_if_asked)  # as DARTS: the test images
+            valid = infer(test_batches, model, run.stop_if_asked)  # as DARTS: the test images
             run.end_epoch(valid)
-            logger.info("genotype = %s", genotypes.format(genotype))
         logger.info("trained; now: %s", run_folder.command("test.py", "--model_path", run.folder))
 
 

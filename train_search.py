@@ -12,7 +12,9 @@ import torch.nn as nn
 
 import data
 import genotypes
+import progress
 import run_folder
+import settings
 import utils
 from architect import Architect
 from gradients import Gradients
@@ -45,17 +47,19 @@ def train(run, train_batches, search_batches, architect, optimizer, args):
 def infer(run, batches, model):
     """Loss and accuracy of the supernet on plain images, as a meter."""
     model.eval()
-    meter = utils.AverageMeter()
-    for input, target in batches:
-        logits = model(input)
-        meter.update(model._criterion(logits, target).item(), logits, target)
+    meter = utils.Evaluation()
+    for input, target in progress.counted(batches, "validation"):
+        meter.add(model(input), target)
         run.stop_if_asked()
     return meter
 
 
 def load_data(args, device):
-    """Batches for the weights and for the alphas: two halves of the training images; test images are not read."""
-    images = data.load(args.dataset, args.data, True, args.image_size, args.subset, args.seed, device)
+    """Batches for the weights and for the alphas, two halves of the training images, class names, and a fingerprint.
+
+    Test images are not read.
+    """
+    images = data.load_as(args, True, device)
     normalization = data.Normalization.of(args.dataset, lambda: images)
     cutout_length = args.cutout_length if args.cutout else 0
     augmentation = data.Augmentation.of(args.dataset, images.pixels.shape[1], cutout_length)
@@ -67,7 +71,7 @@ def load_data(args, device):
         data.Batches(part, args.batch_size, normalization, augmentation, key=(args.seed, stream))
         for stream, part in enumerate(parts)
     )
-    return train_batches, search_batches, images.classes
+    return train_batches, search_batches, images.classes, data.fingerprint(images)
 
 
 def count_skips(genotype):
@@ -83,7 +87,7 @@ def count_skips(genotype):
     return skips
 
 
-def parse_args(argv=None):
+def build_parser():
     parser = utils.ArgumentParser(description="Search for an architecture with DARTS.")
     utils.add_data_arguments(parser)
     group = parser.add_argument_group("augmentation and split")
@@ -122,12 +126,12 @@ def parse_args(argv=None):
     group = utils.add_device_arguments(parser)
     group.add_argument("--amp", action="store_true", help="bfloat16 but for the finite differences and validation")
     group.add_argument("--cuda_graph", action="store_true", help="replay a step as CUDA graphs: no launch overhead")
-    run_folder.add_arguments(parser, seed=2)
-    return run_folder.parse_args(parser, argv)
+    settings.add_arguments(parser, seed=2)
+    return parser
 
 
 def main():
-    args = parse_args()
+    args = settings.parse_args(build_parser())
     device = utils.pick_device(args)
     if args.cuda_graph and device.type != "cuda":
         if not args.resume:
@@ -135,10 +139,10 @@ def main():
         logger.warning("no CUDA graphs on this device: going on without")
         args.cuda_graph = False
     torch.manual_seed(args.seed)
-    train_batches, search_batches, classes = load_data(args, device)
+    train_batches, search_batches, classes, fingerprint = load_data(args, device)
     primitives = genotypes.SEARCH_SPACES[args.search_space]
-    settings = dict(primitives=primitives, kernel_norm=args.kernel_norm)
-    model = Network(args.init_channels, len(classes), args.layers, nn.CrossEntropyLoss(), **settings)
+    form = dict(primitives=primitives, kernel_norm=args.kernel_norm)
+    model = Network(args.init_channels, len(classes), args.layers, nn.CrossEntropyLoss(), **form)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
@@ -147,7 +151,7 @@ def main():
     architect = Architect(model, args, Gradients(model, args.amp, args.cuda_graph))
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, arch_optimizer=architect.optimizer)
 
-    with run_folder.Run("search", args, device, parts) as run:
+    with run_folder.Run("search", args, device, parts, data={"train": fingerprint}) as run:
         logger.info("supernet of %.2f M weights, %s space", utils.count_parameters_in_MB(model), args.search_space)
         if run.history:
             run.report(genotypes.parse(run.history[-1]["genotype"]))  # a kill may have come before

@@ -2,11 +2,12 @@
 
 import argparse
 import logging
+import logging.handlers
 import math
 import os
+import re
 import sys
 import time
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 import involution
 import operations
+import progress
 
 logger = logging.getLogger("darts")
 
@@ -47,22 +49,27 @@ class ArgumentParser(argparse.ArgumentParser):
         return {k: v for k, v in vars(self.parse_args(argv, blank)).items() if v is not unset}
 
 
+_LARGEST = {int: 10**9, float: 1e30}  # an optimizer of float32 weights takes no larger number
+
+
 def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
     """An argparse type: an int or float within [low, high] and, where given, strictly within (above, below)."""
-    if kind is int and high == math.inf:
-        high = 10**9
+    most = min(high, _LARGEST[kind])
+
+    def rule(value=None):
+        bounds = [f"at least {low}"] * (low > -math.inf)
+        bounds += [f"at most {most}"] * (high < math.inf or (value is not None and value > most))
+        bounds += [f"above {above}"] * (above is not None) + [f"below {below}"] * (below is not None)
+        return " ".join(["must be", "an integer" if kind is int else "a number", " and ".join(bounds)]).rstrip()
 
     def convert(text):
-        bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < 10**9)
-        bounds += [f"above {above}"] * (above is not None) + [f"below {below}"] * (below is not None)
-        rule = " ".join(["must be", "an integer" if kind is int else "a number", " and ".join(bounds)]).rstrip()
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{rule}, got {text[:40]!r}") from None
-        within = low <= value <= high and (above is None or value > above) and (below is None or value < below)
-        if not within or (kind is float and not math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{rule}, got {text[:40]}")
+            raise argparse.ArgumentTypeError(f"{rule()}, got {text[:40]!r}") from None
+        within = low <= value <= most and (above is None or value > above) and (below is None or value < below)
+        if not within:  # as NaN never is
+            raise argparse.ArgumentTypeError(f"{rule(value)}, got {text[:40]}")
         return value
 
     return convert
@@ -95,6 +102,7 @@ def add_data_arguments(parser):
         help="pixels; images are resized to it (default: 8 for digits, else 32)",
     )
     group.add_argument("--subset", metavar="N", type=number(int, low=2), help="use at most N images of each set")
+    group.add_argument("--skip_broken", action="store_true", help="leave out image files that cannot be read")
     return group
 
 
@@ -118,7 +126,9 @@ def run_script(main):
     """Call a script's `main`; what the user can mend ends in one line and exit code 2."""
     handler = _ConsoleHandler()
     handler.setLevel(logging.INFO if sys.stdout.isatty() else logging.DEBUG)
-    logging.getLogger().addHandler(handler)
+    # what is said before a run has a log.txt is kept for it
+    for each in (handler, logging.handlers.MemoryHandler(10**6, flushLevel=logging.CRITICAL), progress.Pulse()):
+        logging.getLogger().addHandler(each)
     logger.setLevel(logging.DEBUG)
     script = Path(sys.argv[0]).name
     try:
@@ -146,8 +156,11 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record):
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(f"{time.strftime('%H:%M:%S')} {prefix}{record.getMessage()}", file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(f"{time.strftime('%H:%M:%S')} {prefix}{record.getMessage()}", file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def pick_device(args):
@@ -225,6 +238,49 @@ class AverageMeter:
         return f"loss {self.loss:.4f} acc {self.top1:.2f}%"
 
 
+class Evaluation(AverageMeter):
+    """An AverageMeter of cross-entropies that keeps every image's: a mean does not tell that two images make it."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses = torch.empty(0, dtype=torch.float64)  # (images,)
+        self._chance = 0.0  # the loss of a network that knows nothing
+
+    def add(self, logits, target):
+        """Add a batch: logits (N, classes), target (N,)."""
+        losses = torch.nn.functional.cross_entropy(logits, target, reduction="none").cpu().double()
+        self.losses = torch.cat([self.losses, losses])
+        self._chance = math.log(logits.shape[1])
+        self.update(losses.mean().item(), logits, target)
+
+    def extreme(self):
+        """The images, worst first, that make more than half of the loss by losses far above its median; or none.
+
+        Far above is ten times, and ten times what chance has: the median of a trained network is close to zero.
+        """
+        finite = self.losses[self.losses.isfinite()]
+        if len(finite) == 0:
+            return []
+        threshold = 10 * max(finite.median().item(), self._chance)
+        far = self.losses.isfinite() & (self.losses > threshold)
+        if self.losses[far].sum() <= finite.sum() / 2:
+            return []
+        order = self.losses.argsort(descending=True)
+        return order[far[order]].tolist()
+
+    def explosion(self, part):
+        """A line about what `extreme` finds, or None."""
+        images = self.extreme()
+        if not images:
+            return None
+        finite = self.losses[self.losses.isfinite()]
+        share = 100 * (self.losses[images].sum() / finite.sum()).item()
+        return (
+            f"{len(images)} of {self.images} {part} images make {share:.1f}% of the loss, up to "
+            f"{self.losses[images[0]]:.4g} each; the median over the images is {finite.median():.4g}"
+        )
+
+
 @torch.no_grad()
 def accuracy(logits, target, topk=(1,)):
     """Percentages of the batch whose target is among the k largest logits (all of them, if there are fewer).
@@ -243,47 +299,29 @@ def count_parameters_in_MB(model):
 
 @contextmanager
 def replacing(path):
-    """Yield a temporary path; its file takes the place of `path` once it is complete."""
+    """Yield a temporary path; its file takes the place of `path` once it is complete.
+
+    Raises:
+        OSError: names `path`, where what went wrong (a full disk) does not name a file.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise error if error.filename else OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder):
+    """Remove what killed processes left below a folder while they were `replacing` files of it; none is at work now."""
+    for path in Path(folder).rglob(".*"):
+        if re.fullmatch(r"\..+\.(pt|json|csv|png|gv)\.\d+", path.name) and path.is_file():
+            path.unlink()
 
 
 def write_text(path, text):
     with replacing(path) as temporary:
         temporary.write_text(text)
-
-
-def load_checkpoint(path, device="cpu"):
-    """What torch.save wrote, tensors and plain values only: a pickle that could run code is refused.
-
-    Raises:
-        UserError: a file that is missing, truncated or no checkpoint.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about formats that it then refuses
-            return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # torch.load raises a dozen kinds for damaged files
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise UserError(f"{path} is truncated, damaged or not a checkpoint of tensors ({reason})") from None
-
-
-def load_weights(model, weights, path):
-    """Load a state dict strictly.
-
-    Raises:
-        UserError: weights of another network, naming the first key that does not fit.
-    """
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        first = lines[min(1, len(lines) - 1)][:200]
-        raise UserError(f"the weights of {path} are not those of this network: {first}") from None

@@ -102,16 +102,19 @@ def measure(images, batch_size, args):
     return found
 
 
-def plot(found, path):
-    figure = Figure(figsize=(4.5, 3.2))
+def plot(found, rounds, path):
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
     axis = figure.subplots()
-    for name in (OURS, THEIRS):
-        axis.plot(list(found), [statistics.median(rates[name]) for rates in found.values()], "o-", label=name)
-    axis.set(xlabel="batch size", ylabel="images/s", xscale="log", yscale="log")
+    axis.set_title(f"median of {rounds} rounds, least to most", fontsize="medium")
+    for (name, label), style in zip({OURS: "this code", THEIRS: THEIRS}.items(), report.STYLES, strict=False):
+        rates = [(statistics.median(rates[name]), min(rates[name]), max(rates[name])) for rates in found.values()]
+        axis.errorbar(list(found), [rate[0] for rate in rates], report.spread(rates), label=label, capsize=3, **style)
+    axis.set(xlabel="images a batch", ylabel="augmented images a second", xscale="log", yscale="log")
     axis.set_xticks(list(found), [str(size) for size in found])
-    axis.minorticks_off()
+    axis.xaxis.minorticks_off()
+    report.round_ticks(axis.yaxis)
+    axis.grid(alpha=0.3)
     axis.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
@@ -144,7 +147,7 @@ def main():
         ratio = statistics.median(rates[OURS]) / statistics.median(rates[THEIRS])
         lines.append(f"| {size} | {' | '.join(cells)} | **{ratio:.1f}×** |")
     report.save("bench_data", "\n".join(lines), args.out, args.update)
-    plot(found, args.out / "bench_data.png")
+    plot(found, args.rounds, args.out / "bench_data.png")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,23 @@ from benchmarks import cuda_peer, report
 from involution import Involution2d, involution2d, involution2d_fused
 
 SHAPES = ((16, 32), (32, 16), (64, 8))  # channels and image size of a search's three stages
+PANELS = {  # what a row of panels shows: {provider: (its name for readers, which of report.STYLES)}
+    "kernels given": {
+        "unfold": ("textbook (unfolded patches)", 1),
+        "torch": ("plain PyTorch, tap by tap", 2),
+        "cuda peer": ("straight CUDA kernel", 3),
+        "depthwise": ("depthwise convolution", 4),
+        "cpu": ("this code, C++", 0),
+        "triton": ("this code, Triton", 0),
+    },
+    "kernels made of the input": {
+        "module unfold": ("module, textbook", 3),
+        "fused unfold": ("operator, textbook", 1),
+        "module": ("module, this code", 2),
+        "depthwise": ("depthwise convolution", 4),
+        "fused": ("operator, this code", 0),
+    },
+}
 
 
 # --------------------------------------------------------------------------------------------------- providers
@@ -278,24 +295,28 @@ def limits_table(rows, used, args, bandwidth, rate):
     return "\n".join(lines)
 
 
-def plot(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def plot(rows, rounds, path):
+    from matplotlib.figure import Figure
 
     shapes = list(dict.fromkeys((row["C"], row["size"]) for row in rows))
-    names = list(dict.fromkeys(row["provider"] for row in rows))
-    figure, panels = plt.subplots(1, len(shapes), figsize=(5 * len(shapes), 4), sharey=True, squeeze=False)
-    for panel, (C, size) in zip(panels[0], shapes, strict=True):
-        for name in names:
-            points = [(row["K"], row["full"]) for row in rows if (row["C"], row["provider"]) == (C, name)]
-            panel.plot(*zip(*points, strict=True), marker="o", label=name, linestyle="--" if "unfold" in name else "-")
-        panel.set(title=f"C = {C}, {size}×{size}", xlabel="K", yscale="log", xticks=sorted({r["K"] for r in rows}))
-        panel.grid(alpha=0.3, which="both")
-    panels[0][0].set_ylabel("forward + backward, ms")
-    panels[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
+    figure = Figure(figsize=(3.2 * len(shapes) + 2.6, 6.4), layout="constrained")
+    figure.suptitle(f"Forward and backward pass: median of {rounds} rounds, first to third quartile", fontsize="medium")
+    panels = figure.subplots(len(PANELS), len(shapes), sharex=True, sharey=True, squeeze=False)
+    for line, (what, names) in zip(panels, PANELS.items(), strict=True):
+        names = {name: how for name, how in names.items() if any(row["provider"] == name for row in rows)}
+        for panel, (C, size) in zip(line, shapes, strict=True):
+            for name, (label, style) in names.items():
+                found = [row for row in rows if (row["C"], row["provider"]) == (C, name)]
+                times = [(row["full"], *row["full spread"]) for row in found]
+                middles, bars = [t[0] for t in times], report.spread(times)
+                panel.errorbar([row["K"] for row in found], middles, bars, label=label, ms=5, **report.STYLES[style])
+            panel.set(title=f"{C} channels, {size}×{size}", yscale="log", xticks=sorted({row["K"] for row in rows}))
+            panel.grid(alpha=0.3)
+        line[0].set_ylabel(f"{what}\nmilliseconds")
+        line[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    for panel in panels[-1]:
+        panel.set_xlabel("kernel size K")
+    report.round_ticks(panels[0][0].yaxis)  # which all share
     figure.savefig(path, dpi=110)
 
 
@@ -345,7 +366,7 @@ def main():
     text = f"{heading(device, args)}\n\n{markdown(rows, peers)}"
     text += f"\n\n{limits_table(rows, used, args, *limits)}"
     report.save("bench_involution", text, args.out, args.update)
-    plot(rows, args.out / "bench_involution.png")
+    plot(rows, args.rounds, args.out / "bench_involution.png")
 
 
 if __name__ == "__main__":

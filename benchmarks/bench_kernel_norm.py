@@ -53,6 +53,14 @@ ARCHS = {
     "('sep_invo_7x7', 3), ('sep_invo_3x3', 0), ('sep_invo_7x7', 3)], reduce_concat=range(2, 6))",
 }
 YARDSTICK = "DARTS_V2"  # convolutions
+FORMS = {  # in the plot
+    "none": "unbounded",
+    "relu6": "ReLU6",
+    "tanh": "tanh",
+    "rms": "RMS norm",
+    "soft_rms": "soft RMS norm",
+    "filter": "filter norm",
+}
 COLUMNS = "arch kernel_norm start seed epoch accuracy loss not_finite spread cpu_seconds".split()
 SETTINGS = "init_channels layers images test_images epochs batch_size learning_rate".split()
 
@@ -284,22 +292,28 @@ def _place(key):
 def plot(rows, path):
     """Test accuracy of each form: a dot a seed, a line at the mean; a panel a genotype."""
     last, _ = last_epochs(rows)
-    yardstick = statistics.mean(row["accuracy"] for row in last[YARDSTICK, "none", "shared"])
+    yardstick = [row["accuracy"] for row in last[YARDSTICK, "none", "shared"]]
     forms = [(name, "shared") for name in KERNEL_NORMS] + [(KERNEL_NORM, "own")]
-    labels = [name if start == "shared" else f"{name},\nown first kernels" for name, start in forms]
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    for axes, arch in zip(figure.subplots(1, len(ARCHS), sharey=True), ARCHS, strict=True):
-        for x, (name, start) in enumerate(forms):
+    labels = [FORMS[name] + (" (default)" if name == KERNEL_NORM else "") for name in KERNEL_NORMS]
+    labels.append(f"{FORMS[KERNEL_NORM]}, at first\na kernel for each pixel")
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    for axes, arch in zip(figure.subplots(1, len(ARCHS), sharex=True, sharey=True), ARCHS, strict=True):
+        for y, (name, start) in enumerate(forms):
             values = [row["accuracy"] for row in last[arch, name, start]]
-            axes.plot([x] * len(values), values, "o", color="tab:blue", ms=4, alpha=0.7)
+            axes.plot(values, [y] * len(values), "o", color="#0072b2", ms=5, alpha=0.7, label="one seed")
             if values:
-                axes.plot([x - 0.3, x + 0.3], [statistics.mean(values)] * 2, color="black", lw=1.5)
-        axes.axhline(yardstick, color="tab:orange", ls="--", label=f"{YARDSTICK} (convolutions)")
-        axes.set_title(arch, fontsize="medium")
-        axes.set_xticks(range(len(forms)), labels, rotation=60, ha="right", fontsize="small")
-        axes.grid(axis="y", alpha=0.3)
-    figure.axes[0].set_ylabel("test accuracy (%)")
-    figure.axes[0].legend(fontsize="small", loc="lower left")
+                axes.plot([statistics.mean(values)] * 2, [y - 0.3, y + 0.3], color="black", lw=1.5, label="mean")
+        convolutions = f"convolutions ({YARDSTICK}), mean of {len(yardstick)}"
+        axes.axvline(statistics.mean(yardstick), color="#d55e00", ls="--", label=convolutions)
+        axes.set_title("genotype without skips" if arch == "no skips" else f"genotype {arch}", fontsize="medium")
+        axes.set_xlabel("test accuracy (%)")
+        axes.grid(axis="x", alpha=0.3)
+    figure.axes[0].set_yticks(range(len(forms)), labels)
+    figure.axes[0].invert_yaxis()  # which all share
+    entries = {
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(entries.values(), entries, loc="outside upper center", ncols=3, frameon=False, fontsize="small")
     figure.savefig(path, dpi=110)
 
 

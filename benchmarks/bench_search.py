@@ -45,6 +45,17 @@ VARIANTS = {
         "amp, CUDA graphs": {"amp": True, "cuda_graph": True},
     },
 }
+SPACES = {"involution": "involutions", "darts": "convolutions"}
+NAMES = {  # of variants, in the plot
+    "fast": "this code",
+    "plain": "edge by edge",
+    "textbook": "edge by edge, unfolded",
+    "eager": "float32",
+    "amp": "mixed precision",
+    "CUDA graphs": "CUDA graphs",
+    "amp, CUDA graphs": "mixed precision, CUDA graphs",
+}
+SIZES = {"batch_size": "images a batch", "init_channels": "channels of the first cells", "layers": "cells"}
 
 
 # ------------------------------------------------------------------------------------------------- one process
@@ -222,6 +233,10 @@ class Worker:
         times = [answer[phase][clock] for answer in self.answers[1:]]
         return statistics.median(times), min(times), max(times)
 
+    def step_seconds(self):
+        """The same for a weight and a second-order update, as sums of theirs."""
+        return tuple(map(sum, zip(*map(self.seconds, STEP), strict=True)))
+
 
 def measure(variants, setting, rounds, script=__file__):
     """{name: Worker} after a first step and `rounds` more; variants are {name: (folder, changes of the setting)}."""
@@ -254,8 +269,13 @@ def label(space, without, batch_size):
     return f"{space} without {without}, {batch_size}" if without else f"{space}, {batch_size}"
 
 
+def describe(space, without, batch_size):
+    without = f"\nwithout {without.removeprefix('sep_invo_').replace('x', '×')}" if without else ""
+    return f"{SPACES.get(space, space)}{without},\nbatch {batch_size}"
+
+
 def step_table(variants, base, settings, rounds):
-    """Lines of the table, and {setting: {variant: seconds of a weight and a second-order update}}."""
+    """Lines of the table, and {setting: {variant: seconds of a weight and a second-order update, with the spread}}."""
     bars = {}
     lines = [
         "| supernet, batch | variant | weights | first order | second order | weights + second order | CPU time of it "
@@ -273,7 +293,7 @@ def step_table(variants, base, settings, rounds):
             steps = ["{:.3g} s ({:.3g}–{:.3g})".format(*worker.seconds(phase)) for phase in PHASES]
             weights, first, second = (worker.seconds(phase)[0] for phase in PHASES)
             cpu = sum(worker.seconds(phase, clock=1)[0] for phase in STEP)
-            bars.setdefault(place, {})[name] = weights + second
+            bars.setdefault(place, {})[name] = worker.step_seconds()
             lines.append(
                 f"| {place} | {name} | {' | '.join(steps)} | **{weights + second:.3g} s** | {cpu:.3g} s "
                 f"| {(weights + second) / (weights + first):.1f}× | {worker.answers[-1]['memory']:.2f} GB |"
@@ -306,7 +326,7 @@ def limits_table(base, settings, bars):
         convolutions, involutions = (5 + 3 * 2 + 2 * 1) * convolutions, 5 * (1 + 2) * involutions
         kept = count_kept_bytes(net, images)
         flops_take, bytes_take = (convolutions + involutions) / rate, 5 * 2 * kept / bandwidth
-        seconds = next(iter(bars.get(place, {"": float("nan")}).values()))
+        seconds = next(iter(bars.get(place, {"": (float("nan"),)}).values()))[0]
         lines.append(
             f"| {place} | {convolutions / 1e9:.3g} | {involutions / 1e9:.3g} "
             f"| {flops_take:.2g} s | {seconds / flops_take:.1f}× | {kept / 1e9:.2g} | {bytes_take:.2g} s "
@@ -330,38 +350,65 @@ def growth_table(base, rounds):
             if len(worker.answers) <= rounds:
                 lines.append(f"| {name} | {size} | out of memory | | |")
                 break
-            total = sum(worker.seconds(phase)[0] for phase in STEP)
-            curves.setdefault(name, []).append(total)
-            share = total / size / (curves[name][0] / sizes[0])
+            curves.setdefault(name, []).append(worker.step_seconds())
+            total = curves[name][-1][0]
+            share = total / size / (curves[name][0][0] / sizes[0])
             lines.append(f"| {name} | {size} | {total:.2f} s | {share:.2f} | {worker.answers[-1]['memory']:.2f} GB |")
             print(lines[-1], file=sys.stderr, flush=True)
     return lines, curves
 
 
-def plot(bars, curves, path):
+def plot(settings, bars, curves, rounds, path):
+    """Bars: a weight and a second-order update by supernet and variant; curves: the same as a size grows.
+
+    Args:
+        bars: {label of a setting: {variant: seconds}}; curves: {size: [seconds, …]}; seconds: (median, least, most).
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5 + 3.2 * len(curves), 3.2))
-    axis, *axes = figure.subplots(1, 1 + len(curves), squeeze=False)[0]
-    labels = [f"{setting}\n{name}" for setting, times in bars.items() for name in times]
-    seconds = [value for times in bars.values() for value in times.values()]
-    axis.barh(labels, seconds)
-    for y, value in enumerate(seconds):
-        axis.text(value, y, f" {value:.3g}", va="center", fontsize="small")
-    axis.tick_params(axis="y", labelsize="small")
-    axis.set(xlabel="seconds a step", xlim=(0, 1.2 * max(seconds)))
-    axis.invert_yaxis()
+    figure = Figure(figsize=(6 + 2.6 * len(curves), 3.6), layout="constrained")
+    what = "Seconds for a weight update and a second-order update of the alphas"
+    figure.suptitle(f"{what}: median of {rounds} steps, least to most", fontsize="medium")
+    ratios = [2.2] + [1] * len(curves)
+    axis, *axes = figure.subplots(1, 1 + len(curves), squeeze=False, width_ratios=ratios)[0]
+    plot_bars(axis, {describe(*setting): bars[label(*setting)] for setting in settings if label(*setting) in bars})
+    for other in axes[1:]:
+        other.sharey(axes[0])
     for axis, (name, times) in zip(axes, curves.items(), strict=True):
-        sizes = GROWTH[name][: len(times)]
-        axis.plot(sizes, times, "o-", label="measured")
-        axis.plot(sizes, [times[0] * size / sizes[0] for size in sizes], ":", color="grey", label="linear")
-        axis.set(xlabel=name, ylabel="seconds a step", xscale="log", yscale="log")
-        axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.set_yticks(times, [f"{seconds:.2g}" for seconds in times])
-        axis.minorticks_off()
-        axis.legend()
-    figure.tight_layout()
+        plot_growth(axis, name, times)
     figure.savefig(path, dpi=110)
+
+
+def plot_bars(axis, bars):
+    import report
+
+    variants = list(dict.fromkeys(name for times in bars.values() for name in times))
+    height = 0.8 / len(variants)
+    for k, (name, style) in enumerate(zip(variants, report.STYLES, strict=False)):
+        places = [y + k * height for y, times in enumerate(bars.values()) if name in times]
+        times = [times[name] for times in bars.values() if name in times]
+        axis.barh(places, [t[0] for t in times], 0.9 * height, color=style["color"], label=NAMES.get(name, name))
+        axis.errorbar([t[0] for t in times], places, xerr=report.spread(times), fmt="none", color="black", capsize=2)
+        for y, (middle, _, most) in zip(places, times, strict=True):
+            axis.text(most, y, f"  {middle:.3g}", va="center", fontsize="small")
+    axis.set_yticks([y + (len(variants) - 1) * height / 2 for y in range(len(bars))], list(bars))
+    axis.set(xlabel="seconds", xlim=(0, 1.2 * max(t[2] for times in bars.values() for t in times.values())))
+    axis.invert_yaxis()
+    axis.legend(fontsize="small")
+
+
+def plot_growth(axis, name, times):
+    import report
+
+    sizes, middles = GROWTH[name][: len(times)], [t[0] for t in times]
+    axis.errorbar(sizes, middles, report.spread(times), label="measured", **report.STYLES[0])
+    axis.plot(sizes, [middles[0] * size / sizes[0] for size in sizes], ":", color="grey", label="linear")
+    axis.set(xlabel=SIZES[name], xscale="log", yscale="log")
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.xaxis.minorticks_off()
+    report.round_ticks(axis.yaxis)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small", loc="upper left")
 
 
 def parse_args():
@@ -424,7 +471,7 @@ def main():
         text += ["", *limits_table(base, settings, bars)]
     report.save("bench_search", "\n".join(text), args.out, args.update)
     if bars:
-        plot(bars, curves, args.out / "bench_search.png")
+        plot(settings, bars, curves, args.rounds, args.out / "bench_search.png")
 
 
 if __name__ == "__main__":

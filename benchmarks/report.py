@@ -53,6 +53,29 @@ def save(name, text, out, update):
         path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
+STYLES = (  # of at most five curves a panel; told apart by the colour-blind, and without colours
+    dict(color="#0072b2", marker="o"),
+    dict(color="#d55e00", marker="s", linestyle="--"),
+    dict(color="#009e73", marker="^", linestyle="-."),
+    dict(color="#cc79a7", marker="D", linestyle=":"),
+    dict(color="#000000", marker="x", linestyle=(0, (5, 1))),
+)
+
+
+def round_ticks(axis):
+    """Ticks at 1, 2, 5, 10, …, written out, on a logarithmic axis (a panel's `xaxis` or `yaxis`)."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def spread(samples):
+    """What matplotlib's `errorbar` wants: distances from the middle of every (middle, least, most)."""
+    return [[middle - least for middle, least, _ in samples], [most - middle for middle, _, most in samples]]
+
+
 def add_arguments(parser):
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the table and the plots")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/RESULTS.md too")

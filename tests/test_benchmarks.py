@@ -45,6 +45,25 @@ def test_only_a_lack_of_memory_is_out_of_memory(monkeypatch):
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
+def test_the_plot_of_involutions_names_every_provider_and_has_five_curves_a_panel(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from bench_involution import plot, providers
+    from matplotlib.figure import Figure
+
+    names = [*providers(1, 16, 8, 3, torch.device("cpu"), torch.float32), "cuda peer"]
+    row = {"C": 16, "size": 8, "full": 3.0, "full spread": (0.2, 40.0)}
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
+    plot([row | {"provider": name, "K": K} for name in names for K in (3, 5)], 7, tmp_path)
+    figures[0].draw_without_rendering()
+    curves = [[bar.get_label() for bar in panel.containers] for panel in figures[0].axes]
+    assert sum(map(len, curves)) == len(names) + 1  # the depthwise convolution is in both panels
+    assert max(map(len, curves)) <= 5 and not {*names} & {label for labels in curves for label in labels}
+    ticks = {text.get_text() for text in figures[0].axes[0].get_yticklabels(which="both")}
+    assert {"0.2", "0.5", "1", "2", "5", "10", "20"} <= ticks
+    assert {tick.strip("0.") for tick in ticks} <= {"1", "2", "5", ""}
+
+
 def test_bench_data_compares_both_pipelines(tmp_path):
     done = run("bench_data.py", "--batch_size", 8, "--seconds", 0.1, "--rounds", 1, "--out", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -301,6 +301,9 @@ def test_bad_files_are_named(content, says, tmp_path):
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(ValueError, match="has no genotype.json"):
         genotypes.parse(tmp_path)
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(ValueError, match="has no genotype yet: the first epoch of that search has not ended"):
+        genotypes.parse(tmp_path)
 
 
 def test_a_primitive_of_your_own_is_known_once_it_is_in_a_search_space(monkeypatch):

@@ -1,19 +1,25 @@
 """Run folders: what they hold, how they are resumed, how they stop."""
 
 import argparse
+import errno
 import json
 import logging
+import math
 import os
+import shlex
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
+import checkpoint
 import data
+import progress
 import run_folder
 import utils
 from involution import Involution2d
-from operations import KERNEL_NORM
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +37,20 @@ def settings(**kwargs):
 def make_run(kind="train", model=None, **kwargs):
     torch.manual_seed(0)
     model = model or torch.nn.Linear(3, 2)
+    epochs = kwargs.get("epochs", 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    parts = dict(model=model, optimizer=optimizer, scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2))
-    return run_folder.Run(kind, settings(**kwargs), torch.device("cpu"), parts)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
+    run = run_folder.Run(kind, settings(**kwargs), torch.device("cpu"), parts)
+    if run.args.resume is None:
+        optimizer.step()  # as a training does before an epoch ends; without gradients, it moves nothing
+    return run
+
+
+def go_on(run, **kwargs):
+    """The run, resumed by what would be another process."""
+    run.__exit__()
+    return make_run(resume=run.folder, **kwargs)
 
 
 def make_batches():
@@ -43,7 +60,9 @@ def make_batches():
 
 
 def meter(images=10, loss=1.0, top1=40.0, finite=10):
-    return utils.AverageMeter((images, loss * images, top1 * images, 100.0 * images, finite))
+    result = utils.Evaluation()
+    result.sums = [images, loss * images, top1 * images, 100.0 * images, finite]
+    return result
 
 
 def record(run, loss=1.0):
@@ -56,7 +75,7 @@ def test_a_folder_and_its_files():
     run.meter = meter(3, 1 / 3, 50.0)
     run.end_epoch(meter(), note="x")
     names = {path.name for path in run.folder.iterdir()}
-    assert names == {"config.json", "log.txt", "metrics.csv", "checkpoint.pt", "figures"}
+    assert names == {"config.json", "log.txt", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "figures"}
     config = json.loads((run.folder / "config.json").read_text())
     assert config["args"]["epochs"] == 2 and config["versions"]["torch"] == torch.__version__
     assert config["device"] == "cpu" and config["involution_backend"]
@@ -83,7 +102,7 @@ def test_everything_is_restored():
     run.save()
     expected = torch.rand(3)
 
-    again = make_run(resume=run.folder)
+    again = go_on(run)
     assert (again.epoch, again.step, again.history) == (1, run.step, run.history)
     assert again.meter.sums == run.meter.sums
     assert torch.equal(again.parts["model"].weight, run.parts["model"].weight)
@@ -102,10 +121,23 @@ def test_steps_go_on_where_they_stopped():
             run.step = 2  # the second step is counted as done
             run.save()
             break
-    again = make_run(resume=run.folder)
+    again = go_on(run)
     rest = [target for _, target in again.steps(batches)]
     assert len(rest) == 2
+    assert progress._state["doing"] == "epoch 1/2 step 4/4"
     assert all(torch.equal(target, batches.batch(0, step)[1]) for step, target in enumerate(rest, start=2))
+
+
+def test_an_epoch_whose_last_step_was_saved_is_ended_by_the_next_run():
+    run = make_run()
+    for _ in run.steps(make_batches()):
+        record(run)
+    run.save()
+    again = go_on(run)
+    assert not list(again.steps(make_batches()))
+    again.end_epoch(meter())  # a warning of the scheduler would be an error
+    assert torch.equal(again.parts["model"].weight, run.parts["model"].weight)
+    assert (again.epoch, again.step) == (1, 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -117,7 +149,7 @@ def test_a_signal_finishes_the_step_and_saves(number, caplog):
                 os.kill(os.getpid(), number)
             record(run)
     assert caught.value.code == 128 + number
-    assert utils.load_checkpoint(run.checkpoint)["step"] == 2
+    assert checkpoint.load(run.checkpoint)["step"] == 2
     assert f"--resume {run.folder}" in caplog.text
     assert caplog.text.index("stopped in epoch 1 after step 2") < caplog.text.index("--resume")
     assert signal.getsignal(number) != run._on_signal
@@ -131,85 +163,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(loss):
             record(run, loss if run.step == 2 else 1.0)
     for text in (f"became {loss}", "epoch 1, step 3", "learning rate 0.1", str(run.checkpoint)):
         assert text in str(caught.value)
-    assert utils.load_checkpoint(run.checkpoint)["step"] == 0
+    assert checkpoint.load(run.checkpoint)["step"] == 0
 
 
-def parse(*argv):
-    parser = utils.ArgumentParser(prog="train.py")
-    parser.add_argument("--epochs", type=int, default=9)
-    parser.add_argument("--data", default="data")
-    parser.add_argument("--learning_rate", type=float, default=0.1)
-    utils.add_kernel_norm_argument(parser)
-    run_folder.add_arguments(parser, seed=0)
-    return run_folder.parse_args(parser, [str(argument) for argument in argv])
-
-
-@pytest.fixture
-def saved(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py"])
-    run = make_run(epochs=2, data="there", seed=5)
-    return run.folder
-
-
-def test_resume_brings_the_settings_of_the_run(saved):
-    args = parse("--resume", saved)
-    assert (args.epochs, args.data, args.seed, args.resume) == (2, "there", 5, str(saved))
-    assert parse("--resume", saved, "--data", "here").data == "here"
-    assert parse("--resume", saved, "--epochs", 2).epochs == 2
-
-
-def test_a_run_from_before_kernels_were_bounded_goes_on_without_bounds(saved):
-    assert "kernel_norm" not in json.loads((saved / "config.json").read_text())["args"]
-    assert (
-        parse("--resume", saved).kernel_norm == parse("--resume", saved, "--kernel_norm", "none").kernel_norm == "none"
-    )
-    with pytest.raises(utils.UserError, match="--kernel_norm is none in that run, not soft_rms"):
-        parse("--resume", saved, "--kernel_norm", "soft_rms")
-    assert parse().kernel_norm == KERNEL_NORM
-
-
-def test_resume_with_other_settings_names_the_setting(saved):
-    with pytest.raises(utils.UserError, match="--epochs is 2 in that run, not 3"):
-        parse("--resume", saved, "--epochs", 3)
-
-
-@pytest.mark.parametrize(
-    "damage, says",
-    [
-        (lambda folder: (folder / "checkpoint.pt").unlink(), "no checkpoint.pt in it"),
-        (lambda folder: (folder / "config.json").unlink(), "config.json is missing or damaged"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json is missing or damaged"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json is missing or damaged"),
-        (lambda folder: (folder / "config.json").write_text('{"script": "x.py"}'), "one of x.py, not of train.py"),
-        (
-            lambda folder: (folder / "config.json").write_text('{"script": "train.py", "args": {"new": 1}}'),
-            "a setting 'new' that this version does not know",
-        ),
-        (
-            lambda folder: (folder / "config.json").write_text('{"script": "train.py", "args": {"epochs": "2"}}'),
-            "config.json is damaged: epochs is '2'",
-        ),
-    ],
-)
-def test_resume_of_a_damaged_run(saved, damage, says):
-    damage(saved)
-    with pytest.raises(utils.UserError) as caught:
-        parse("--resume", saved)
-    assert says in str(caught.value)
-
-
-def test_resume_of_a_truncated_checkpoint(saved):
-    path = saved / "checkpoint.pt"
+def test_resume_of_a_truncated_checkpoint():
+    with make_run() as run:
+        path = run.checkpoint
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(utils.UserError, match="truncated"):
-        make_run(resume=saved)
-
-
-@pytest.mark.parametrize("name", ["", "a/b", "..", "x" * 101])
-def test_a_run_name_is_a_name(name, capsys):
-    with pytest.raises(SystemExit):
-        parse("--save", name)
-    assert "must be a name, not a path" in capsys.readouterr().err
+        make_run(resume=run.folder)
 
 
 def test_weights_that_are_not_finite_are_not_saved():
@@ -232,6 +194,13 @@ def test_validation_images_without_finite_logits_are_told(caplog):
     assert run.checkpoint.read_bytes() == before and len(run.history) == 1
 
 
+def test_images_that_make_the_loss_are_counted(caplog):
+    run, valid = make_run(), utils.Evaluation()
+    valid.add(torch.tensor([[0.0, 1.0]] * 9 + [[7e5, 0.0]]), torch.ones(10, dtype=torch.long))
+    run.end_epoch(valid)
+    assert "1 of 10 validation images make 100.0% of the loss, up to 7e+05 each; the median" in caplog.text
+
+
 @pytest.mark.parametrize("kernel_norm, cure", [("none", "--kernel_norm soft_rms"), ("rms", "a lower --learning_rate")])
 def test_what_cures_numbers_that_are_not_finite_is_said_once(caplog, kernel_norm, cure):
     run = make_run(model=Involution2d(4, 3, kernel_norm=kernel_norm))
@@ -241,7 +210,156 @@ def test_what_cures_numbers_that_are_not_finite_is_said_once(caplog, kernel_norm
     assert cure in str(run.diverged("the loss became nan", 3))
 
 
-def test_a_huge_loss_does_not_hide_the_others():
-    assert run_folder.off_scale([2.3, 2.1, 1.9, 4e4, float("nan")]) == pytest.approx(2.5 * 2.2)
-    assert run_folder.off_scale([2.3, 1.9, 7.2]) is None
-    assert run_folder.off_scale([float("nan")]) is None
+def test_a_run_is_not_gone_on_with_twice_at_once():
+    run = make_run()
+    before = run.checkpoint.read_bytes()
+    (run.folder / f".checkpoint.pt.{os.getpid()}").write_text("half of it")
+    with pytest.raises(utils.UserError, match="another process is at work on this run"):
+        make_run(resume=run.folder)
+    assert run.checkpoint.read_bytes() == before and list(run.folder.glob(".checkpoint*"))
+    go_on(run)
+
+
+def test_without_locks_runs_go_on(monkeypatch):
+    monkeypatch.setattr(run_folder, "fcntl", None)
+    run = make_run()
+    make_run(resume=run.folder)
+
+
+def test_a_resumed_run_removes_what_a_kill_left_and_makes_its_figures_again():
+    run = make_run()
+    run.end_epoch(meter())
+    (run.folder / ".checkpoint.pt.123").write_text("half of it")
+    (run.folder / "figures" / ".curves.png.123").write_text("half of it")
+    (run.folder / ".mine.7").write_text("of the user")
+    again = go_on(run)
+    assert not list(run.folder.rglob(".c*")) and (run.folder / ".mine.7").exists()
+    shutil.rmtree(run.folder / "figures")
+    go_on(again)
+    assert (run.folder / "figures" / "curves.png").exists()
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(working_folder):
+    for _ in range(2):
+        with pytest.raises(RuntimeError), make_run():
+            raise RuntimeError
+        assert not list(working_folder.iterdir())
+    with pytest.raises(RuntimeError), make_run() as run:
+        for _ in run.steps(make_batches()):
+            if run.step:
+                raise RuntimeError
+    assert run.checkpoint.exists()
+
+
+@pytest.mark.parametrize("fails", ["os.fsync", "run_folder._config", "logging.FileHandler._open"])
+def test_a_full_disk_is_named_and_leaves_nothing(working_folder, monkeypatch, fails):
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fails, no_space)
+    with pytest.raises(OSError) as caught:
+        make_run()
+    assert not list(working_folder.iterdir())
+    if fails == "os.fsync":
+        assert str(caught.value.filename).endswith("checkpoint.pt")
+
+
+def test_a_log_that_cannot_be_written_is_named():
+    with make_run() as run:
+        run._log.stream.close()
+        run._log.stream = open("/dev/full", "w")
+        with pytest.raises(OSError) as caught:
+            logging.getLogger("darts").warning("x")
+        assert caught.value.filename == str((run.folder / "log.txt").absolute())
+
+
+@pytest.mark.parametrize("name", ["-dash", "DARTS"])
+def test_a_printed_command_takes_a_folder_of_any_name(name):
+    line = shlex.split(run_folder.command("train.py", "--arch", Path(name)))
+    assert line[-1] == f"./{name}"
+
+
+def trained_run():
+    run = make_run()
+    for _ in run.steps(make_batches()):
+        run.parts["model"](torch.randn(4, 3)).sum().backward()
+        run.parts["optimizer"].step()
+        record(run)
+    run.end_epoch(meter())
+    run.__exit__()
+    return run.folder
+
+
+NAN = float("nan")
+DAMAGES = {  # what is put where in a checkpoint: the last key of a path gets the value
+    "epoch": ["0", -1, 5, True, None, [0]],
+    "step": [-1, 1.0, "x"],
+    "sums": [[], [1, 2], ["a"] * 5, [NAN] * 5],
+    "history": [[], [{}], [3], {"zz": 1}, None],
+    "history 0 valid_acc": ["high", [1]],
+    "history 0 genotype": ["nothing", 3],
+    "random": [torch.zeros(3, dtype=torch.uint8), torch.zeros(5056), None],
+    "cuda_random": [3],
+    "model weight": [torch.zeros(7), torch.full((2, 3), NAN), None],
+    "model": [{}, []],
+    "optimizer": [{}, {"state": {}, "param_groups": []}],
+    "optimizer param_groups 0 lr": [NAN, -1.0, "x"],
+    "optimizer param_groups 0 momentum": ["0.9", 5.0],
+    "optimizer param_groups 0 params": [[0], [7, 8]],
+    "optimizer state 0 momentum_buffer": [torch.zeros(7), torch.full((2, 3), NAN), 3],
+    "optimizer state 0": [{}, {"zz": torch.zeros(2, 3)}][1:],
+    "scheduler": [{}],
+    "scheduler T_max": [0, 77, "x"],
+    "scheduler last_epoch": [-5, None],
+    "scheduler base_lrs": [[9.0], []],
+    "args": [None, []],
+}
+
+
+@pytest.mark.parametrize("where", DAMAGES)
+def test_wrong_values_in_a_checkpoint_are_named(where):
+    folder = trained_run()
+    path = folder / "checkpoint.pt"
+    whole = path.read_bytes()
+    for value in DAMAGES[where]:
+        path.write_bytes(whole)
+        state = torch.load(path, weights_only=True)
+        *keys, last = [int(key) if key.isdigit() else key for key in where.split()]
+        place = state
+        for key in keys:
+            place = place[key]
+        place[last] = value
+        torch.save(state, path)
+        with pytest.raises(utils.UserError, match="checkpoint.pt"):
+            make_run(resume=folder)
+        del place[last]
+        torch.save(state, path)
+        if where.split()[-1] not in ("genotype", "momentum_buffer", "0"):
+            with pytest.raises(utils.UserError, match="checkpoint.pt"):
+                make_run(resume=folder)
+    path.write_bytes(whole)
+    make_run(resume=folder)
+
+
+def test_a_step_beyond_the_epoch_is_named():
+    run = make_run()
+    run.step = 9
+    with pytest.raises(utils.UserError, match="step 9 of an epoch of 4 steps"):
+        next(run.steps(make_batches()))
+
+
+def test_an_extended_run_goes_on_along_the_cosine_of_its_new_length(caplog):
+    caplog.set_level(logging.INFO, "darts")
+    folder = trained_run()
+    with make_run(resume=folder, epochs=5) as run:
+        rates = []
+        while run.epoch < 5:
+            rates.append(run.parts["optimizer"].param_groups[0]["lr"])
+            run.parts["optimizer"].step()
+            run.end_epoch(meter())
+    expected = [0.1 * (1 + math.cos(math.pi * epoch / 5)) / 2 for epoch in range(1, 5)]
+    assert rates == pytest.approx(expected)
+    assert "extended from 2 to 5 epochs" in caplog.text and f"{expected[0]:.3g} from here on" in caplog.text
+    assert json.loads((folder / "config.json").read_text())["args"]["epochs"] == 5
+    assert len((folder / "metrics.csv").read_text().splitlines()) == 6
+    make_run(resume=folder, epochs=5)

@@ -10,8 +10,10 @@ import torch
 
 import genotypes
 import original_darts
+import test as test_script
 from conftest import assert_one_clear_line, only_run, start_script
 from model import NetworkCIFAR
+from utils import UserError
 
 TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 2 --epochs 2 --report_freq 1".split()
 PRINTED_ARCH = """Genotype(normal=[('sep_invo_3x3', 1), ('sep_invo_3x3', 0), ('sep_invo_3x3', 2), ('dil_invo_3x3', 1),
@@ -36,7 +38,10 @@ def test_the_printed_command_works(script, image_folder, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert genotypes.parse(only_run(tmp_path, "train")) == genotypes.DARTS
-    assert f"genotype = {genotypes.format(genotypes.DARTS)}" in result.stdout
+    assert result.stdout.count(f"genotype = {genotypes.format(genotypes.DARTS)}") == 1
+    assert "DARTS is DARTS_L10, of involutions; the convolutional result" in result.stdout
+    tested = script("test.py", "--model_path", only_run(tmp_path, "train"))
+    assert "top-1" in tested.stdout and "top-5" not in tested.stdout  # of three classes
 
 
 def test_a_killed_training_resumes_exactly(uninterrupted, tmp_path):
@@ -62,7 +67,7 @@ def test_a_trained_network_is_tested_as_it_was_in_training(script, uninterrupted
         assert result.returncode == 0, result.stderr
         expected = f"test loss {float(last['valid_loss']):.4f}, top-1 {float(last['valid_acc']):.2f}%"
         assert expected in result.stdout
-        assert "on 96 images" in result.stdout
+        assert ", top-5 " in result.stdout and "on 96 images" in result.stdout
 
 
 def test_a_run_keeps_what_bounds_its_kernels(script, tmp_path):
@@ -89,6 +94,19 @@ def test_bare_weights_do_not_say_what_bounds_their_kernels(script, tmp_path):
     warning = "warning: weights.pt does not say what bounds the kernels of its involutions: --kernel_norm soft_rms"
     assert warning in script("test.py", *network).stdout
     assert "warning" not in script("test.py", *network, "--kernel_norm", "none").stdout
+
+
+def test_images_that_make_the_loss_are_named(script, image_folder, tmp_path):
+    """A network that is never in doubt about one class: it is not that."""
+    network = NetworkCIFAR(4, 3, 3, False, genotypes.DARTS)
+    with torch.no_grad():
+        network.classifier.weight.zero_()
+        network.classifier.bias.copy_(torch.tensor([0.0, 0.0, -1e5]))
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    own = ["--dataset", "folder", "--data", image_folder, "--init_channels", 4, "--layers", 3]
+    result = script("test.py", "--model_path", "weights.pt", *own)
+    assert "4 of 12 test images make 100.0% of the loss, up to 1e+05 each; the median" in result.stdout
+    assert result.stdout.count("loss 1e+05  ") == 4 and "test/red/003.png" in result.stdout
 
 
 def test_settings_given_to_test_win(script, uninterrupted):
@@ -142,11 +160,23 @@ def test_empty_class_folder_and_broken_image(script, image_folder, tmp_path):
     shutil.copytree(image_folder, root)
     own = ["--dataset", "folder", "--data", "images", "--batch_size", 4, "--init_channels", 4, "--layers", 2]
     (root / "test" / "red" / "002.png").write_bytes(b"broken")
-    assert_one_clear_line(script("train.py", *own), "broken image file images/test/red/002.png")
+    assert_one_clear_line(script("train.py", *own), "broken image images/test/red/002.png")
     for path in (root / "train" / "blue").iterdir():
         path.unlink()
     assert_one_clear_line(script("train.py", *own), "images/train/blue holds no image file")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_does_not_go_on_with_other_images(script, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "images")
+    own = ["--dataset", "folder", "--data", "images", "--batch_size", 8, "--init_channels", 4, "--layers", 2]
+    assert script("train.py", *own, "--epochs", 1, "--image_size", 8).returncode == 0
+    folder = only_run(tmp_path, "train")
+    assert "train: 24 of 24 images, 3 classes (images/train)" in (folder / "log.txt").read_text()
+    assert script("train.py", "--resume", folder).returncode == 0
+    for part in ("train", "test"):  # the order of the classes, hence their labels, would be another one
+        (tmp_path / "images" / part / "red").rename(tmp_path / "images" / part / "azure")
+    assert_one_clear_line(script("train.py", "--resume", folder), "the train images are not those", "'azure'")
 
 
 @pytest.mark.parametrize(
@@ -161,6 +191,28 @@ def test_bad_model_paths(script, tmp_path, content, says):
     if content is not None:
         (tmp_path / "weights.pt").write_bytes(content)
     assert_one_clear_line(script("test.py", "--model_path", "weights.pt"), "weights.pt", says)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(normalization=((float("nan"),) * 3,) * 2), "its normalization is ((nan, nan, nan)"),
+        (dict(normalization=((0.0,) * 3, (0.0,) * 3)), "its normalization is"),
+        (dict(classes=[3]), "its classes is [3]"),
+        (dict(epoch="two"), "its epoch is 'two'"),
+        (dict(layers=10**6), "layers is 1000000"),
+        (dict(arch="zz"), "arch is 'zz'"),
+        (dict(layers=None), "layers is None"),
+    ],
+)
+def test_wrong_values_in_a_trained_network_are_named(uninterrupted, tmp_path, change, says):
+    state = torch.load(uninterrupted / "checkpoint.pt", weights_only=True)
+    for name, value in change.items():
+        (state["args"] if name in state["args"] else state)[name] = value
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError) as caught:
+        test_script.load_run(test_script.build_parser(), ["--model_path", str(tmp_path / "checkpoint.pt")])
+    assert says in str(caught.value)
 
 
 def test_a_search_is_not_a_trained_network(script, tmp_path):

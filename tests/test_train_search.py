@@ -152,6 +152,10 @@ def test_without_dot_the_search_goes_on_and_says_so_once(tmp_path, monkeypatch):
         (["--train_portion", 1], "--train_portion: must be a number above 0 and below 1, got 1"),
         (["--train_portion", 0.9], "--batch_size 16 is larger than the rest of the training images: 10 images"),
         (["--learning_rate", -1], "--learning_rate: must be a number above 0, got -1"),
+        (
+            ["--arch_learning_rate", "3e38"],
+            "--arch_learning_rate: must be a number at most 1e+30 and above 0, got 3e38",
+        ),
         (["--subset", 0], "--subset: must be an integer at least 2, got 0"),
         (["--search_space", "dart"], "invalid choice: 'dart'"),
         (["--dataset", "folder", "--data", "missing"], "--data missing: no such folder"),

@@ -1,7 +1,6 @@
 """Command lines, meters, and files that are replaced whole."""
 
 import argparse
-import pickle
 
 import pytest
 import torch
@@ -21,6 +20,38 @@ def test_meter_averages_over_images():
     meter.update(3.0, torch.tensor([[1.0, 0]]), torch.tensor([0]))
     assert meter.loss == 1.5 and meter.top1 == pytest.approx(75) and meter.top5 == pytest.approx(100)
     assert utils.AverageMeter(meter.sums).loss == 1.5
+
+
+def evaluation(logits, batch=3):
+    meter, logits = utils.Evaluation(), torch.tensor(logits)
+    for part in logits.split(batch):
+        meter.add(part, torch.zeros(len(part), dtype=torch.long))
+    return meter
+
+
+def test_an_evaluation_is_the_mean_cross_entropy():
+    torch.manual_seed(0)
+    logits = torch.randn(10, 4)
+    meter = evaluation(logits.tolist())
+    expected = torch.nn.functional.cross_entropy(logits, torch.zeros(10, dtype=torch.long))
+    assert meter.loss == pytest.approx(expected.item()) and meter.images == len(meter.losses) == 10
+
+
+@pytest.mark.parametrize(
+    "logits, extreme",
+    [
+        ([[0.0, 1.0], [1.0, 0.0]] * 5, []),
+        ([[9.0, 0.0]] * 20 + [[0.0, 6.0]], []),  # one miss of a well-trained network makes the loss, but is none
+        ([[0.0, 1.0]] * 8 + [[0.0, 50.0], [0.0, 7e5]], [9]),
+        ([[0.0, 1.0]] * 7 + [[0.0, float("inf")], [0.0, 9e4], [0.0, 7e5]], [9, 8]),
+        ([[0.0, 1e6]] * 9, []),  # all of them: the loss says it
+        ([[float("nan")] * 2] * 3, []),
+    ],
+)
+def test_images_that_make_the_loss_are_found(logits, extreme):
+    meter = evaluation(logits)
+    assert meter.extreme()[: len(extreme) or None] == extreme
+    assert bool(meter.explosion("test")) == bool(extreme)
 
 
 def test_logits_that_are_not_finite_are_misses():
@@ -51,7 +82,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         (utils.number(int, low=1), "3", "2.5", "must be an integer at least 1, got '2.5'"),
         (utils.number(float, above=0, below=1), "0.5", "1", "must be a number above 0 and below 1, got 1"),
         (utils.number(float, low=0), "0", "nan", "must be a number at least 0, got nan"),
-        (utils.number(float), "-1e3", "inf", "must be a number, got inf"),
+        (utils.number(float), "-1e3", "inf", "must be a number at most 1e+30, got inf"),
+        (utils.number(float, above=0), "1e30", "3e38", "must be a number at most 1e+30 and above 0, got 3e38"),
         (utils.number(int, high=9), "9", "1" + 400 * "0", f"must be an integer at most 9, got 1{39 * '0'}"),
     ],
 )
@@ -80,36 +112,3 @@ def test_without_cuda(caplog):
     assert [r.getMessage() for r in caplog.records] == ["--gpu 0: no CUDA device here, going on with the CPU"]
     with pytest.raises(utils.UserError, match="--device cpu"):
         utils.pick_device(arguments(device="cuda"))
-
-
-class Malicious:
-    def __reduce__(self):
-        return print, ("executed",)
-
-
-def test_checkpoints_run_no_code(tmp_path, capsys):
-    path = tmp_path / "checkpoint.pt"
-    for save in (lambda: torch.save(Malicious(), path), lambda: path.write_bytes(pickle.dumps(Malicious()))):
-        save()
-        with pytest.raises(utils.UserError, match="not a checkpoint"):
-            utils.load_checkpoint(path)
-    assert "executed" not in capsys.readouterr().out
-
-
-def test_damaged_checkpoints_are_named(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    torch.save({"model": torch.randn(100)}, path)
-    whole = path.read_bytes()
-    for content in (b"", whole[:50], whole[: len(whole) // 2], b"text"):
-        path.write_bytes(content)
-        with pytest.raises(utils.UserError, match="checkpoint.pt is truncated, damaged"):
-            utils.load_checkpoint(path)
-    with pytest.raises(utils.UserError, match="no such file"):
-        utils.load_checkpoint(tmp_path / "none.pt")
-
-
-def test_weights_of_another_network_are_refused():
-    with pytest.raises(utils.UserError, match="weight"):
-        utils.load_weights(torch.nn.Linear(2, 3), torch.nn.Linear(2, 4).state_dict(), "weights.pt")
-    with pytest.raises(utils.UserError, match="not those of this network"):
-        utils.load_weights(torch.nn.Linear(2, 3), {"other": 3}, "weights.pt")

@@ -1,0 +1,140 @@
+"""Folders of images: every file is read, left out by name, or named as broken."""
+
+import logging
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from utils import UserError
+
+
+@pytest.fixture
+def root(image_folder, tmp_path):
+    return shutil.copytree(image_folder, tmp_path / "images")
+
+
+def labels(root):
+    return data.load("folder", root, True).labels.bincount().tolist()
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda root: shutil.rmtree(root), "no such folder"),
+        (lambda root: shutil.rmtree(root / "train"), "the folder train is missing"),
+        (lambda root: [p.unlink() for p in (root / "train" / "green").iterdir()], "train/green holds no image file"),
+        (lambda root: [shutil.rmtree(p) for p in (root / "train").iterdir()], "needs two class folders or more"),
+        (lambda root: [shutil.rmtree(root / "train" / p) for p in ("red", "blue")], "in %s/CLASS/; got 1"),
+        (lambda root: (root / "train" / "red" / "003.png").write_bytes(b"\x89PNG no"), "train/red/003.png"),
+        (lambda root: (root / "train" / "red" / "003.png").write_bytes(b""), "train/red/003.png"),
+    ],
+)
+def test_damaged_folders_are_named(image_folder, tmp_path, damage, says):
+    root = tmp_path / "images"
+    shutil.copytree(image_folder, root)
+    damage(root)
+    with pytest.raises(UserError) as caught:
+        data.load("folder", root, True)
+    assert says.replace("%s", str(root / "train")) in str(caught.value)
+
+
+def test_what_file_managers_leave_behind_is_skipped(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "train" / "red" / "._000.png").write_bytes(b"not an image")
+    assert len(data.load("folder", tmp_path, True)) == 24
+
+
+def test_sixteen_bits_are_scaled_not_clipped(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "train" / "blue" / "000.png")
+    pixels = data.load("folder", tmp_path, True, image_size=8).pixels[0]
+    assert torch.equal(pixels[..., 0], torch.from_numpy((ramp >> 8).astype(np.uint8)))
+
+
+def test_a_truncated_image_is_named(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "train" / "blue" / "000.png"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="blue/000.png"):
+        data.load("folder", tmp_path, True)
+
+
+@pytest.mark.parametrize("extension", ["gif", "webp", "bmp", "tiff", "TIF", "jpeg"])
+def test_formats(root, extension):
+    Image.new("RGB", (9, 9), (250, 10, 10)).save(root / "train" / "red" / f"new.{extension}")
+    images = data.load("folder", root, True)
+    assert len(images) == 25 and images.names[-1].endswith(f"new.{extension}")
+    assert (images.pixels[-1, ..., 0] > 200).all() and (images.pixels[-1, ..., 1:] < 50).all()
+
+
+def test_every_file_is_accounted_for(root, caplog):
+    caplog.set_level(logging.INFO, "darts")
+    (root / "train" / "red" / "notes.txt").write_text("x")
+    (root / "train" / "list.csv").write_text("x")
+    data.load("folder", root, True)
+    assert f"train: 24 of 24 images, 3 classes ({root}/train)" in caplog.text
+    left_out = f"2 files: {root}/train/list.csv, {root}/train/red/notes.txt"
+    assert left_out in caplog.text
+
+
+def test_links_that_lead_back_bring_no_image_twice(root, caplog):
+    red = root / "train" / "red"
+    for name, target in (("self", "."), ("up", ".."), ("root", root), ("other", "../green")):
+        (red / name).symlink_to(target)
+    (root / "train" / "blue" / "deep").mkdir()
+    (root / "train" / "blue" / "deep" / "loop").symlink_to("..")
+    assert labels(root) == [8, 8, 8]
+    assert "5 files: " in caplog.text and "red/other" in caplog.text
+
+
+def test_links_to_other_places_are_followed(root, tmp_path):
+    shutil.move(root / "train" / "red", tmp_path / "elsewhere")
+    (root / "train" / "red").symlink_to(tmp_path / "elsewhere")
+    shutil.copytree(root / "test" / "red", tmp_path / "more")
+    (tmp_path / "more" / "back").symlink_to(".")
+    (tmp_path / "elsewhere" / "more").symlink_to(tmp_path / "more")
+    assert labels(root) == [8, 8, 12]
+    (root / "train" / "rot").symlink_to("red")
+    with pytest.raises(UserError, match="train/red and .*train/rot are one and the same"):
+        labels(root)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_not_waited_for(root, caplog):
+    os.mkfifo(root / "train" / "red" / "f.png")
+    assert labels(root) == [8, 8, 8] and "red/f.png" in caplog.text
+
+
+def test_broken_images_are_all_named_or_left_out(root, caplog):
+    for k in range(8):
+        (root / "train" / "red" / f"{k:03d}.png").write_bytes(b"no")
+    for k in range(4):
+        path = root / "train" / "green" / f"{k:03d}.png"
+        path.unlink()
+        path.symlink_to("nowhere")
+    with pytest.raises(UserError) as caught:
+        labels(root)
+    for says in ("12 files: ", "green/000.png (No such file", "red/005.png", "and 2 more", "--skip_broken"):
+        assert says in str(caught.value)
+    assert "red/006.png" not in str(caught.value)
+    images = data.load("folder", root, True, skip_broken=True)
+    assert images.labels.bincount(minlength=3).tolist() == [8, 4, 0] and len(images.pixels) == 12
+    assert "left out of the train images, being broken: 12 files" in caplog.text
+    for path in root.glob("train/*/*"):
+        path.write_bytes(b"no")
+    with pytest.raises(UserError, match="24 files"):
+        data.load("folder", root, True, skip_broken=True)
+
+
+@pytest.mark.parametrize("values", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70_000, np.int32)])
+def test_pixels_of_an_unknown_range_are_not_guessed_at(root, values):
+    Image.fromarray(values).save(root / "train" / "red" / "000.tiff")
+    with pytest.raises(UserError, match="000.tiff .its pixels"):
+        labels(root)
