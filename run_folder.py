@@ -39,7 +39,8 @@ logger = logging.getLogger("darts.run")
 
 # settings that may differ between a run and its continuation: they do not change what is computed
 PORTABLE = ("data", "device", "gpu", "report_freq", "cuda_graph")
-_BEFORE = {"kernel_norm": "none"}  # what runs did that are older than the setting
+# what runs did that are older than the setting
+_BEFORE = {"kernel_norm": "none", "amp": False, "compile": False}
 _SAVE_EVERY = 300  # seconds between two checkpoints within an epoch
 
 
@@ -88,6 +89,7 @@ def parse_args(parser, argv=None):
     given = parser.given(argv)
     saved = _read_config(Path(args.resume), parser.prog)
     actions = {action.dest: action for action in parser._actions}
+    saved = {name: value for name, value in _BEFORE.items() if name in actions} | saved
     for name, value in saved.items():
         if name not in actions:
             raise UserError(f"--resume {args.resume}: the run has a setting {name!r} that this version does not know")
@@ -124,7 +126,7 @@ def _read_config(folder, script):
         config = json.loads((folder / "config.json").read_text())
         if config["script"] != script:
             raise UserError(f"--resume {folder}: that run is one of {config['script']}, not of {script}")
-        return settings(dict(config["args"]))
+        return dict(config["args"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
