@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,22 @@ def test_only_a_lack_of_memory_is_out_of_memory(monkeypatch):
         torch.empty(2**60)
     assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+def test_a_card_of_a_data_sheet_has_a_prediction(monkeypatch):
+    from benchmarks import bench_involution as bench
+
+    row = {"C": 16, "size": 32, "K": 3, "provider": "fused", "forward": 0.1, "backward": 0.4}
+    args = Namespace(batch=512, dtype="float32")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    bandwidth, rate = bench.CARDS[bench.data_sheet_of("cuda")]
+    # reads 16 + 4 numbers a pixel and writes 16: 75.5 MB, 37 us; 452 MFLOP take 23 us
+    assert bench.pass_limits(row, 512, 4, bandwidth, rate)[0] == 512 * 1024 * 36 * 4 / 2.039e12
+    line = bench.limits_table("Prediction.", [row], "triton", args, bandwidth, rate).splitlines()[-1]
+    assert line == "| 16, 32×32 | 3 | fused | 0.037 | 2.7 | 0.058 | 6.9 |"
+    assert bench.data_sheet_of("cpu") is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert bench.data_sheet_of("cuda") is None
 
 
 def test_bench_data_compares_both_pipelines(tmp_path):
