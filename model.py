@@ -40,7 +40,8 @@ class Cell(nn.Module):
     def _edge(self, k, states, drop_prob):
         op, h = self._ops[k], states[self._indices[k]]
         h = op(h)
-        if self.training and drop_prob > 0 and not isinstance(op, Identity):
+        drops = self.training and (isinstance(drop_prob, torch.Tensor) or drop_prob > 0)
+        if drops and not isinstance(op, Identity):
             h = drop_path(h, drop_prob)
         return h
 
@@ -72,7 +73,8 @@ class AuxiliaryHeadCIFAR(nn.Module):
 class NetworkCIFAR(nn.Module):
     """The evaluation network of DARTS; state-dict keys as in the original code.
 
-    `drop_path_prob` (an attribute, 0 at first) is what `train.py` raises over the epochs.
+    `drop_path_prob` (an attribute, 0 at first) is what `train.py` raises over the epochs: a number, or a tensor of one,
+    which torch.compile does not compile in.
 
     Args:
         C: channels of the first cells; doubled at one third and at two thirds of the depth.

@@ -6,6 +6,7 @@ python train.py --arch "Genotype(normal=[('sep_invo_3x3', 1), ...], ...)"
 python train.py --resume runs/train-EXP-20250101-120000                 # go on where a run was stopped
 """
 
+import gc
 import logging
 
 import torch
@@ -22,15 +23,17 @@ from model import AuxiliaryHeadCIFAR, NetworkCIFAR
 logger = logging.getLogger("darts.train")
 
 
-def train(run, batches, model, criterion, optimizer, args):
-    """The steps that are left of an epoch."""
+def train(run, batches, model, forward, criterion, optimizer, args):
+    """The steps that are left of an epoch; `forward` is the model, or what computes the same."""
     model.train()
     for input, target in run.steps(batches):
         optimizer.zero_grad()
-        logits, logits_aux = model(input)
+        with torch.autocast(input.device.type, torch.bfloat16, enabled=args.amp):
+            logits, logits_aux = forward(input)
+        logits = logits.float()
         loss = criterion(logits, target)
         if args.auxiliary:
-            loss = loss + args.auxiliary_weight * criterion(logits_aux, target)
+            loss = loss + args.auxiliary_weight * criterion(logits_aux.float(), target)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
@@ -114,9 +117,23 @@ def build_parser():
     group.add_argument("--momentum", type=utils.number(float, low=0, below=1), default=0.9, help="of SGD")
     group.add_argument("--weight_decay", type=utils.number(float, low=0), default=3e-4, help="of SGD")
     group.add_argument("--grad_clip", type=utils.number(float, above=0), default=5.0, help="largest gradient norm")
-    utils.add_device_arguments(parser)
+    group = utils.add_device_arguments(parser)
+    group.add_argument("--amp", action="store_true", help="train in bfloat16; evaluation is in float32")
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="train what torch.compile makes of the network, after minutes of compiling; evaluation is as without. On "
+        "a CPU it takes the place of the cells in C++",
+    )
     settings.add_arguments(parser, seed=0)
     return parser
+
+
+def _not_compiled(error):
+    """What to raise for an error of a compiled step: a UserError if torch.compile gave up, else the error itself."""
+    if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        return error
+    return utils.UserError(f"torch.compile failed ({str(error).splitlines()[0]}): start a run without --compile")
 
 
 def main():
@@ -134,15 +151,23 @@ def main():
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
+    # each size of a batch is compiled by itself: what is computed does not depend on what came before
+    forward = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
 
     with run_folder.Run("train", args, device, parts, **facts) as run:
         if genotype == genotypes.DARTS:
             logger.info(genotypes.WHICH_DARTS)
         run.report(genotype)
         logger.info("network of %.2f M weights", utils.count_parameters_in_MB(model))
+        gc.freeze()  # what is there by now stays: to look through it for garbage again and again takes 5 % of a step
         while run.epoch < args.epochs:
             model.drop_path_prob = args.drop_path_prob * run.epoch / args.epochs
-            train(run, train_batches, model, criterion, optimizer, args)
+            if args.compile and args.drop_path_prob > 0:
+                model.drop_path_prob = torch.tensor(model.drop_path_prob, device=device)
+            try:
+                train(run, train_batches, model, forward, criterion, optimizer, args)
+            except RuntimeError as error:
+                raise (_not_compiled(error) if args.compile else error) from None
             valid = infer(test_batches, model, run.stop_if_asked)  # as DARTS: the test images
             run.end_epoch(valid)
         logger.info("trained; now: %s", run_folder.command("test.py", "--model_path", run.folder))

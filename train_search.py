@@ -5,6 +5,7 @@ python train_search.py --unrolled --dataset digits --epochs 3           # a firs
 python train_search.py --resume runs/search-EXP-20250101-120000         # go on where a run was stopped
 """
 
+import gc
 import logging
 
 import torch
@@ -155,6 +156,7 @@ def main():
         logger.info("supernet of %.2f M weights, %s space", utils.count_parameters_in_MB(model), args.search_space)
         if run.history:
             run.report(genotypes.parse(run.history[-1]["genotype"]))  # a kill may have come before
+        gc.freeze()  # as in train.py
         while run.epoch < args.epochs:
             train(run, train_batches, search_batches, architect, optimizer, args)
             valid = infer(run, search_batches, model)

@@ -60,6 +60,9 @@ PANELS = {  # what a row of panels shows: {provider: (its name for readers, whic
         "fused": ("operator, this code", 0),
     },
 }
+# Bytes a second, and FLOPs a second in float32 outside of tensor cores, which are not used: the kernels' sums are
+# in float32 whatever the images are in. From the data sheets of the cards that CUDA calls so.
+CARDS = {"A100-SXM4-80GB": (2.039e12, 19.5e12), "H100 80GB HBM3": (3.35e12, 67e12)}
 
 
 # --------------------------------------------------------------------------------------------------- providers
@@ -273,14 +276,17 @@ def markdown(rows, peers):
     return "\n".join(lines)
 
 
-def limits_table(rows, used, args, bandwidth, rate):
+def data_sheet_of(device):
+    """The card among CARDS that the device is, or None."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
+    return next((card for card in CARDS if card in name), None)
+
+
+def limits_table(rates, rows, used, args, bandwidth, rate):
     element = getattr(torch, args.dtype).itemsize
-    intro = (
-        f"Copying moves {bandwidth / 1e9:.1f} GB/s here, a matrix product does {rate / 1e9:.0f} GFLOP/s. Limit: the "
-        "longer of bytes (every tensor once) and FLOPs at these rates, in ms; × is how many times it the pass takes."
-    )
     lines = [
-        intro,
+        f"{rates} Limit: the longer of bytes (every tensor once) and FLOPs at these rates, in ms; × is how many times "
+        "it the pass takes.",
         "",
         "| C, image | K | provider | forward limit | × | backward limit | × |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -290,7 +296,7 @@ def limits_table(rows, used, args, bandwidth, rate):
             limits = [1e3 * limit for limit in pass_limits(row, args.batch, element, bandwidth, rate)]
             cells = [f"{row['C']}, {row['size']}×{row['size']}", str(row["K"]), row["provider"]]
             for limit, mode in zip(limits, ("forward", "backward"), strict=True):
-                cells += [f"{limit:.2f}", f"{row[mode] / limit:.1f}"]
+                cells += [f"{limit:.2g}" if limit < 0.1 else f"{limit:.2f}", f"{row[mode] / limit:.1f}"]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -364,7 +370,13 @@ def main():
     if any(row["provider"] == "cuda peer" for row in rows):
         peers[used].append("cuda peer")
     text = f"{heading(device, args)}\n\n{markdown(rows, peers)}"
-    text += f"\n\n{limits_table(rows, used, args, *limits)}"
+    bandwidth, rate = limits
+    rates = f"Copying moves {bandwidth / 1e9:.1f} GB/s here, a matrix product does {rate / 1e9:.0f} GFLOP/s."
+    text += f"\n\n{limits_table(rates, rows, used, args, *limits)}"
+    if (card := data_sheet_of(device)) is not None:
+        bandwidth, rate = CARDS[card]
+        rates = f"Prediction for {card}: {bandwidth / 1e9:.0f} GB/s and {rate / 1e9:.0f} GFLOP/s by its data sheet."
+        text += f"\n\n{limits_table(rates, rows, used, args, *CARDS[card])}"
     report.save("bench_involution", text, args.out, args.update)
     plot(rows, args.rounds, args.out / "bench_involution.png")
 

@@ -4,8 +4,9 @@
 #   benchmarks/gpu_check.sh [FOLDER]        (default: results-CARD, in the folder where it is called)
 #
 # FOLDER then holds machine.txt, tests.txt (pytest -m gpu), in search/ a step's time and memory at batch 64 and 256, with
-# and without mixed precision and CUDA graphs, and in float32/ and bfloat16/ the tables and plots of involution. What was
-# printed is in *.txt beside them. PYTHON names another interpreter than `python`. A part that fails does not stop the
+# and without mixed precision and CUDA graphs, in train/ those of a derived network's step, and in float32/ and bfloat16/
+# the tables and plots of involution, on an A100 or H100 beside the prediction of RESULTS.md. What was printed is in *.txt
+# beside them. PYTHON names another interpreter than `python`. A part that fails does not stop the
 # others. Exit status: 0 when all went well, 2 when there is no CUDA device, else 1.
 set -uo pipefail
 
@@ -28,6 +29,7 @@ part() { # NAME COMMAND...
 part machine "$python" -m torch.utils.collect_env
 part tests "$python" -m pytest -m gpu --durations=10
 part search "$python" benchmarks/bench_search.py --device cuda --batch_size 64 256 --out "$folder/search"
+part train "$python" benchmarks/bench_train.py --device cuda --out "$folder/train"
 # the eager step by operator: how much of it is launches, where the rest goes
 part profile "$python" benchmarks/bench_search.py --device cuda --batch_size 64 --profile
 for dtype in float32 bfloat16; do

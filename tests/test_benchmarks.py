@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,22 @@ def test_the_plot_of_involutions_names_every_provider_and_has_five_curves_a_pane
     ticks = {text.get_text() for text in figures[0].axes[0].get_yticklabels(which="both")}
     assert {"0.2", "0.5", "1", "2", "5", "10", "20"} <= ticks
     assert {tick.strip("0.") for tick in ticks} <= {"1", "2", "5", ""}
+
+
+def test_a_card_of_a_data_sheet_has_a_prediction(monkeypatch):
+    from benchmarks import bench_involution as bench
+
+    row = {"C": 16, "size": 32, "K": 3, "provider": "fused", "forward": 0.1, "backward": 0.4}
+    args = Namespace(batch=512, dtype="float32")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    bandwidth, rate = bench.CARDS[bench.data_sheet_of("cuda")]
+    # reads 16 + 4 numbers a pixel and writes 16: 75.5 MB, 37 us; 452 MFLOP take 23 us
+    assert bench.pass_limits(row, 512, 4, bandwidth, rate)[0] == 512 * 1024 * 36 * 4 / 2.039e12
+    line = bench.limits_table("Prediction.", [row], "triton", args, bandwidth, rate).splitlines()[-1]
+    assert line == "| 16, 32×32 | 3 | fused | 0.037 | 2.7 | 0.058 | 6.9 |"
+    assert bench.data_sheet_of("cpu") is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert bench.data_sheet_of("cuda") is None
 
 
 def test_bench_data_compares_both_pipelines(tmp_path):

@@ -117,6 +117,39 @@ def test_any_depth(layers):
     assert NetworkCIFAR(4, 10, layers, False, NAMED["DARTS_L20"])(torch.randn(2, 3, 8, 8))[0].shape == (2, 10)
 
 
+# ------------------------------------------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.parametrize("name", ["DARTS_L20", "DARTS_V2", "NASNet"])
+def test_compiles_without_a_graph_break(name):
+    """A network with fast cells, drop path and auxiliary head: once, for the drop path of every epoch."""
+    torch._dynamo.reset()
+    plain = NetworkCIFAR(4, 10, 3, True, NAMED[name], fast=False)
+    net, input = copy.deepcopy(plain), torch.randn(4, 3, 29, 29)
+    net.fast = True
+    compiled = torch.compile(net, fullgraph=True, dynamic=False, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for epoch in range(3):
+            outputs = []
+            for module, forward in ((plain, plain), (net, compiled)):
+                torch.manual_seed(epoch)
+                module.drop_path_prob = torch.tensor(0.3 * epoch)
+                outputs.append(forward(input))
+            torch.testing.assert_close(outputs[1], outputs[0])
+
+
+def test_the_compiled_step_is_the_plain_one():
+    """On the CPU's inductor: logits and gradients of a network of one cell."""
+    torch._dynamo.reset()
+    edges = [("sep_invo_3x3", 0), ("skip_connect", 1)]
+    net = vary_kernels(NetworkCIFAR(4, 10, 1, False, Genotype(edges, [2], edges, [2])))
+    input, results = torch.randn(4, 3, 8, 8), []
+    for forward in (net, torch.compile(net, fullgraph=True, dynamic=False)):
+        logits, _ = forward(input)
+        results.append([logits, *torch.autograd.grad(logits.square().sum(), list(net.parameters()))])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------- fast cells against plain ones
 
 

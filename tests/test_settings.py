@@ -21,6 +21,7 @@ def parse(*argv):
     parser.add_argument("--epochs", type=utils.number(int, low=1), default=9)
     parser.add_argument("--data", default="data")
     parser.add_argument("--learning_rate", type=utils.number(float, above=0), default=0.1)
+    parser.add_argument("--amp", action="store_true")
     utils.add_kernel_norm_argument(parser)
     settings.add_arguments(parser, seed=0)
     return settings.parse_args(parser, [str(argument) for argument in argv])
@@ -48,6 +49,12 @@ def test_a_run_from_before_kernels_were_bounded_goes_on_without_bounds(saved):
     with pytest.raises(utils.UserError, match="--kernel_norm is none in that run, not soft_rms"):
         parse("--resume", saved, "--kernel_norm", "soft_rms")
     assert parse().kernel_norm == KERNEL_NORM
+
+
+def test_a_run_from_before_there_was_mixed_precision_goes_on_without(saved):
+    assert parse("--resume", saved).amp is False
+    with pytest.raises(utils.UserError, match="--amp is False in that run, not True"):
+        parse("--resume", saved, "--amp")
 
 
 def test_resume_with_other_settings_names_the_setting(saved):

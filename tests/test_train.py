@@ -4,6 +4,8 @@ import csv
 import shutil
 import signal
 import subprocess
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import original_darts
 import test as test_script
 from conftest import assert_one_clear_line, only_run, start_script
 from model import NetworkCIFAR
+from train import train
 from utils import UserError
 
 TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 2 --epochs 2 --report_freq 1".split()
@@ -57,6 +60,53 @@ def test_a_killed_training_resumes_exactly(uninterrupted, tmp_path):
     assert (folder / "metrics.csv").read_bytes() == (uninterrupted / "metrics.csv").read_bytes()
     states = [torch.load(f / "checkpoint.pt", weights_only=True)["model"] for f in (folder, uninterrupted)]
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
+@pytest.mark.parametrize("flag", ["amp", "compile"])
+def test_amp_and_compile_resume_exactly(flag, tmp_path, monkeypatch):
+    """A cell of one involution: compiling takes long."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes for a single network
+    edges = "[('sep_invo_3x3', 0), ('skip_connect', 1)]"
+    cell = f"Genotype(normal={edges}, normal_concat=[2], reduce={edges}, reduce_concat=[2])"
+    small = [*TINY, "--layers", 1, "--arch", cell, "--drop_path_prob", 0.5, f"--{flag}"]
+    result = start_script(tmp_path, "train.py", *small, "--save", "whole", run=subprocess.run)
+    assert result.returncode == 0, result.stderr
+    process = start_script(tmp_path, "train.py", *small, "--save", "killed")
+    for printed in process.stdout:
+        if "epoch 2/2 step 2/6" in printed:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate(timeout=120)
+    whole, killed = (next((tmp_path / "runs").glob(f"train-{name}-*")) for name in ("whole", "killed"))
+    assert f'"{flag}": true' in (killed / "config.json").read_text()
+    result = start_script(tmp_path, "train.py", "--resume", killed, run=subprocess.run)
+    assert result.returncode == 0, result.stderr
+    assert (killed / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (killed, whole)]
+    assert states[0]["args"][flag] is True
+    assert set(states[0]["model"]) == set(NetworkCIFAR(4, 10, 1, False, genotypes.parse(whole)).state_dict())
+    assert all(torch.equal(states[0]["model"][name], value) for name, value in states[1]["model"].items())
+
+
+def test_amp_is_in_bfloat16_but_for_the_losses():
+    net, seen = NetworkCIFAR(4, 10, 1, True, genotypes.DARTS_L20), []
+    net.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    run = SimpleNamespace(steps=lambda batches: batches, record=lambda loss, logits, target: seen.append(logits.dtype))
+    batch = torch.randn(4, 3, 29, 29), torch.arange(4)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    for amp in (False, True):
+        args = Namespace(amp=amp, auxiliary=True, auxiliary_weight=0.4, grad_clip=5.0)
+        train(run, [batch], net, net, torch.nn.functional.cross_entropy, optimizer, args)
+    assert seen == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_without_a_compiler_for_compile(script, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    result = script("train.py", *TINY, "--layers", 1, "--arch", "DARTS_L20", "--compile")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "torch.compile failed" in result.stderr and "start a run without --compile" in result.stderr
 
 
 def test_a_trained_network_is_tested_as_it_was_in_training(script, uninterrupted):
