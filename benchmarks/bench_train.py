@@ -118,13 +118,15 @@ def work(setting):
 
 
 def make_setting(args, arch, init_channels, layers, auxiliary, batch_size):
+    batch_size = args.batch_size or batch_size
     setting = dict(arch=arch, init_channels=init_channels, layers=layers, auxiliary=auxiliary, batch_size=batch_size)
     return setting | dict(threads=args.threads, device=args.device, fast=True, peer=False, amp=False)
 
 
-def label(arch, init_channels, layers, auxiliary, batch_size):
-    head = ", auxiliary head" if auxiliary else ""
-    return f"`{arch}`, {init_channels} channels, {layers} cells{head}, batch {batch_size}"
+def label(setting):
+    head = ", auxiliary head" if setting["auxiliary"] else ""
+    size = f"{setting['init_channels']} channels, {setting['layers']} cells"
+    return f"`{setting['arch']}`, {size}{head}, batch {setting['batch_size']}"
 
 
 def has_peer(arch):
@@ -142,8 +144,8 @@ def ratio(worker, first, phase):
 def step_table(args, variants):
     """Lines of the table, and {setting: {variant: seconds of a training step}}."""
     lines = [
-        "| network, batch | variant | training step | against this code | evaluation of 10,000 images "
-        "| against this code | peak memory |",
+        "| network, batch | variant | training step | as a multiple of this code's | evaluation of 10,000 images "
+        "| as a multiple | peak memory |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     bars = {}
@@ -153,14 +155,14 @@ def step_table(args, variants):
         workers = measure(chosen, setting, args.rounds, __file__)
         for name, worker in workers.items():
             if len(worker.answers) <= args.rounds:
-                lines.append(f"| {label(*SETTINGS[place])} | {name} | out of memory | | | | |")
+                lines.append(f"| {label(setting)} | {NAMES.get(name, name)} | out of memory | | | | |")
                 continue
             first = next(iter(workers.values()))
             images = EVALUATED * setting["batch_size"]
             evaluation = [10_000 / images * seconds for seconds in worker.seconds("evaluation")]
-            bars.setdefault(place, {})[name] = worker.seconds("training")
+            bars.setdefault(label(setting), {})[name] = worker.seconds("training")
             lines.append(
-                f"| {label(*SETTINGS[place])} | {NAMES.get(name, name)} "
+                f"| {label(setting)} | {NAMES.get(name, name)} "
                 + "| {:.3g} s ({:.3g}–{:.3g}) ".format(*worker.seconds("training"))
                 + f"| {ratio(worker, first, 'training')} "
                 + "| {:.3g} s ({:.3g}–{:.3g}) ".format(*evaluation)
@@ -206,13 +208,14 @@ def limits_table(args, bars):
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for place in args.settings:
-        net, images, _ = make_network(make_setting(args, *SETTINGS[place]))
+        setting = make_setting(args, *SETTINGS[place])
+        net, images, _ = make_network(setting)
         convolutions, involutions = (3 * flops for flops in count_flops(net, images))
         kept = count_kept_bytes(net, images)
         flops_take, bytes_take = (convolutions + involutions) / rate, 2 * kept / bandwidth
-        seconds = next(iter(bars.get(place, {"": (float("nan"),)}).values()))[0]
+        seconds = next(iter(bars.get(label(setting), {"": (float("nan"),)}).values()))[0]
         lines.append(
-            f"| {label(*SETTINGS[place])} | {convolutions / 1e9:.3g} | {involutions / 1e9:.3g} | {flops_take:.2g} s "
+            f"| {label(setting)} | {convolutions / 1e9:.3g} | {involutions / 1e9:.3g} | {flops_take:.2g} s "
             f"| {seconds / flops_take:.1f}× | {kept / 1e9:.2g} | {bytes_take:.2g} s | {seconds / bytes_take:.1f}× |"
         )
         print(lines[-1], file=sys.stderr, flush=True)
@@ -236,7 +239,7 @@ def plot(bars, curves, path):
         axis.errorbar([t[0] for t in times], places, xerr=report.spread(times), fmt="none", color="black", capsize=2)
         for y, (middle, _, most) in zip(places, times, strict=True):
             axis.text(most, y, f"  {middle:.3g}", va="center", fontsize="small")
-    names = [label(*SETTINGS[place]).replace("`", "").replace(", ", "\n", 1) for place in bars]
+    names = [name.replace("`", "").replace(", ", "\n", 1) for name in bars]
     axis.set_yticks([y + (len(variants) - 1) * height / 2 for y in range(len(bars))], names, fontsize="small")
     axis.set(xlabel="seconds", xscale="log")
     axis.set_xlim(right=2 * max(t[2] for times in bars.values() for t in times.values()))
@@ -267,6 +270,7 @@ def parse_args():
     parser.add_argument("--threads", type=int, default=0, help="0 for PyTorch's choice")
     places = range(len(SETTINGS))
     parser.add_argument("--settings", type=int, nargs="+", choices=places, default=[*places], help="of the step table")
+    parser.add_argument("--batch_size", type=int, help="in place of the settings'")
     parser.add_argument("--against", metavar="REF", help="a commit to compare with")
     parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of the original DARTS code")
     parser.add_argument("--growth", action="store_true", help="the growth table too")

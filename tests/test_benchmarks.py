@@ -35,6 +35,22 @@ def test_bench_search_names_a_wrong_flag(flags):
     assert done.returncode == 2 and flags[0] in done.stderr and "Traceback" not in done.stderr
 
 
+def test_bench_train_measures_variants_and_limits(tmp_path):
+    flags = "--settings 0 --batch_size 4 --rounds 1 --threads 1 --limits --out".split()
+    done = run("bench_train.py", *flags, tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in (tmp_path / "bench_train.md").read_text().splitlines() if line.startswith("| `DARTS`")]
+    assert len(rows) == 3  # of fast and plain cells, and of the limits
+    assert "1.00×" in rows[0] and "module by module" in rows[1]
+    assert (tmp_path / "bench_train.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("flags", [["--rounds", 0], ["--peer", "nowhere"]])
+def test_bench_train_names_a_wrong_flag(flags):
+    done = run("bench_train.py", *flags)
+    assert done.returncode == 2 and flags[0] in done.stderr and "Traceback" not in done.stderr
+
+
 def test_only_a_lack_of_memory_is_out_of_memory(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     from bench_search import is_out_of_memory
