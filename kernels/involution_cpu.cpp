@@ -22,42 +22,14 @@
 #include <type_traits>
 #include <vector>
 
-namespace {
+#include "vectors.h"
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
+namespace {
 
 constexpr int kTile = 32;           // output pixels whose kernels are held at once
 constexpr int kPitch = kTile + 16;  // room for the last vector of a tile's last row
 constexpr int kRowUnit = 8;         // a tile's rows are padded to a multiple of this
 constexpr int kChunks = 32;         // partial sums of the span gradient: fixed, whatever the number of threads
-
-template <class A>
-constexpr int kLanes = kVectorBytes / sizeof(A);
-
-template <class A>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(kVectorBytes)));
-};
-template <class A>
-using Vec = typename VectorOf<A>::type;
-
-template <class A>
-inline Vec<A> load(const A* p) {
-  Vec<A> v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-template <class A>
-inline void store(A* p, Vec<A> v) {
-  std::memcpy(p, &v, sizeof(v));
-}
 
 // Compilers like to read a vector again from memory at each use; the load ports have no time for that here.
 template <class V>
@@ -94,8 +66,6 @@ template <>
 struct AccumulatorOf<BFloat16> {
   using type = float;
 };
-
-inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // ---------------------------------------------------------------------------------------------- problem and views
 
