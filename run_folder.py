@@ -33,7 +33,17 @@ import genotypes
 import involution
 import visualize
 from operations import KERNEL_NORM
-from utils import AverageMeter, UserError, load_checkpoint, load_weights, number, replacing, user_value, write_text
+from utils import (
+    AverageMeter,
+    UserError,
+    load_checkpoint,
+    load_weights,
+    log_device,
+    number,
+    replacing,
+    user_value,
+    write_text,
+)
 
 logger = logging.getLogger("darts.run")
 
@@ -153,6 +163,7 @@ class Run:
         self.meter = AverageMeter()
         self.history = []  # a dict of numbers for every finished epoch
         self._signal = None
+        self._threads = torch.get_num_threads()  # of a run that is resumed: those it was saved with
         self._said_why_no_drawing = self._said_not_finite = False
         self.folder = Path(args.resume) if args.resume is not None else _new_folder(kind, args.save)
         self.checkpoint = self.folder / "checkpoint.pt"
@@ -165,7 +176,11 @@ class Run:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logging.getLogger().addHandler(handler)
         logger.info("%s %s", "resuming" if args.resume else "run folder", self.folder)
-        logger.info("device %s, involution backend %s", device, involution.backend(device))
+        log_device(device)
+        threads = torch.get_num_threads()
+        if device.type == "cpu" and self._threads != threads:
+            what = "this run had %d CPU threads and now has %d: its numbers will differ in their last digits; "
+            logger.warning(what + "OMP_NUM_THREADS=%d goes on exactly", self._threads, threads, self._threads)
 
     def __enter__(self):
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -294,6 +309,7 @@ class Run:
             step=self.step,
             sums=self.meter.sums,
             history=self.history,
+            threads=torch.get_num_threads(),
             random=torch.get_rng_state(),
             cuda_random=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         )
@@ -314,6 +330,7 @@ class Run:
                     part.load_state_dict(state[name])
             self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
             self.meter = AverageMeter(state["sums"])
+            self._threads = int(state.get("threads", self._threads))  # older runs do not say
             torch.set_rng_state(state["random"])
             if self.device.type == "cuda" and state["cuda_random"]:
                 torch.cuda.set_rng_state_all(state["cuda_random"])

@@ -9,6 +9,11 @@ import functools
 import logging
 from pathlib import Path
 
+import threads
+
+if __name__ == "__main__":
+    threads.wait_asleep()  # before PyTorch is imported
+
 import torch
 import torch.nn as nn
 
@@ -59,6 +64,7 @@ def main():
     parser = build_parser()
     args, weights, state = load_run(parser)
     device = utils.pick_device(args)
+    utils.log_device(device)
     images = data.load(args.dataset, args.data, False, args.image_size, args.subset, args.seed, device)
     if state:
         data.check_classes(images, state["classes"])

@@ -108,6 +108,20 @@ def test_steps_go_on_where_they_stopped():
     assert all(torch.equal(target, batches.batch(0, step)[1]) for step, target in enumerate(rest, start=2))
 
 
+def test_a_resume_with_another_number_of_threads_says_so(caplog):
+    caplog.set_level(logging.INFO, "darts")
+    run = make_run()
+    assert "CPU threads: 1" in (run.folder / "log.txt").read_text()
+    make_run(resume=run.folder)
+    assert "last digits" not in caplog.text
+    torch.set_num_threads(2)
+    try:
+        make_run(resume=run.folder)
+    finally:
+        torch.set_num_threads(1)
+    assert "had 1 CPU threads and now has 2" in caplog.text and "OMP_NUM_THREADS=1" in caplog.text
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_saves(number, caplog):
     caplog.set_level(logging.INFO, "darts")
