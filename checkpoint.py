@@ -153,6 +153,7 @@ _MORE_RULES = {  # of what not every run keeps
     "normalization": _normalization,
     "classes": lambda value: _list(value, _name) and len(value) > 0,
     "data": _fingerprints,
+    "threads": _count,
 }
 
 

@@ -38,7 +38,7 @@ import visualize
 from curves import plot_curves
 from data import check_unchanged
 from operations import KERNEL_NORM
-from utils import AverageMeter, UserError, remove_temporaries, write_text
+from utils import AverageMeter, UserError, log_device, remove_temporaries, write_text
 
 try:
     import fcntl
@@ -70,6 +70,7 @@ class Run:
         self.meter = AverageMeter()
         self.history = []  # a dict of numbers for every finished epoch
         self._signal, self._handlers = None, {}
+        self._threads = torch.get_num_threads()  # of a run that is resumed: those it was saved with
         self._said_why_no_drawing = self._said_not_finite = False
         self.folder = Path(args.resume) if args.resume is not None else _new_folder(kind, args.save)
         self.checkpoint = self.folder / checkpoint.NAME
@@ -86,7 +87,11 @@ class Run:
             raise
         self._log.open_to_all()
         logger.info("%s %s", "resuming" if args.resume else "run folder", self.folder)
-        logger.info("device %s, involution backend %s", device, involution.backend(device))
+        log_device(device)
+        threads = torch.get_num_threads()
+        if device.type == "cpu" and self._threads != threads:
+            what = "this run had %d CPU threads and now has %d: its numbers will differ in their last digits; "
+            logger.warning(what + "OMP_NUM_THREADS=%d goes on exactly", self._threads, threads, self._threads)
 
     def __enter__(self):
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -238,6 +243,7 @@ class Run:
             step=self.step,
             sums=self.meter.sums,
             history=self.history,
+            threads=torch.get_num_threads(),
             random=torch.get_rng_state(),
             cuda_random=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         )
@@ -255,6 +261,7 @@ class Run:
                 check_unchanged(part, state["data"].get(part, now), now)
         self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
         self.meter = AverageMeter(state["sums"])
+        self._threads = state.get("threads", self._threads)  # older runs do not say
         self._restore_parts(state)
         before = state["args"]["epochs"]
         if self.args.epochs != before:

@@ -9,6 +9,11 @@ import functools
 import logging
 from pathlib import Path
 
+import threads
+
+if __name__ == "__main__":
+    threads.wait_asleep()  # before PyTorch is imported
+
 import torch
 
 import checkpoint
@@ -63,6 +68,7 @@ def main():
     parser = build_parser()
     args, weights, state = load_run(parser)
     device = utils.pick_device(args)
+    utils.log_device(device)
     images = data.load_as(args, False, device)
     if state:
         data.check_classes(images, state["classes"])

@@ -9,6 +9,11 @@ python train.py --resume runs/train-EXP-20250101-120000                 # go on 
 import gc
 import logging
 
+import threads
+
+if __name__ == "__main__":
+    threads.wait_asleep()  # before PyTorch is imported
+
 import torch
 import torch.nn as nn
 

@@ -8,6 +8,11 @@ python train_search.py --resume runs/search-EXP-20250101-120000         # go on 
 import gc
 import logging
 
+import threads
+
+if __name__ == "__main__":
+    threads.wait_asleep()  # before PyTorch is imported
+
 import torch
 import torch.nn as nn
 

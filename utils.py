@@ -177,6 +177,12 @@ def pick_device(args):
     return device
 
 
+def log_device(device):
+    """Log what a script computes on: the numbers of a CPU depend on how many threads share it."""
+    backend, threads = involution.backend(device), torch.get_num_threads()
+    logger.info("device %s, involution backend %s, CPU threads: %d", device, backend, threads)
+
+
 def _pick_device(args):
     has_cuda = torch.cuda.is_available()
     if args.device == "cuda" and not has_cuda:

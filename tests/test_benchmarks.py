@@ -105,6 +105,16 @@ def test_bench_data_compares_both_pipelines(tmp_path):
     assert (tmp_path / "bench_data.png").stat().st_size > 1000
 
 
+def test_bench_busy_compares_ways_to_wait(tmp_path):
+    small = "--init_channels 4 --layers 3 --batch_size 2 --rounds 2".split()
+    done = run("bench_busy.py", *small, "--busy", 0, 1, "--works", "train", "--spins", 100, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in (tmp_path / "bench_busy.md").read_text().splitlines() if "batch 2" in line]
+    ways = ["one thread", "asleep", "spinning", "100 spins"]
+    assert [row[1:3] for row in rows] == [[count, way] for count in "01" for way in ways]
+    assert all(float(row[3].split()[0]) > 0 for row in rows) and rows[0][4] == "1 (1–1)"
+
+
 def test_bench_kernel_norm_keeps_the_runs_that_it_has(tmp_path):
     for number in range(32):
         folder = tmp_path / "images" / ("train" if number < 16 else "test") / f"class{number % 2}"

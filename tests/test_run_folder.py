@@ -140,6 +140,20 @@ def test_an_epoch_whose_last_step_was_saved_is_ended_by_the_next_run():
     assert (again.epoch, again.step) == (1, 0)
 
 
+def test_a_resume_with_another_number_of_threads_says_so(caplog):
+    caplog.set_level(logging.INFO, "darts")
+    run = make_run()
+    assert "CPU threads: 1" in (run.folder / "log.txt").read_text()
+    run = go_on(run)
+    assert "last digits" not in caplog.text
+    torch.set_num_threads(2)
+    try:
+        go_on(run)
+    finally:
+        torch.set_num_threads(1)
+    assert "had 1 CPU threads and now has 2" in caplog.text and "OMP_NUM_THREADS=1" in caplog.text
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_saves(number, caplog):
     caplog.set_level(logging.INFO, "darts")
