@@ -1,5 +1,6 @@
 # make demo    search, retrain, test and draw on the digits set: a few minutes, nothing but the packages to download
 # make test    the test suite
+# make torture random kills, damaged checkpoints, random command lines, sanitizers over the C++: minutes, no part of test
 # make lint    style checks
 # make clean   remove the environment (runs/ stays)
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DIGITS := --dataset digits --save demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test torture lint clean
 
 demo: .venv/installed
 	@set -e; newest() { ls -td runs/$$1-demo-* | head -n 1; }; \
@@ -31,6 +32,10 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+
+torture: .venv/installed
+	$(MAKE) sanitize
+	$(BIN)/python benchmarks/torture.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
