@@ -1,6 +1,7 @@
 # make demo    search, retrain, test and draw on the digits set: a few minutes, nothing but the packages to download
 # make test    the test suite
-# make sanitize  the C++ under AddressSanitizer and UndefinedBehaviorSanitizer (GCC; about ten minutes)
+# make sanitize the C++ under AddressSanitizer and UndefinedBehaviorSanitizer (GCC; about half an hour)
+# make torture  random kills, damaged checkpoints, random command lines, after `make sanitize`: minutes, no part of test
 # make lint    style checks
 # make clean   remove the environment (runs/ stays)
 
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DIGITS := --dataset digits --save demo
 
-.PHONY: demo test sanitize lint clean
+.PHONY: demo test sanitize torture lint clean
 
 demo: .venv/installed
 	@set -e -o pipefail; newest() { ls -td runs/$$1-demo-* | head -n 1; }; \
@@ -41,6 +42,10 @@ sanitize: .venv/installed
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q -p no:cacheprovider \
 	tests/test_involution.py tests/test_fast_cell.py tests/test_model.py -k "not compile and not export"
+
+torture: .venv/installed
+	$(MAKE) sanitize
+	$(BIN)/python benchmarks/torture.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

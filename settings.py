@@ -108,7 +108,7 @@ def check(saved, parser, where):
             raise UserError(f"{where} is damaged: it has no setting {name!r}")
         if name in saved and not _is_setting(action, saved[name]):
             raise UserError(f"{where} is damaged: {name} is {checkpoint.shown(saved[name])}")
-    return saved
+    return {name: saved[name] for name in actions if name in saved}
 
 
 def _is_setting(action, value):

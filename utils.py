@@ -58,7 +58,7 @@ def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
 
     def rule(value=None):
         bounds = [f"at least {low}"] * (low > -math.inf)
-        bounds += [f"at most {most}"] * (high < math.inf or (value is not None and value > most))
+        bounds += [f"at most {most}"] * (high < math.inf or (value is not None and value > most and below is None))
         bounds += [f"above {above}"] * (above is not None) + [f"below {below}"] * (below is not None)
         return " ".join(["must be", "an integer" if kind is int else "a number", " and ".join(bounds)]).rstrip()
 

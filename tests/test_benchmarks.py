@@ -1,5 +1,6 @@
 """The benchmarks run and write their tables and plots; what they measure is nobody's test."""
 
+import random
 import subprocess
 import sys
 from argparse import Namespace
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+
+import checkpoint
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALL = "--init_channels 4 --layers 3 --image_size 8 --rounds 1 --threads 1".split()
@@ -133,3 +136,25 @@ def test_bench_kernel_norm_keeps_the_runs_that_it_has(tmp_path):
     again = (tmp_path / "runs.csv").read_text()
     assert again.startswith(kept) and len(again.splitlines()) == len(runs.splitlines())
     assert (tmp_path / "bench_kernel_norm.png").stat().st_size > 1000
+
+
+def test_a_small_draw_of_torture(tmp_path):
+    done = run("torture.py", "--kills", 2, "--damages", 20, "--lines", 8, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "torture.md").read_text().splitlines()[-3:]
+    assert [row.split("|")[-2].split()[0] for row in rows] == ["0", "0", "0"]
+
+
+def test_torture_notices_what_it_is_for(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import torture
+
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save({"weight": torch.randn(30, 30), "epoch": 1, "loss": float("nan")}, path)
+    refused, failures = torture.damage([path], 40, random.Random(0), tmp_path)
+    assert refused > 20 and not failures
+    monkeypatch.setattr(checkpoint, "_verify", lambda path: None)
+    assert any("other values" in failure for failure in torture.damage([path], 40, random.Random(0), tmp_path)[1])
+    for wrong in ("raise SystemExit(3)", "raise KeyError('zz')", "import time; time.sleep(9)"):
+        monkeypatch.setattr(torture.visualize, "main", lambda line=wrong: exec(line))
+        assert torture.finish(torture.start(tmp_path, "visualize.py"), tmp_path, seconds=1)
