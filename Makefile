@@ -1,9 +1,9 @@
-# make demo    search, retrain, test and draw on the digits set: a few minutes, nothing but the packages to download
-# make test    the test suite
+# make demo     search, retrain, test and draw on the digits set: a few minutes, nothing but the packages to download
+# make test     the test suite
 # make sanitize the C++ under AddressSanitizer and UndefinedBehaviorSanitizer (GCC; about half an hour)
-# make torture  random kills, damaged checkpoints, random command lines, after `make sanitize`: minutes, no part of test
-# make lint    style checks
-# make clean   remove the environment (runs/ stays)
+# make torture  random kills, damaged checkpoints, random command lines, after `make sanitize`
+# make lint     style checks
+# make clean    remove the environment (runs/ stays)
 
 SHELL := bash
 PYTHON ?= python3
