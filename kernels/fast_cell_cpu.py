@@ -154,6 +154,8 @@ def _once_differentiable(backward):
     def once(ctx, *grads):
         if torch.is_grad_enabled():
             raise RuntimeError("the fast cells can be differentiated once only on the CPU; set network.fast = False")
+        if all(grad is None for grad in grads):  # as behind a function of the user's that hands on no gradient
+            return (None,) * len(ctx.needs_input_grad)
         return backward(ctx, *grads)
 
     return once

@@ -280,6 +280,76 @@ def test_operations_of_derived_cells_that_are_not_as_they_were_made():
     assert_equal_to_plain(net)
 
 
+def test_a_primitive_that_pools_and_normalises(monkeypatch):
+    """As the supernet's edges do, but with a batch norm that has parameters."""
+    pool = {2: nn.MaxPool2d(3, 2, padding=1), 1: nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)}
+    monkeypatch.setitem(
+        OPS, "pool", lambda C, stride, affine: nn.Sequential(pool[stride], nn.BatchNorm2d(C, affine=affine))
+    )
+    assert_equal_to_plain(make(of_primitives(["pool", "sep_conv_3x3"], ["pool"])))
+
+
+@pytest.mark.parametrize("missing", ["weight", "bias", "num_batches_tracked"])
+def test_batch_norms_that_lack_something(missing):
+    net = make(NAMED["DARTS"])
+    for norm in [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)][::2]:
+        setattr(norm, missing, None)
+    assert_equal_to_plain(net)
+
+
+def test_parameters_and_statistics_that_do_not_lie_side_by_side():
+    """As load_state_dict(assign=True) makes them from slices of a larger tensor."""
+    net = make(NAMED["DARTS"])
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        for name, statistic in list(norm.named_buffers())[:2]:
+            norm._buffers[name] = torch.stack([statistic, statistic + 1], 1)[:, 0]
+    assert_equal_to_plain(net)
+    plain = copy.deepcopy(net).eval()
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.weight, norm.bias = (nn.Parameter(torch.stack([p, p + 1], 1)[:, 0]) for p in (norm.weight, norm.bias))
+    input, plain.fast = torch.randn(2, 3, 8, 8).double(), False
+    torch.testing.assert_close(net.eval()(input)[0], plain(input)[0], rtol=1e-9, atol=1e-12)
+
+
+def test_separable_convolutions_in_another_order():
+    net = make(of_primitives(["dil_conv_3x3", "skip_connect"], ["skip_connect"]))
+    op = net.cells[0]._ops[0].op
+    op[1], op[2] = op[2], nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False).double()
+    assert_equal_to_plain(net)
+
+
+def test_a_layer_of_another_dtype_is_refused_as_by_plain_cells():
+    for layer in (1, 2, 3):  # depthwise, 1x1, batch norm
+        net = make(of_primitives(["dil_conv_3x3", "skip_connect"], ["skip_connect"]))
+        net.cells[0]._ops[0].op[layer].float()
+        with pytest.raises(RuntimeError, match="type"):
+            net(torch.randn(2, 3, 8, 8).double())
+
+
+class Stop(nn.Module):
+    """Hands on images, but no gradient."""
+
+    class _Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    def forward(self, x):
+        return self._Function.apply(x)
+
+
+def test_a_primitive_that_hands_on_no_gradient(monkeypatch):
+    monkeypatch.setitem(OPS, "stop", lambda C, stride, affine: Stop())
+    edges = [("sep_conv_3x3", 0), ("skip_connect", 1), ("stop", 2), ("stop", 2)]
+    found = results(make(Genotype(edges, [3], edges, [3]), layers=1), 8)
+    assert not any(grad.any() for name, grad in found.items() if "grad cells" in str(name) and grad is not None)
+    assert found["grad classifier.weight"].any()
+
+
 def test_a_derived_state_that_nobody_reads():
     normal = [("sep_invo_3x3", 1), ("sep_conv_3x3", 1), ("skip_connect", 1), ("dil_conv_3x3", 1)]
     reduce = [("max_pool_3x3", 1), ("sep_invo_3x3", 1), ("none", 2), ("avg_pool_3x3", 1)]
