@@ -329,9 +329,9 @@ class _Mix(Function):
     @staticmethod
     @_once_differentiable
     def backward(ctx, *grads):
-        n, needed = len(ctx.stats), ctx.needs_input_grad[4:]
-        scales, shifts, positive = ctx.saved_tensors[:n], ctx.saved_tensors[n : 2 * n], ctx.saved_tensors[2 * n]
-        tensors, needed = ctx.saved_tensors[2 * n + 1 :], needed[2 * n + ctx.parts :]
+        n, saved = len(ctx.stats), ctx.saved_tensors  # once, which is what torch.utils.checkpoint allows
+        scales, shifts, positive, tensors = saved[:n], saved[n : 2 * n], saved[2 * n], saved[2 * n + 1 :]
+        needed = ctx.needs_input_grad[4 + 2 * n + ctx.parts :]
         gradient = _added_up(_gradient(grads, ctx.wanted, positive)), None, None
         to_inputs = [torch.empty_like(x) if needs else None for x, needs in zip(tensors, needed, strict=True)]
         left = iter(zip(tensors, to_inputs, strict=True))
@@ -403,7 +403,8 @@ class _Project(Function):
     @staticmethod
     @_once_differentiable
     def backward(ctx, *grads):
-        images, (weight, scale, shift, v, *positive) = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
+        saved = ctx.saved_tensors  # once, as in _Mix
+        images, (weight, scale, shift, v, *positive) = saved[: ctx.n], saved[ctx.n :]
         grads, gradients = iter(grads), []
         for pair, image in zip(ctx.wanted, positive, strict=True):
             gradients.append(_gradient([next(grads) for each in pair if each], pair, image))

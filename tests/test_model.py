@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 import torch.nn as nn
+import torch.utils.checkpoint
 
 import fast_cell
 import original_darts
@@ -444,6 +445,17 @@ def test_derived_network_is_compiled_exported_and_pickled(name, layers):
     exported = torch.export.export(net, (input,)).module()
     for other in (pickle.loads(pickle.dumps(net)), torch.compile(net, backend="eager", fullgraph=True), exported):
         assert torch.allclose(other(input)[0], expected, rtol=1e-9)
+
+
+def test_checkpointed_derived_network():
+    """torch.utils.checkpoint, which computes it once more in backward."""
+    net = make(NAMED["DARTS"], drop_path_prob=0.0)
+    input, found = torch.randn(4, 3, 8, 8).double(), []
+    for forward in (net, lambda x: torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False)):
+        loss = forward(input)[0].square().sum()
+        found.append(torch.autograd.grad(loss, list(net.parameters()), allow_unused=True))
+    for expected, actual in zip(*found, strict=True):
+        assert (actual is None) == (expected is None) and (expected is None or torch.equal(actual, expected))
 
 
 def test_a_second_derivative_of_fast_derived_cells_is_refused():
