@@ -209,9 +209,12 @@ def _stem(module, x, wanted, backend):
     """The State of the stem of a network: a convolution and a batch norm."""
     if tuple(map(type, module.modules())) != (nn.Sequential, nn.Conv2d, nn.BatchNorm2d):
         return _own_state(module(x))
-    if any(map(is_watched, module.modules())) or not _is_usual_norm(module[1], module.training, True, x.dtype):
+    conv, norm = module
+    if any(map(is_watched, module.modules())) or not _is_usual_norm(norm, module.training, True, x.dtype):
         return _own_state(module(x))
-    return _state(iter(backend.normalize(module[0](x), module[1], wanted)), wanted)
+    if conv.out_channels != norm.num_features:
+        return _own_state(module(x))  # which raises PyTorch's own error
+    return _state(iter(backend.normalize(conv(x), norm, wanted)), wanted)
 
 
 def _own_state(plain):

@@ -327,6 +327,26 @@ def test_a_layer_of_another_dtype_is_refused_as_by_plain_cells():
             net(torch.randn(2, 3, 8, 8).double())
 
 
+@pytest.mark.parametrize(
+    "place, layer",
+    [
+        ("stem.1", nn.BatchNorm2d(12)),
+        ("cells.0.preprocess1.op.1", nn.Conv2d(40, 8, 1, bias=False)),
+        ("cells.0.preprocess1.op.2", nn.BatchNorm2d(9)),
+        ("cells.0._ops.0.op.1", nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=12, bias=False)),
+        ("cells.0._ops.0.op.2", nn.Conv2d(80, 8, 1, bias=False)),
+        ("cells.0._ops.0.op.3", nn.BatchNorm2d(9)),
+        ("cells.0._ops.1.op.2", nn.Conv2d(80, 8, 1, bias=False)),
+    ],
+)
+def test_layers_that_do_not_fit_each_other_are_refused(place, layer):
+    net = make(of_primitives(["dil_conv_3x3", "sep_conv_3x3"], ["skip_connect"]))
+    net.set_submodule(place, layer.double())
+    for net.fast in (True, False):
+        with pytest.raises((RuntimeError, ValueError)):
+            net(torch.randn(2, 3, 8, 8).double())
+
+
 class Stop(nn.Module):
     """Hands on images, but no gradient."""
 
