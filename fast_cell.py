@@ -21,8 +21,8 @@ once, and a node is made in one go, with the factors of drop path. Besides,
       next two cells, are one 1x1 convolution of all of them.
     - ReLU is no pass of its own: whatever makes a state writes its positive part too, where an edge reads that.
 
-An operation of another class than those of operations.py, one with hooks, or one whose batch norm is not as `OPS`
-makes it is a plain term: its own forward is called. Two backends do the work: kernels/fast_cell_torch.py, and
+An operation of another class than those of operations.py, one with hooks, or one whose layers are not as `OPS` makes
+them is a plain term: its own forward is called. Two backends do the work: kernels/fast_cell_torch.py, and
 kernels/fast_cell_cpu.py, which cannot be differentiated twice and alone has what `derived` needs besides (`node`,
 `project`, `normalize`); elsewhere derived cells are plain ones.
 """

@@ -411,6 +411,21 @@ def test_a_gradient_in_another_layout():
         assert torch.allclose(one, other, rtol=1e-9)
 
 
+@pytest.mark.parametrize("mean", [1, 1000])
+def test_a_norm_of_channels_far_from_zero_is_as_exact_as_pytorchs(mean):
+    v, grad = (x.to(memory_format=torch.channels_last) for x in torch.randn(2, 4, 16, 8, 8))
+    v, errors, expected = (v + mean).requires_grad_(), [], None
+    for dtype, fast in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
+        norm, x = nn.BatchNorm2d(16).to(dtype), v.to(dtype)
+        y = fast_cell.choose_backend(x).normalize(x, norm, (True, False))[0] if fast else norm(x)
+        found = torch.cat(
+            [y.flatten(), *(g.flatten() for g in torch.autograd.grad(y, [v, norm.weight], grad.to(dtype)))]
+        )
+        expected = found.double() if expected is None else expected
+        errors.append((found.double() - expected).norm())
+    assert errors[2] <= errors[1]
+
+
 def test_one_pixel_in_evaluation():
     net = make(of_primitives(["skip_connect", "max_pool_3x3"], ["max_pool_3x3"])).eval()
     input = torch.randn(1, 3, 1, 1).double()
