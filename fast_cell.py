@@ -21,8 +21,8 @@ once, and a node is made in one go, with the factors of drop path. Besides,
       next two cells, are one 1x1 convolution of all of them.
     - ReLU is no pass of its own: whatever makes a state writes its positive part too, where an edge reads that.
 
-An operation of another class than those of operations.py, one with hooks, or one whose batch norm is not as `OPS`
-makes it is a plain term: its own forward is called. Two backends do the work: kernels/fast_cell_torch.py, and
+An operation of another class than those of operations.py, one with hooks, or one whose layers are not as `OPS` makes
+them is a plain term: its own forward is called. Two backends do the work: kernels/fast_cell_torch.py, and
 kernels/fast_cell_cpu.py, which cannot be differentiated twice and alone has what `derived` needs besides (`node`,
 `project`, `normalize`); elsewhere derived cells are plain ones.
 """
@@ -67,7 +67,7 @@ def forward(cell, s0, s1, weights):
             plain = []
             leaving = {n: into[n][j][0] for n in range(node, cell._steps)}
             ops = [((n, k), edge._ops[k]) for n, edge in leaving.items() for k in edge._computed]
-            ops = [(key, op, _kind(op, cell.training, False)) for key, op in ops]
+            ops = [(key, op, _kind(op, cell.training, False, states[j].dtype)) for key, op in ops]
             relu = functools.cache(functools.partial(F.relu, states[j]))
             for (n, k), term in _expand(states[j], relu, ops, backend):
                 _check(term, leaving[n]._ops[k], expected.setdefault(n, (*_form(term), leaving[n]._ops[k])))
@@ -171,7 +171,7 @@ def serves(x):
 
 def derived(stem, cells, x, drop_prob, wanted):
     """{k: the output of cell k, for k in wanted}, of a network of a stem and cells, from images x (N, 3, H, W)."""
-    backend, plans = choose_backend(x), list(map(_plan, cells))
+    backend, plans = choose_backend(x), [_plan(cell, x.dtype) for cell in cells]
     nodes0 = nodes1 = [_stem(stem, x, _map_wanted(-1, plans, wanted), backend)]
     states, maps = {}, {}
     for k, plan in enumerate(plans):
@@ -189,13 +189,11 @@ def derived(stem, cells, x, drop_prob, wanted):
     return maps
 
 
-def _plan(cell):
+def _plan(cell, dtype):
     if is_watched(cell):
         return _Plan(cell, None, None)
-    kinds = [
-        [_kind(op, cell.training, True) for op in ops] for ops in (cell._ops, (cell.preprocess0, cell.preprocess1))
-    ]
-    return _Plan(cell, *kinds)
+    of_cell = cell._ops, (cell.preprocess0, cell.preprocess1)
+    return _Plan(cell, *([_kind(op, cell.training, True, dtype) for op in ops] for ops in of_cell))
 
 
 def _map_wanted(k, plans, wanted):
@@ -211,9 +209,12 @@ def _stem(module, x, wanted, backend):
     """The State of the stem of a network: a convolution and a batch norm."""
     if tuple(map(type, module.modules())) != (nn.Sequential, nn.Conv2d, nn.BatchNorm2d):
         return _own_state(module(x))
-    if any(map(is_watched, module.modules())) or not _is_usual_norm(module[1], module.training, True):
+    conv, norm = module
+    if any(map(is_watched, module.modules())) or not _is_usual_norm(norm, module.training, True, x.dtype):
         return _own_state(module(x))
-    return _state(iter(backend.normalize(module[0](x), module[1], wanted)), wanted)
+    if conv.out_channels != norm.num_features:
+        return _own_state(module(x))  # which raises PyTorch's own error
+    return _state(iter(backend.normalize(conv(x), norm, wanted)), wanted)
 
 
 def _own_state(plain):
@@ -317,33 +318,33 @@ def _expand(x, relu, ops, backend):
         yield from zip((key for key, _ in found), terms, strict=True)
 
 
-def _kind(op, training, affine):
+def _kind(op, training, affine, dtype):
     """A key that is equal for operations whose work can be shared, or ('any',) where only their own forward will do.
 
-    affine: whether batch norms may have parameters; those of operations with one key have, or none has.
+    affine: whether batch norms may have parameters; those of operations with one key have, or none has. dtype: of the
+    images, which all parameters must share, since C++ takes their addresses.
     """
     modules = _with_descendants(op, [])
     if tuple(map(type, modules)) not in _structures() or any(map(is_watched, modules)):
         return ("any",)
+    depthwise = [op.op[k] for k in _DEPTHWISE.get(type(op), ())]
     for parent, m in zip([None, *modules], modules, strict=False):
-        if type(m) is nn.BatchNorm2d and not _is_usual_norm(m, training, affine):
+        if type(m) is nn.BatchNorm2d and not _is_usual_norm(m, training, affine, dtype):
             return ("any",)
-        if type(m) is nn.Conv2d and not _is_usual(m, biased=type(parent) is involution._Conv):
+        if type(m) is nn.Conv2d and not _is_usual(m, type(parent) is involution._Conv, m in depthwise, dtype):
             return ("any",)
     affines = tuple(m.affine for m in modules if type(m) is nn.BatchNorm2d)
     if type(op) is nn.Sequential:
         pool = modules[1]
-        return ("pool", type(pool), pool.stride) if _is_usual_pool(pool) else ("any",)
+        return ("pool", type(pool), pool.stride) if _is_usual_pool(pool) and not affines[0] else ("any",)
     if type(op) is InvoBN:
         kernel_norm = op.op[1].kernel_norm
         if kernel_norm not in _SHARED_NORMS or is_reference_forced():
             return ("any",)
         return "involution", op.op[1].stride, kernel_norm, affines
-    if type(op) is ReLUConvBN and op.op[1].kernel_size != (1, 1):  # of a single channel
-        return ("any",)
     if isinstance(op, _POOLS):
         return ("bare_pool", type(op), op.stride) if _is_usual_pool(op) else ("any",)
-    return _KINDS[type(op)], op.op[1].stride if type(op) in _STRIDED else None, affines
+    return _KINDS[type(op)], op.op[1].stride if depthwise else None, affines
 
 
 _KINDS = {
@@ -353,7 +354,7 @@ _KINDS = {
     DilConv: "separable",
     SepConv: "separable_twice",
 }
-_STRIDED = DilConv, SepConv
+_DEPTHWISE = {DilConv: (1,), SepConv: (1, 5)}  # the places of their depthwise convolutions
 _POOLS = nn.MaxPool2d, nn.AvgPool2d
 _SHARED_NORMS = {"none": None} | RMS_EPS  # the forms of involutions whose work is shared
 
@@ -369,15 +370,15 @@ def _structures():
     return {tuple(map(type, operation.modules())) for operation in operations}
 
 
-def _is_usual(conv, biased):
-    """Whether a convolution is a 1x1, or a depthwise one that keeps the image's size up to its stride."""
-    if conv.padding_mode != "zeros" or (conv.bias is not None) != biased:
+def _is_usual(conv, biased, is_depthwise, dtype):
+    """Whether a convolution is a 1x1, or else a depthwise one that keeps the image's size up to its stride."""
+    if conv.padding_mode != "zeros" or (conv.bias is not None) != biased or conv.weight.dtype != dtype:
         return False
     (K, width), (s, _), (d, _) = conv.kernel_size, conv.stride, conv.dilation
-    if K == width == 1 and conv.groups == 1:
-        return conv.stride == (1, 1) and conv.padding == (0, 0)
-    depthwise = conv.groups == conv.in_channels == conv.out_channels and K == width and K % 2 == 1
-    return depthwise and (conv.stride, conv.dilation, conv.padding) == ((s, s), (d, d), (d * (K // 2),) * 2)
+    if not is_depthwise:
+        return K == width == conv.groups == 1 and conv.stride == (1, 1) and conv.padding == (0, 0)
+    by_channel = conv.groups == conv.in_channels == conv.out_channels and K == width and K % 2 == 1
+    return by_channel and (conv.stride, conv.dilation, conv.padding) == ((s, s), (d, d), (d * (K // 2),) * 2)
 
 
 def _is_usual_pool(pool):
@@ -396,12 +397,16 @@ def _with_descendants(module, found):
     return found
 
 
-def _is_usual_norm(norm, training, affine):
+def _is_usual_norm(norm, training, affine, dtype):
     """Whether a batch norm is as OPS makes it: statistics, default constants, parameters only where those may be."""
     standard = fast_cell_torch.EPS, fast_cell_torch.MOMENTUM, True, training
-    return (norm.eps, norm.momentum, norm.track_running_stats, norm.training) == standard and (
-        affine or not norm.affine
-    )
+    if (norm.eps, norm.momentum, norm.track_running_stats, norm.training) != standard or (norm.affine and not affine):
+        return False
+    *statistics, count = norm._buffers.values()
+    tensors = [*norm._parameters.values(), *statistics] if norm.affine else statistics
+    # C++ reads and writes them where they lie
+    usual = all(x is not None and x.dtype == dtype and x.is_contiguous() for x in tensors)
+    return usual and count is not None and count.dtype == torch.int64
 
 
 def _any(x, relu, ops, backend):

@@ -371,15 +371,18 @@ def plot(settings, bars, curves, rounds, path):
     figure.suptitle(f"{what}: median of {rounds} steps, least to most", fontsize="medium")
     ratios = [2.2] + [1] * len(curves)
     axis, *axes = figure.subplots(1, 1 + len(curves), squeeze=False, width_ratios=ratios)[0]
-    plot_bars(axis, {describe(*setting): bars[label(*setting)] for setting in settings if label(*setting) in bars})
+    bars = {describe(*setting): bars[label(*setting)] for setting in settings if label(*setting) in bars}
+    plot_bars(axis, bars, NAMES)
+    axis.set(xlabel="seconds", xlim=(0, 1.2 * max(t[2] for times in bars.values() for t in times.values())))
     for other in axes[1:]:
         other.sharey(axes[0])
     for axis, (name, times) in zip(axes, curves.items(), strict=True):
-        plot_growth(axis, name, times)
+        plot_growth(axis, name, GROWTH[name], times)
     figure.savefig(path, dpi=110)
 
 
-def plot_bars(axis, bars):
+def plot_bars(axis, bars, names):
+    """A bar for every variant, by its name, of each setting: bars are {setting: {variant: (median, least, most)}}."""
     import report
 
     variants = list(dict.fromkeys(name for times in bars.values() for name in times))
@@ -387,20 +390,20 @@ def plot_bars(axis, bars):
     for k, (name, style) in enumerate(zip(variants, report.STYLES, strict=False)):
         places = [y + k * height for y, times in enumerate(bars.values()) if name in times]
         times = [times[name] for times in bars.values() if name in times]
-        axis.barh(places, [t[0] for t in times], 0.9 * height, color=style["color"], label=NAMES.get(name, name))
+        axis.barh(places, [t[0] for t in times], 0.9 * height, color=style["color"], label=names.get(name, name))
         axis.errorbar([t[0] for t in times], places, xerr=report.spread(times), fmt="none", color="black", capsize=2)
         for y, (middle, _, most) in zip(places, times, strict=True):
             axis.text(most, y, f"  {middle:.3g}", va="center", fontsize="small")
     axis.set_yticks([y + (len(variants) - 1) * height / 2 for y in range(len(bars))], list(bars))
-    axis.set(xlabel="seconds", xlim=(0, 1.2 * max(t[2] for times in bars.values() for t in times.values())))
     axis.invert_yaxis()
     axis.legend(fontsize="small")
 
 
-def plot_growth(axis, name, times):
+def plot_growth(axis, name, sizes, times):
+    """Times (median, least, most) as a size grows, as long as there is memory."""
     import report
 
-    sizes, middles = GROWTH[name][: len(times)], [t[0] for t in times]
+    sizes, middles = sizes[: len(times)], [t[0] for t in times]
     axis.errorbar(sizes, middles, report.spread(times), label="measured", **report.STYLES[0])
     axis.plot(sizes, [middles[0] * size / sizes[0] for size in sizes], ":", color="grey", label="linear")
     axis.set(xlabel=SIZES[name], xscale="log", yscale="log")

@@ -22,7 +22,18 @@ import sys
 import time
 from pathlib import Path
 
-from bench_search import OUT_OF_MEMORY, ROOT, count_flops, count_kept_bytes, is_out_of_memory, measure, worktree
+from bench_search import (
+    OUT_OF_MEMORY,
+    ROOT,
+    SIZES,
+    count_flops,
+    count_kept_bytes,
+    is_out_of_memory,
+    measure,
+    plot_bars,
+    plot_growth,
+    worktree,
+)
 
 PHASES = ("training", "evaluation")
 EVALUATED = 10  # batches
@@ -32,7 +43,6 @@ SETTINGS = (  # genotype, channels, cells, auxiliary head, batch size
     ("DARTS", 36, 20, True, 96),
 )
 GROWTH = {"batch_size": (16, 32, 64, 128), "init_channels": (8, 16, 32), "layers": (4, 8, 16)}
-SIZES = {"batch_size": "images a batch", "init_channels": "channels of the first cells", "layers": "cells"}
 NAMES = {"fast": "this code", "plain": "module by module", "peer": "original DARTS"}
 
 
@@ -230,32 +240,13 @@ def plot(bars, curves, path):
     figure = Figure(figsize=(6 + 2.6 * len(curves), 3.6), layout="constrained")
     figure.suptitle("Seconds of a training step: median, least to most", fontsize="medium")
     axis, *axes = figure.subplots(1, 1 + len(curves), squeeze=False, width_ratios=[2.2] + [1] * len(curves))[0]
-    variants = list(dict.fromkeys(name for times in bars.values() for name in times))
-    height = 0.8 / len(variants)
-    for k, (name, style) in enumerate(zip(variants, report.STYLES, strict=False)):
-        places = [y + k * height for y, times in enumerate(bars.values()) if name in times]
-        times = [times[name] for times in bars.values() if name in times]
-        axis.barh(places, [t[0] for t in times], 0.9 * height, color=style["color"], label=NAMES.get(name, name))
-        axis.errorbar([t[0] for t in times], places, xerr=report.spread(times), fmt="none", color="black", capsize=2)
-        for y, (middle, _, most) in zip(places, times, strict=True):
-            axis.text(most, y, f"  {middle:.3g}", va="center", fontsize="small")
-    names = [name.replace("`", "").replace(", ", "\n", 1) for name in bars]
-    axis.set_yticks([y + (len(variants) - 1) * height / 2 for y in range(len(bars))], names, fontsize="small")
+    plot_bars(axis, {name.replace("`", "").replace(", ", "\n", 1): times for name, times in bars.items()}, NAMES)
+    axis.tick_params(axis="y", labelsize="small")
     axis.set(xlabel="seconds", xscale="log")
     axis.set_xlim(right=2 * max(t[2] for times in bars.values() for t in times.values()))
     report.round_ticks(axis.xaxis)
-    axis.invert_yaxis()
-    axis.legend(fontsize="small")
     for axis, (name, times) in zip(axes, curves.items(), strict=True):
-        sizes, middles = GROWTH[name][: len(times)], [t[0] for t in times]
-        axis.errorbar(sizes, middles, report.spread(times), label="measured", **report.STYLES[0])
-        axis.plot(sizes, [middles[0] * size / sizes[0] for size in sizes], ":", color="grey", label="linear")
-        axis.set(xlabel=SIZES[name], xscale="log", yscale="log")
-        axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.xaxis.minorticks_off()
-        report.round_ticks(axis.yaxis)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small", loc="upper left")
+        plot_growth(axis, name, GROWTH[name], times)
     figure.savefig(path, dpi=110)
 
 

@@ -4,7 +4,7 @@ build.py                compiles and caches the C++ files.
 involution_arguments.py checks what users hand to involution's functions; involution_ops.py registers its operators with
                         PyTorch, chooses a backend, and differentiates.
 involution_*.py         its backends: cpu (C++), triton (CUDA), torch (everywhere), with functions of the same names.
-fast_cell_*.py          the backends of the cells of fast_cell.py: cpu (C++) and torch (everywhere).
+fast_cell_*.py          the backends of the cells of fast_cell.py: cpu (C++, with the headers) and torch (everywhere).
 
 A new pass of an involution is a function of one name in all its backends and a `_define` in involution_ops.py (schema,
 check, fake, FLOPs, derivative); one of the cells, a Function in fast_cell_cpu.py, its loops in the C++ file beside it

@@ -391,6 +391,24 @@ void project(int64_t pixels, bool training, Reader reader) {
   for_tiles(pixels, kCombined, [&](int64_t, int64_t p0, int64_t rows) { finish(p0, rows); });
 }
 
+// The sums over pixels of the gradient g, and of g * (v - mean), of every channel
+template <class A>
+std::vector<double> sum_gradients(const Projection<A>& p, const Operand<A>& g, int64_t pixels) {
+  const int64_t C = p.C;
+  std::vector<double> sums(chunks_of(pixels) * 2 * C);
+  for_tiles(pixels, kMultiplied, [&](int64_t chunk, int64_t p0, int64_t rows) {
+    thread_local std::vector<A> copy;
+    const A *from = g.tile(p0, rows, copy), *v = p.v + p0 * C;
+    double* to = sums.data() + chunk * 2 * C;
+    add_rows<A>(rows, C, to, [&](int64_t r, int64_t c, auto zero) { return read<decltype(zero)>(from + r * C + c); });
+    add_rows<A>(rows, C, to + C, [&](int64_t r, int64_t c, auto zero) {
+      using V = decltype(zero);
+      return V(read<V>(from + r * C + c) * (read<V>(v + r * C + c) - read<V>(&p.mean[c])));
+    });
+  });
+  return total_of(sums, 2 * C);
+}
+
 template <class A>
 void project_backward(int64_t pixels, bool training, Reader reader) {
   Projection<A> p(reader);
@@ -406,18 +424,7 @@ void project_backward(int64_t pixels, bool training, Reader reader) {
     p.mean[c] = A(p.stats.mean[c]);
     p.slope[c] = A(p.scale(c) * p.stats.s[c]);
   }
-  std::vector<double> sums(chunks * 2 * C);  // of g, and of g * (v - mean)
-  for_tiles(pixels, kMultiplied, [&](int64_t chunk, int64_t p0, int64_t rows) {
-    thread_local std::vector<A> copy;
-    const A *from = g.tile(p0, rows, copy), *v = p.v + p0 * C;
-    double* to = sums.data() + chunk * 2 * C;
-    add_rows<A>(rows, C, to, [&](int64_t r, int64_t c, auto zero) { return read<decltype(zero)>(from + r * C + c); });
-    add_rows<A>(rows, C, to + C, [&](int64_t r, int64_t c, auto zero) {
-      using V = decltype(zero);
-      return V(read<V>(from + r * C + c) * (read<V>(v + r * C + c) - read<V>(&p.mean[c])));
-    });
-  });
-  sums = total_of(sums, 2 * C);
+  const auto sums = sum_gradients(p, g, pixels);
   for (int64_t c = 0; c < C; ++c) {
     const double s = p.stats.s[c], G = sums[c], q = s * sums[C + c];
     to_shifts[c] = G;

@@ -29,7 +29,9 @@ image's where that is read.
 
 The statistics are computed in double precision, from sums of single precision over short tiles: in float32 norm(v) is
 as exact as PyTorch's where a channel's mean is up to a hundred times its spread (2.5e-4 there, relative), and less
-exact beyond (1.4e-2 at a thousand times, PyTorch's 2.3e-3). The loops over pixels are in fast_cell_cpu.cpp.
+exact beyond (1.4e-2 at a thousand times, PyTorch's 2.3e-3). `project`, which has v, adds up squares of the distance
+from a tile's mean: at a thousand times it is as exact as PyTorch's on contiguous images (2e-5), which on
+channels-last ones is less so (1e-3). The loops over pixels are in fast_cell_cpu.cpp.
 """
 
 import ctypes
@@ -154,6 +156,8 @@ def _once_differentiable(backward):
     def once(ctx, *grads):
         if torch.is_grad_enabled():
             raise RuntimeError("the fast cells can be differentiated once only on the CPU; set network.fast = False")
+        if all(grad is None for grad in grads):  # as behind a function of the user's that hands on no gradient
+            return (None,) * len(ctx.needs_input_grad)
         return backward(ctx, *grads)
 
     return once
@@ -248,6 +252,7 @@ class _Depthwise(Function):
     def forward(ctx, x, weight, stride, dilation):
         x, weight = _channels_last(x), weight.contiguous()
         N, C, H, W = x.shape
+        _check_widths(C, weight.transpose(0, 1))
         ctx.problem = N, C, H, W, weight.shape[-1], stride, dilation
         ctx.save_for_backward(x, weight)
         output = _image(x, C, -(-H // stride), -(-W // stride))
@@ -305,6 +310,8 @@ class _Mix(Function):
             n = len(group)
             z, weights = [_channels_last(x) for x in tensors[:n]], [w.contiguous() for w in tensors[n : 2 * n]]
             tensors = tensors[2 * n :]
+            for x, weight, norm in zip(z, weights, group, strict=True):
+                _check_widths(x.shape[1], weight, [norm])
             linear.append((z, weights))
             ctx.stats.append(_statistics(group, n, *weights[0].shape[:2]))
         like, C = (parts[0], parts[0].shape[1]) if parts else (linear[0][0][0], len(linear[0][1][0]))
@@ -327,9 +334,9 @@ class _Mix(Function):
     @staticmethod
     @_once_differentiable
     def backward(ctx, *grads):
-        n, needed = len(ctx.stats), ctx.needs_input_grad[4:]
-        scales, shifts, positive = ctx.saved_tensors[:n], ctx.saved_tensors[n : 2 * n], ctx.saved_tensors[2 * n]
-        tensors, needed = ctx.saved_tensors[2 * n + 1 :], needed[2 * n + ctx.parts :]
+        n, saved = len(ctx.stats), ctx.saved_tensors  # once, which is what torch.utils.checkpoint allows
+        scales, shifts, positive, tensors = saved[:n], saved[n : 2 * n], saved[2 * n], saved[2 * n + 1 :]
+        needed = ctx.needs_input_grad[4 + 2 * n + ctx.parts :]
         gradient = _added_up(_gradient(grads, ctx.wanted, positive)), None, None
         to_inputs = [torch.empty_like(x) if needs else None for x, needs in zip(tensors, needed, strict=True)]
         left = iter(zip(tensors, to_inputs, strict=True))
@@ -383,6 +390,7 @@ class _Project(Function):
         weights, scales, shifts = _thirds(tensors[n:])
         scale, shift, weight = _side_by_side(scales), _side_by_side(shifts), torch.cat(weights)
         training, C = norms[0].training, len(weight)
+        _check_widths(sum(x.shape[1] for x in images), weight, norms)
         v, stats = _image(images[0], C) if keep or training else None, _statistics(norms, 1, C, 0)
         results = [
             [_image(images[0], len(w)) if each else None for each in pair]
@@ -401,7 +409,8 @@ class _Project(Function):
     @staticmethod
     @_once_differentiable
     def backward(ctx, *grads):
-        images, (weight, scale, shift, v, *positive) = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
+        saved = ctx.saved_tensors  # once, as in _Mix
+        images, (weight, scale, shift, v, *positive) = saved[: ctx.n], saved[ctx.n :]
         grads, gradients = iter(grads), []
         for pair, image in zip(ctx.wanted, positive, strict=True):
             gradients.append(_gradient([next(grads) for each in pair if each], pair, image))
@@ -503,6 +512,7 @@ def _projection(v, weight, scale, shift, stats):
 def _heads(x, weights, scales, shifts, norms):
     """[relu(norm_k(weight_k * x))]; and what `_heads_backward` needs: parameters side by side, and statistics."""
     weight, affine = torch.cat(weights), (_side_by_side(scales), _side_by_side(shifts))
+    _check_widths(x.shape[1], weight, norms)
     hidden, stats = [_image(x, len(w)) for w in weights], _statistics(norms, 1, *weight.shape[:2])
     packed = [True, *_parts(hidden), 0, 0, 1, *_candidate(x, None, weight, *affine, stats, 0)]
     _call_with_statistics("mix", x, norms[0].training, packed)
@@ -539,6 +549,14 @@ def _rms_norm_backward(grads, hidden, scales):
 
 
 # ------------------------------------------------------------------------------- parameters and statistics of norms
+
+
+def _check_widths(width, weight, norms=()):
+    """Raise ValueError unless a convolution fits its images and its batch norms: C++ reads what it is given."""
+    channels = sum(norm.num_features for norm in norms) if norms else len(weight)
+    if (channels, width) != tuple(weight.shape[:2]):
+        fit = f"images of {width} channels and batch norms of {channels}"
+        raise ValueError(f"a convolution must fit {fit}, got a weight {tuple(weight.shape)}")
 
 
 def _side_by_side(parameters):

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 import torch.nn as nn
+import torch.utils.checkpoint
 
 import fast_cell
 import original_darts
@@ -280,6 +281,96 @@ def test_operations_of_derived_cells_that_are_not_as_they_were_made():
     assert_equal_to_plain(net)
 
 
+def test_a_primitive_that_pools_and_normalises(monkeypatch):
+    """As the supernet's edges do, but with a batch norm that has parameters."""
+    pool = {2: nn.MaxPool2d(3, 2, padding=1), 1: nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)}
+    monkeypatch.setitem(
+        OPS, "pool", lambda C, stride, affine: nn.Sequential(pool[stride], nn.BatchNorm2d(C, affine=affine))
+    )
+    assert_equal_to_plain(make(of_primitives(["pool", "sep_conv_3x3"], ["pool"])))
+
+
+@pytest.mark.parametrize("missing", ["weight", "bias", "num_batches_tracked"])
+def test_batch_norms_that_lack_something(missing):
+    net = make(NAMED["DARTS"])
+    for norm in [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)][::2]:
+        setattr(norm, missing, None)
+    assert_equal_to_plain(net)
+
+
+def test_parameters_and_statistics_that_do_not_lie_side_by_side():
+    """As load_state_dict(assign=True) makes them from slices of a larger tensor."""
+    net = make(NAMED["DARTS"])
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        for name, statistic in list(norm.named_buffers())[:2]:
+            norm._buffers[name] = torch.stack([statistic, statistic + 1], 1)[:, 0]
+    assert_equal_to_plain(net)
+    plain = copy.deepcopy(net).eval()
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.weight, norm.bias = (nn.Parameter(torch.stack([p, p + 1], 1)[:, 0]) for p in (norm.weight, norm.bias))
+    input, plain.fast = torch.randn(2, 3, 8, 8).double(), False
+    torch.testing.assert_close(net.eval()(input)[0], plain(input)[0], rtol=1e-9, atol=1e-12)
+
+
+def test_separable_convolutions_in_another_order():
+    net = make(of_primitives(["dil_conv_3x3", "skip_connect"], ["skip_connect"]))
+    op = net.cells[0]._ops[0].op
+    op[1], op[2] = op[2], nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False).double()
+    assert_equal_to_plain(net)
+
+
+def test_a_layer_of_another_dtype_is_refused_as_by_plain_cells():
+    for layer in (1, 2, 3):  # depthwise, 1x1, batch norm
+        net = make(of_primitives(["dil_conv_3x3", "skip_connect"], ["skip_connect"]))
+        net.cells[0]._ops[0].op[layer].float()
+        with pytest.raises(RuntimeError, match="type"):
+            net(torch.randn(2, 3, 8, 8).double())
+
+
+@pytest.mark.parametrize(
+    "place, layer",
+    [
+        ("stem.1", nn.BatchNorm2d(12)),
+        ("cells.0.preprocess1.op.1", nn.Conv2d(40, 8, 1, bias=False)),
+        ("cells.0.preprocess1.op.2", nn.BatchNorm2d(9)),
+        ("cells.0._ops.0.op.1", nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=12, bias=False)),
+        ("cells.0._ops.0.op.2", nn.Conv2d(80, 8, 1, bias=False)),
+        ("cells.0._ops.0.op.3", nn.BatchNorm2d(9)),
+        ("cells.0._ops.1.op.2", nn.Conv2d(80, 8, 1, bias=False)),
+    ],
+)
+def test_layers_that_do_not_fit_each_other_are_refused(place, layer):
+    net = make(of_primitives(["dil_conv_3x3", "sep_conv_3x3"], ["skip_connect"]))
+    net.set_submodule(place, layer.double())
+    for net.fast in (True, False):
+        with pytest.raises((RuntimeError, ValueError)):
+            net(torch.randn(2, 3, 8, 8).double())
+
+
+class Stop(nn.Module):
+    """Hands on images, but no gradient."""
+
+    class _Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    def forward(self, x):
+        return self._Function.apply(x)
+
+
+def test_a_primitive_that_hands_on_no_gradient(monkeypatch):
+    monkeypatch.setitem(OPS, "stop", lambda C, stride, affine: Stop())
+    edges = [("sep_conv_3x3", 0), ("skip_connect", 1), ("stop", 2), ("stop", 2)]
+    found = results(make(Genotype(edges, [3], edges, [3]), layers=1), 8)
+    assert not any(grad.any() for name, grad in found.items() if "grad cells" in str(name) and grad is not None)
+    assert found["grad classifier.weight"].any()
+
+
 def test_a_derived_state_that_nobody_reads():
     normal = [("sep_invo_3x3", 1), ("sep_conv_3x3", 1), ("skip_connect", 1), ("dil_conv_3x3", 1)]
     reduce = [("max_pool_3x3", 1), ("sep_invo_3x3", 1), ("none", 2), ("avg_pool_3x3", 1)]
@@ -318,6 +409,21 @@ def test_a_gradient_in_another_layout():
     fast = fast_cell.choose_backend(v).normalize(v, copy.deepcopy(norm), (True, False))[0]
     for one, other in zip(*(torch.autograd.grad(y, v, grad) for y in (fast, norm(v))), strict=True):
         assert torch.allclose(one, other, rtol=1e-9)
+
+
+@pytest.mark.parametrize("mean", [1, 1000])
+def test_a_norm_of_channels_far_from_zero_is_as_exact_as_pytorchs(mean):
+    v, grad = (x.to(memory_format=torch.channels_last) for x in torch.randn(2, 4, 16, 8, 8))
+    v, errors, expected = (v + mean).requires_grad_(), [], None
+    for dtype, fast in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
+        norm, x = nn.BatchNorm2d(16).to(dtype), v.to(dtype)
+        y = fast_cell.choose_backend(x).normalize(x, norm, (True, False))[0] if fast else norm(x)
+        found = torch.cat(
+            [y.flatten(), *(g.flatten() for g in torch.autograd.grad(y, [v, norm.weight], grad.to(dtype)))]
+        )
+        expected = found.double() if expected is None else expected
+        errors.append((found.double() - expected).norm())
+    assert errors[2] <= errors[1]
 
 
 def test_one_pixel_in_evaluation():
@@ -374,6 +480,17 @@ def test_derived_network_is_compiled_exported_and_pickled(name, layers):
     exported = torch.export.export(net, (input,)).module()
     for other in (pickle.loads(pickle.dumps(net)), torch.compile(net, backend="eager", fullgraph=True), exported):
         assert torch.allclose(other(input)[0], expected, rtol=1e-9)
+
+
+def test_checkpointed_derived_network():
+    """torch.utils.checkpoint, which computes it once more in backward."""
+    net = make(NAMED["DARTS"], drop_path_prob=0.0)
+    input, found = torch.randn(4, 3, 8, 8).double(), []
+    for forward in (net, lambda x: torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False)):
+        loss = forward(input)[0].square().sum()
+        found.append(torch.autograd.grad(loss, list(net.parameters()), allow_unused=True))
+    for expected, actual in zip(*found, strict=True):
+        assert (actual is None) == (expected is None) and (expected is None or torch.equal(actual, expected))
 
 
 def test_a_second_derivative_of_fast_derived_cells_is_refused():
