@@ -12,7 +12,7 @@ import logging
 import threads
 
 if __name__ == "__main__":
-    threads.wait_asleep()  # before PyTorch is imported
+    threads.choose_waiting()  # before PyTorch is imported
 
 import torch
 import torch.nn as nn

@@ -17,6 +17,7 @@ from tqdm import tqdm
 import involution
 import operations
 import progress
+import threads
 
 logger = logging.getLogger("darts")
 
@@ -179,8 +180,9 @@ def pick_device(args):
 
 def log_device(device):
     """Log what a script computes on: the numbers of a CPU depend on how many threads share it."""
-    backend, threads = involution.backend(device), torch.get_num_threads()
-    logger.info("device %s, involution backend %s, CPU threads: %d", device, backend, threads)
+    backend, count = involution.backend(device), torch.get_num_threads()
+    how = ", which sleep while they wait (the machine has other work)" if count > 1 and threads.are_asleep() else ""
+    logger.info("device %s, involution backend %s, CPU threads: %d%s", device, backend, count, how)
 
 
 def _pick_device(args):

@@ -4,9 +4,9 @@ python benchmarks/bench_busy.py --update                        # idle, then bes
 python benchmarks/bench_busy.py --busy 0 --rounds 41            # idle only: what sleeping costs
 python benchmarks/bench_busy.py --spins 100 1000 --works train  # and spinning a little before sleeping
 
-*asleep* waits as the scripts do (threads.py), *spinning* as OpenMP does when left alone, both with a thread for each
-core. Every way is a process of its own. They take turns, one step each in an order drawn anew every round, after two
-steps that are not counted. A busy process is an endless loop in Python.
+*asleep* and *brief* wait as the scripts do on a busy and on an idle machine (threads.py), *spinning* as OpenMP does
+when left alone, all with a thread for each core. Every way is a process of its own. They take turns, one step each in an
+order drawn anew every round, after two steps that are not counted. A busy process is an endless loop in Python.
 """
 
 import argparse
@@ -30,7 +30,12 @@ WORKS = {
     "search": dict(init_channels=8, layers=4, batch_size=16),  # second order, default space less 7x7
     "train": dict(init_channels=16, layers=8, batch_size=64),  # DARTS
 }
-WAYS = {"one thread": {"OMP_NUM_THREADS": "1"}, "asleep": threads.ASLEEP, "spinning": {}}  # name: environment
+WAYS = {  # name: environment
+    "one thread": {"OMP_NUM_THREADS": "1"},
+    "asleep": threads.ASLEEP,
+    "brief": threads.BRIEF,
+    "spinning": {},
+}
 BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): sum(range(10**5))"  # ends with this process
 
 
