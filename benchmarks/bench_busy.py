@@ -5,8 +5,8 @@ python benchmarks/bench_busy.py --busy 0 --rounds 41            # idle only: wha
 python benchmarks/bench_busy.py --spins 100 1000 --works train  # and spinning a little before sleeping
 
 *asleep* and *brief* wait as the scripts do on a busy and on an idle machine (threads.py), *spinning* as OpenMP does
-when left alone, all with a thread for each core. Every way is a process of its own. They take turns, one step each in an
-order drawn anew every round, after two steps that are not counted. A busy process is an endless loop in Python.
+when left alone, all with a thread for each core. Every way is a process of its own. They take turns, one step each in
+an order drawn anew every round, after two steps that are not counted. A busy process is an endless loop in Python.
 """
 
 import argparse
