@@ -160,7 +160,7 @@ def count_kept_bytes(net, images):
     return sum(kept.values())
 
 
-def work(setting):
+def work(make_step, setting):
     """Answer every line of standard input with the seconds of each phase, wall and CPU, and the memory so far."""
     import torch
 
@@ -176,6 +176,19 @@ def work(setting):
         else:
             answer["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         print(json.dumps(answer), flush=True)
+
+
+def run(make_step, main):
+    """The script: a worker where it is called as one, else `main`."""
+    if sys.argv[1:2] != ["--worker"]:
+        return main()
+    try:
+        work(make_step, json.loads(sys.argv[2]))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"out of memory: {error}", file=sys.stderr)
+        sys.exit(OUT_OF_MEMORY)
 
 
 def is_out_of_memory(error):
@@ -478,13 +491,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        try:
-            work(json.loads(sys.argv[2]))
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            print(f"out of memory: {error}", file=sys.stderr)
-            sys.exit(OUT_OF_MEMORY)
-    else:
-        main()
+    run(make_step, main)

@@ -15,23 +15,19 @@ batches, given for 10,000 images. As in train.py, Python looks for garbage among
 import argparse
 import contextlib
 import gc
-import json
-import resource
 import statistics
 import sys
-import time
 from pathlib import Path
 
 from bench_search import (
-    OUT_OF_MEMORY,
     ROOT,
     SIZES,
     count_flops,
     count_kept_bytes,
-    is_out_of_memory,
     measure,
     plot_bars,
     plot_growth,
+    run,
     worktree,
 )
 
@@ -104,24 +100,6 @@ def make_step(setting):
     gc.collect()
     gc.freeze()
     return step
-
-
-def work(setting):
-    """Answer every line of standard input with the seconds of each phase, wall and CPU, and the memory so far."""
-    import torch
-
-    step = make_step(setting)
-    for _ in sys.stdin:
-        answer = {}
-        for phase in setting["phases"]:
-            wall, cpu = time.perf_counter(), time.process_time()
-            step(phase)
-            answer[phase] = time.perf_counter() - wall, time.process_time() - cpu
-        if setting["device"] == "cuda":
-            answer["memory"] = torch.cuda.max_memory_reserved() / 1e9
-        else:
-            answer["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        print(json.dumps(answer), flush=True)
 
 
 # ----------------------------------------------------------------------------------------------- all processes
@@ -304,13 +282,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        try:
-            work(json.loads(sys.argv[2]))
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            print(f"out of memory: {error}", file=sys.stderr)
-            sys.exit(OUT_OF_MEMORY)
-    else:
-        main()
+    run(make_step, main)

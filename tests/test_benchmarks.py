@@ -113,7 +113,7 @@ def test_bench_busy_compares_ways_to_wait(tmp_path):
     done = run("bench_busy.py", *small, "--busy", 0, 1, "--works", "train", "--spins", 100, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in (tmp_path / "bench_busy.md").read_text().splitlines() if "batch 2" in line]
-    ways = ["one thread", "asleep", "spinning", "100 spins"]
+    ways = ["one thread", "asleep", "brief", "spinning", "100 spins"]
     assert [row[1:3] for row in rows] == [[count, way] for count in "01" for way in ways]
     assert all(float(row[3].split()[0]) > 0 for row in rows) and rows[0][4] == "1 (1–1)"
 
