@@ -2,8 +2,8 @@
 
 `checkpoint.pt` is what the last save wrote, `checkpoint.previous.pt` what the save before it wrote. Each is a ZIP
 archive, whose entries have checksums; torch.load does not look at them, so that a flipped bit would be another weight.
-What a file holds is checked before it is used: `check` has the rules of a run's plain values, `restore` those of its
-parts; its settings have theirs in settings.py.
+What a file holds is checked before it is used: `check` has the rules of a run's plain values, the functions that
+load a part have those of that part; its settings have theirs in settings.py.
 """
 
 import math

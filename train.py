@@ -164,7 +164,7 @@ def main():
             logger.info(genotypes.WHICH_DARTS)
         run.report(genotype)
         logger.info("network of %.2f M weights", utils.count_parameters_in_MB(model))
-        gc.freeze()  # what is there by now stays: to look through it for garbage again and again takes 5 % of a step
+        gc.freeze()  # what is there by now stays: looking through it for garbage takes 5 % of a small step
         while run.epoch < args.epochs:
             model.drop_path_prob = args.drop_path_prob * run.epoch / args.epochs
             if args.compile and args.drop_path_prob > 0:

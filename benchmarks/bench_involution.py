@@ -61,7 +61,7 @@ PANELS = {  # what a row of panels shows: {provider: (its name for readers, whic
     },
 }
 # Bytes a second, and FLOPs a second in float32 outside of tensor cores, which are not used: the kernels' sums are
-# in float32 whatever the images are in. From the data sheets of the cards that CUDA calls so.
+# in float32 whatever the images are in. Published figures of the cards that CUDA calls so.
 CARDS = {"A100-SXM4-80GB": (2.039e12, 19.5e12), "H100 80GB HBM3": (3.35e12, 67e12)}
 
 
