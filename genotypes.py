@@ -14,6 +14,7 @@ Glossary (the terms of DARTS, arXiv 1806.09055, used all through this code):
 import ast
 import difflib
 import json
+import random
 import re
 import warnings
 from collections import namedtuple
@@ -172,6 +173,33 @@ DARTS = DARTS_L10
 
 WHICH_DARTS = "DARTS is DARTS_L10, of involutions; the convolutional result of the DARTS paper is DARTS_V2"
 NAMED = {name: value for name, value in list(globals().items()) if isinstance(value, Genotype)}
+
+# -------------------------------------------------------------------------------------------- random genotypes
+
+
+def sample(primitives, seed, steps=4):
+    """A random genotype, the baseline of a search: uniform over what a search with these primitives can find.
+
+    Every own node reads two different earlier nodes, by primitives other than `none`. The same seed gives the same
+    genotype with every version of Python.
+    """
+    choose = random.Random(seed)
+    primitives = [primitive for primitive in primitives if primitive != "none"]
+
+    def edges():
+        for node in range(2, 2 + steps):
+            first, second = _below(choose, node), _below(choose, node - 1)
+            for input in (first, second + (second >= first)):
+                yield primitives[_below(choose, len(primitives))], input
+
+    concat = range(2, 2 + steps)
+    return Genotype(list(edges()), concat, list(edges()), concat)
+
+
+def _below(choose, n):
+    """An integer of 0 to n - 1; of the generators that random.Random has, `random` alone is promised to stay."""
+    return int(choose.random() * n)
+
 
 # ------------------------------------------------------------------------------------------ reading, writing
 

@@ -13,7 +13,14 @@ from utils import UserError, number, user_value
 # settings that may differ between a run and its continuation: they do not change what is computed
 PORTABLE = ("data", "device", "gpu", "report_freq", "cuda_graph")
 # what runs did that are older than the setting
-_BEFORE = {"kernel_norm": "none", "skip_broken": False, "amp": False, "cuda_graph": False, "compile": False}
+_BEFORE = {
+    "kernel_norm": "none",
+    "skip_broken": False,
+    "amp": False,
+    "cuda_graph": False,
+    "compile": False,
+    "search_space": "involution",
+}
 
 
 def add_arguments(parser, seed):

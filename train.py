@@ -85,6 +85,7 @@ def smallest_image(layers):
 
 
 def add_network_arguments(parser):
+    """The arguments that say which network; returns their group."""
     group = parser.add_argument_group("network")
     group.add_argument(
         "--arch",
@@ -99,6 +100,25 @@ def add_network_arguments(parser):
     group.add_argument("--layers", type=utils.number(int, low=1, high=1000), default=20, help="number of cells")
     group.add_argument("--auxiliary", action="store_true", help="with the auxiliary head, used in training only")
     utils.add_kernel_norm_argument(group)
+    return group
+
+
+def _accept_random(group):
+    """Let --arch be `random` too: a genotype that `parse_args` draws from --search_space by --seed."""
+    arch = next(action for action in group._group_actions if action.dest == "arch")
+    parse, arch.help = arch.type, f"{arch.help}; or random, one of --search_space by --seed"
+    arch.type = lambda text: text if text == "random" else parse(text)
+    group.add_argument(
+        "--search_space", choices=genotypes.SEARCH_SPACES, default="involution", help="what --arch random draws from"
+    )
+
+
+def parse_args(argv=None):
+    """The arguments, with the genotype that `--arch random` stands for."""
+    args = settings.parse_args(build_parser(), argv)
+    if args.arch == "random":
+        args.arch = genotypes.format(genotypes.sample(genotypes.SEARCH_SPACES[args.search_space], args.seed))
+    return args
 
 
 def build_parser():
@@ -114,7 +134,7 @@ def build_parser():
         help="probability of dropping a path, reached linearly over the epochs",
     )
     group.add_argument("--auxiliary_weight", type=utils.number(float, low=0), default=0.4, help="of its loss")
-    add_network_arguments(parser)
+    _accept_random(add_network_arguments(parser))
     group = parser.add_argument_group("weights")
     group.add_argument("--epochs", type=utils.number(int, low=1), default=600, help="passes over the training images")
     group.add_argument("--batch_size", type=utils.number(int, low=2), default=96, help="images a step")
@@ -142,7 +162,7 @@ def _not_compiled(error):
 
 
 def main():
-    args = settings.parse_args(build_parser())
+    args = parse_args()
     genotype = genotypes.parse(args.arch)
     device = utils.pick_device(args)
     torch.manual_seed(args.seed)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -46,6 +47,26 @@ def test_text_round_trip(genotype):
     text = genotypes.format(genotype)
     assert "\n" not in text
     assert genotypes.parse(text) == genotype
+
+
+@pytest.mark.parametrize("space", genotypes.SEARCH_SPACES)
+def test_sample_is_uniform_over_the_space(space):
+    """Over many seeds: every primitive but `none`, and every pair of inputs of the last node, about as often."""
+    primitives = genotypes.SEARCH_SPACES[space]
+    found = [genotypes.sample(primitives, seed) for seed in range(2000)]
+    counts = Counter(primitive for genotype in found for primitive, _ in genotype.normal + genotype.reduce)
+    assert set(counts) == {*primitives} - {"none"}
+    assert max(counts.values()) < 1.15 * min(counts.values())
+    pairs = Counter(frozenset(node for _, node in genotype.reduce[-2:]) for genotype in found)
+    assert len(pairs) == 10 and all(len(pair) == 2 for pair in pairs)  # of five nodes
+    assert max(pairs.values()) < 1.5 * min(pairs.values())
+
+
+def test_sample_is_a_function_of_the_seed():
+    once, again, other = (genotypes.sample(genotypes.PRIMITIVES, seed) for seed in (3, 3, 4))
+    assert once == again != other
+    assert genotypes.parse(genotypes.format(once)) == once
+    assert once.normal[:2] == [("skip_connect", 0), ("sep_invo_5x5", 1)]  # for good: runs name seeds
 
 
 @given(random_genotypes())

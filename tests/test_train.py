@@ -15,7 +15,7 @@ import original_darts
 import test as test_script
 from conftest import assert_one_clear_line, only_run, start_script
 from model import NetworkCIFAR
-from train import train
+from train import parse_args, train
 from utils import UserError
 
 TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 2 --epochs 2 --report_freq 1".split()
@@ -60,6 +60,11 @@ def test_a_killed_training_resumes_exactly(uninterrupted, tmp_path):
     assert (folder / "metrics.csv").read_bytes() == (uninterrupted / "metrics.csv").read_bytes()
     states = [torch.load(f / "checkpoint.pt", weights_only=True)["model"] for f in (folder, uninterrupted)]
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
+def test_a_random_genotype_is_kept_as_itself():
+    args = parse_args(["--arch", "random", "--search_space", "darts", "--seed", "3"])
+    assert genotypes.parse(args.arch) == genotypes.sample(genotypes.SEARCH_SPACES["darts"], 3)
 
 
 @pytest.mark.parametrize("flag", ["amp", "compile"])
