@@ -17,7 +17,7 @@ import scripts
 import test as test_script
 from conftest import assert_one_clear_line, only_run
 from model import NetworkCIFAR
-from train import parse_args, train
+from train import infer, load_data, parse_args, train
 from utils import UserError
 
 TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 2 --epochs 2 --report_freq 1".split()
@@ -67,6 +67,24 @@ def test_a_killed_training_resumes_exactly(uninterrupted, tmp_path):
 def test_a_random_genotype_is_kept_as_itself():
     args = parse_args(["--arch", "random", "--search_space", "darts", "--seed", "3"])
     assert genotypes.parse(args.arch) == genotypes.sample(genotypes.SEARCH_SPACES["darts"], 3)
+
+
+def test_what_chooses_is_a_part_of_the_training_images(script, image_folder, tmp_path):
+    """The rest of --train_portion is measured; there are no test images to read."""
+    shutil.copytree(image_folder / "train", tmp_path / "images" / "train")
+    own = ["--dataset", "folder", "--data", "images", "--batch_size", 8, "--init_channels", 4, "--layers", 2]
+    own += ["--epochs", 1, "--image_size", 8, "--folder", "held"]
+    result = script("train.py", *own, "--train_portion", 0.75)
+    assert result.returncode == 0, result.stderr
+    args = parse_args([str(value) for value in own + ["--train_portion", 0.75, "--data", tmp_path / "images"]])
+    train_batches, valid_batches, facts = load_data(args, "cpu")
+    assert (len(train_batches.labels), len(valid_batches.labels), set(facts["data"])) == (18, 6, {"train"})
+    model = NetworkCIFAR(4, 3, 2, False, genotypes.DARTS)
+    state = torch.load(tmp_path / "held" / "checkpoint.pt", weights_only=True)
+    model.load_state_dict(state["model"])
+    assert infer(valid_batches, model).top1 == pytest.approx(state["history"][-1]["valid_acc"])
+    assert_one_clear_line(script("train.py", *own[:-2], "--train_portion", 0.001), "leaves one part empty")
+    assert script("train.py", "--resume", "held").returncode == 0
 
 
 @pytest.mark.parametrize("flag", ["amp", pytest.param("compile", marks=pytest.mark.slow)])  # a minute of compiling
