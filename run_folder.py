@@ -1,13 +1,14 @@
 """Run folders: everything that a run needs to go on, its log, its numbers, its curves.
 
 runs/search-NAME-TIMESTAMP/      or train-…
-    config.json                  every setting, versions, device, git commit
+    config.json                  every setting, versions, device, git commit, what the images are
     log.txt
     metrics.csv                  one row an epoch
     genotype.json                readable by genotypes.parse
     checkpoint.pt                weights, alphas, optimizers, scheduler, epoch, step, random states
     checkpoint.previous.pt       the checkpoint before it
     figures/                     curves.png, normal.png, reduction.png, and the .gv sources
+    report.html                  the page of the run (report.py)
 """
 
 import contextlib
@@ -38,7 +39,7 @@ import visualize
 from curves import plot_curves
 from data import check_unchanged
 from operations import KERNEL_NORM
-from utils import AverageMeter, UserError, log_device, remove_temporaries, write_text
+from utils import AverageMeter, UserError, log_device, processor, remove_temporaries, write_text
 
 try:
     import fcntl
@@ -80,7 +81,9 @@ class Run:
             if args.resume is not None:
                 self._restore()
             else:
-                write_text(self.folder / "config.json", json.dumps(_config(args, device), indent=2) + "\n")
+                config = dict(script=Path(sys.argv[0]).name, args=vars(args) | {"resume": None}, **environment(device))
+                config["data"] = facts.get("data", {})
+                write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
                 self.save()
         except Exception as error:
             self.__exit__(type(error))
@@ -397,13 +400,13 @@ def command(script, *arguments):
     return shlex.join([sys.executable if python.startswith("..") else python, script, *arguments])
 
 
-def _config(args, device):
+def environment(device):
+    """What a result was computed with, as plain values for a JSON file."""
     versions = {"torch": torch.__version__} | {name: version(name) for name in ("torchvision", "numpy")}
     return {
-        "script": Path(sys.argv[0]).name,
-        "args": vars(args) | {"resume": None},
         "versions": {"python": sys.version.split()[0], **versions},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "processor": processor(),
         "involution_backend": involution.backend(device),
         "threads": torch.get_num_threads(),
         "git_commit": _git_commit(),

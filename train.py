@@ -20,6 +20,7 @@ import torch.nn as nn
 import data
 import genotypes
 import progress
+import report
 import run_folder
 import settings
 import utils
@@ -201,6 +202,7 @@ def main():
         logger.info("network of %.2f M weights", utils.count_parameters_in_MB(model))
         gc.freeze()  # what is there by now stays: looking through it for garbage takes 5 % of a small step
         while run.epoch < args.epochs:
+            report.update(run, build_parser())
             model.drop_path_prob = args.drop_path_prob * run.epoch / args.epochs
             if args.compile and args.drop_path_prob > 0:
                 model.drop_path_prob = torch.tensor(model.drop_path_prob, device=device)
@@ -210,6 +212,7 @@ def main():
                 raise (_not_compiled(error) if args.compile else error) from None
             valid = infer(valid_batches, model, run.stop_if_asked)  # as DARTS: the test images, if all others train
             run.end_epoch(valid)
+        logger.info("its page: %s", report.update(run, build_parser()))
         logger.info("trained; now: %s", run_folder.command("test.py", "--model_path", run.folder))
 
 

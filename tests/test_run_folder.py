@@ -306,7 +306,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing(working_folder):
     assert run.checkpoint.exists()
 
 
-@pytest.mark.parametrize("fails", ["os.fsync", "run_folder._config", "logging.FileHandler._open"])
+@pytest.mark.parametrize("fails", ["os.fsync", "run_folder.environment", "logging.FileHandler._open"])
 def test_a_full_disk_is_named_and_leaves_nothing(working_folder, monkeypatch, fails):
     def no_space(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

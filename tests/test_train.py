@@ -186,6 +186,11 @@ def test_images_that_make_the_loss_are_named(script, image_folder, tmp_path):
     assert result.stdout.count("loss 1e+05  ") == 4 and "test/red/003.png" in result.stdout
 
 
+def test_a_run_has_its_page(uninterrupted):
+    page = (uninterrupted / "report.html").read_text()
+    assert "2 of 2 epochs" in page and page.count('src="data:image/png') >= 1 and "test images, SHA-256" in page
+
+
 def test_settings_given_to_test_win(script, uninterrupted):
     assert "on 50 images" in script("test.py", "--model_path", uninterrupted, "--subset", 50).stdout
 

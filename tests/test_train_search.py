@@ -137,6 +137,7 @@ def test_without_dot_the_search_goes_on_and_says_so_once(tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("install Graphviz") == 1
     assert "searched" in result.stdout
+    assert "Genotype(" in (only_run(tmp_path, "search") / "report.html").read_text()  # without its drawings
     figures = {path.name for path in (only_run(tmp_path, "search") / "figures").iterdir()}
     assert figures == {"curves.png", "normal.gv", "reduction.gv"}
 
