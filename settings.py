@@ -22,6 +22,13 @@ _BEFORE = {
     "search_space": "involution",
     "folder": None,
     "train_portion": 1.0,
+    "augment": "crop",
+    "color_jitter": 0.0,
+    "network": "cifar",
+    "stem_stride": 1,
+    "label_smooth": 0.0,
+    "lr_scheduler": "cosine",
+    "warmup_epochs": 0,
 }
 
 
