@@ -73,7 +73,7 @@ class Run:
         self._signal, self._handlers = None, {}
         self._threads = torch.get_num_threads()  # of a run that is resumed: those it was saved with
         self._said_why_no_drawing = self._said_not_finite = False
-        self.folder = Path(args.resume) if args.resume is not None else _new_folder(kind, args.save)
+        self.folder = _folder(kind, args)
         self.checkpoint = self.folder / checkpoint.NAME
         self._log = None
         try:
@@ -107,9 +107,17 @@ class Run:
         if self._log:
             self._log.close()
         if kind is not None and issubclass(kind, Exception) and not self._begun:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # it holds other runs
+            if self._log:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds other runs, or another process is at work in it
+                if not self._log:
+                    self.folder.rmdir()
                 self.folder.parent.rmdir()
+
+    @property
+    def judged_by(self):
+        """The images behind the columns valid_*: "test", or "validation" where training images are held out."""
+        return judged_by(self.kind, vars(self.args))
 
     @property
     def _begun(self):
@@ -228,7 +236,7 @@ class Run:
         writer.writeheader()
         writer.writerows(self.history)
         write_text(self.folder / "metrics.csv", text.getvalue())
-        plot_curves(self.history, self.kind, self._figures() / "curves.png")
+        plot_curves(self.history, self.judged_by, self._figures() / "curves.png")
 
     def save(self):
         """Replace checkpoint.pt.
@@ -308,6 +316,11 @@ class Run:
         )
 
 
+def judged_by(kind, settings):
+    """What the images behind the columns valid_* of a run with these settings (a dict) are."""
+    return "validation" if kind == "search" or settings.get("train_portion", 1) < 1 else "test"
+
+
 class _LogFile(logging.FileHandler):
     """log.txt. Only one process at a time has it: the lock ends with the process, however that ends.
 
@@ -346,6 +359,27 @@ class _LogFile(logging.FileHandler):
         logging.getLogger().removeHandler(self)
         with contextlib.suppress(OSError):  # of a full disk, which has been told
             super().close()
+
+
+def _folder(kind, args):
+    """The run folder that --resume or --folder names, or a new one."""
+    if args.resume is not None:
+        return Path(args.resume)
+    return _new_folder(kind, args.save) if args.folder is None else _named_folder(Path(args.folder))
+
+
+def _named_folder(folder):
+    """Make the folder of --folder; one that a run left which was killed before its first checkpoint is taken over."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from None
+    if (folder / checkpoint.NAME).exists():
+        raise UserError(f"--folder {folder} holds a run already: go on with it (--resume {folder}), or name another")
+    other = {path.name for path in folder.iterdir() if path.name[0] != "."} - {"config.json", "log.txt"}
+    if other:
+        raise UserError(f"--folder {folder} holds {min(other)}, which is not of a run: name a new or an empty folder")
+    return folder
 
 
 def _new_folder(kind, name):

@@ -20,12 +20,19 @@ _BEFORE = {
     "cuda_graph": False,
     "compile": False,
     "search_space": "involution",
+    "folder": None,
+    "train_portion": 1.0,
 }
 
 
 def add_arguments(parser, seed):
     group = parser.add_argument_group("run")
     group.add_argument("--save", default="EXP", type=user_value(_run_name), help="name of the run folder, in runs/")
+    group.add_argument(
+        "--folder",
+        type=user_value(_not_empty),
+        help="the run folder itself, instead of a new one in runs/ with the time in its name",
+    )
     group.add_argument(
         "--resume",
         metavar="RUN_FOLDER",

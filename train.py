@@ -51,19 +51,28 @@ def infer(batches, model, after_batch=lambda: None):
     """Loss and accuracy on plain images, as a meter; `after_batch` is called after every batch."""
     model.eval()
     meter = utils.Evaluation()
-    for input, target in progress.counted(batches, "test"):
+    for input, target in progress.counted(batches, "evaluation"):
         meter.add(model(input)[0], target)
         after_batch()
     return meter
 
 
 def load_data(args, device):
-    """Augmented batches of the training images, plain batches of the test images, what a checkpoint keeps of them."""
-    images, test_images = (data.load_as(args, train, device) for train in (True, False))
-    data.check_classes(test_images, images.classes)
-    size = images.pixels.shape[1]
-    if args.batch_size > len(images):
-        raise utils.UserError(f"--batch_size {args.batch_size} is larger than the {len(images)} training images")
+    """Augmented batches of the training images, plain ones of those that are measured, what a checkpoint keeps.
+
+    Measured are the test images; with --train_portion, the rest of the training images, and no test image is read.
+    """
+    images = train_images = data.load_as(args, True, device)
+    fingerprints = {"train": data.fingerprint(images)}
+    if args.train_portion < 1:
+        train_images, measured = data.split(images, args.train_portion, args.seed)
+    else:
+        measured = data.load_as(args, False, device)
+        data.check_classes(measured, images.classes)
+        fingerprints["test"] = data.fingerprint(measured)
+    size, count = images.pixels.shape[1], len(train_images)
+    if args.batch_size > count:
+        raise utils.UserError(f"--batch_size {args.batch_size} is larger than the {count} training images")
     smallest = smallest_image(args.layers)
     if args.auxiliary and size < smallest:
         raise utils.UserError(
@@ -72,11 +81,10 @@ def load_data(args, device):
         )
     normalization = data.Normalization.of(args.dataset, lambda: images)
     augmentation = data.Augmentation.of(args.dataset, size, args.cutout_length if args.cutout else 0)
-    train_batches = data.Batches(images, args.batch_size, normalization, augmentation, key=(args.seed, 0))
-    test_batches = data.Batches(test_images, args.batch_size, normalization, augmentation=None)
-    fingerprints = {"train": data.fingerprint(images), "test": data.fingerprint(test_images)}
+    train_batches = data.Batches(train_images, args.batch_size, normalization, augmentation, key=(args.seed, 0))
+    batches = data.Batches(measured, args.batch_size, normalization, augmentation=None)
     facts = dict(normalization=tuple(normalization), classes=images.classes, data=fingerprints)
-    return train_batches, test_batches, facts
+    return train_batches, batches, facts
 
 
 def smallest_image(layers):
@@ -124,7 +132,14 @@ def parse_args(argv=None):
 
 def build_parser():
     parser = utils.ArgumentParser(description="Train a genotype from scratch.")
-    utils.add_data_arguments(parser)
+    group = utils.add_data_arguments(parser)
+    group.add_argument(
+        "--train_portion",
+        type=utils.number(float, above=0, high=1),
+        default=1.0,
+        help="share of the training images that trains; the rest is measured after every epoch in place of the test "
+        "images, which are then not read: for what chooses between genotypes or settings",
+    )
     group = parser.add_argument_group("augmentation and regularization")
     group.add_argument("--cutout", action="store_true", help="cut a square out of every training image")
     group.add_argument("--cutout_length", type=utils.number(int, low=2), default=16, help="its side, in pixels")
@@ -167,7 +182,7 @@ def main():
     genotype = genotypes.parse(args.arch)
     device = utils.pick_device(args)
     torch.manual_seed(args.seed)
-    train_batches, test_batches, facts = load_data(args, device)
+    train_batches, valid_batches, facts = load_data(args, device)
     classes = len(facts["classes"])
     model = NetworkCIFAR(args.init_channels, classes, args.layers, args.auxiliary, genotype, args.kernel_norm)
     model.to(device, memory_format=torch.channels_last)
@@ -195,7 +210,7 @@ def main():
                 train(run, train_batches, model, forward, criterion, optimizer, args)
             except RuntimeError as error:
                 raise (_not_compiled(error) if args.compile else error) from None
-            valid = infer(test_batches, model, run.stop_if_asked)  # as DARTS: the test images
+            valid = infer(valid_batches, model, run.stop_if_asked)  # as DARTS: the test images, if all others train
             run.end_epoch(valid)
         logger.info("its page: %s", report.update(run, build_parser()))
         logger.info("trained; now: %s", run_folder.command("test.py", "--model_path", run.folder))

@@ -21,6 +21,7 @@ def parse(*argv):
     parser = utils.ArgumentParser(prog="train.py")
     parser.add_argument("--epochs", type=utils.number(int, low=1), default=9)
     parser.add_argument("--data", default="data")
+    parser.add_argument("--train_portion", type=utils.number(float, above=0, high=1), default=1.0)
     parser.add_argument("--learning_rate", type=utils.number(float, above=0), default=0.1)
     parser.add_argument("--amp", action="store_true")
     utils.add_kernel_norm_argument(parser)
