@@ -22,7 +22,7 @@ import jinja2
 import genotypes
 import settings
 import utils
-from curves import JUDGED_BY
+from run_folder import judged_by
 
 logger = logging.getLogger("darts.report")
 
@@ -125,10 +125,11 @@ def _of_run(folder, parser, kind):
     tests = _results(folder / TEST) if kind == "train" and tested.is_file() else None
     summary = _read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
     seconds = _seconds_at_work(folder / "log.txt")
+    judge = judged_by(kind, saved)
     return dict(
         status=f"{done} of {epochs} epochs",
         over=done == epochs,
-        tiles=_tiles(kind, history, tests, seconds),
+        tiles=_tiles(judge, history, tests, seconds),
         command=_command(config["script"], parser, saved),
         next=_next(folder, kind, done == epochs, tests is not None),
         sections=_sections(folder / "figures", _genotype(folder)),
@@ -138,7 +139,7 @@ def _of_run(folder, parser, kind):
         data=_data(saved, config.get("data", {})),
         machine=_machine(config),
         cost=_pairs(summary) or ([("time at work, from the log", duration(seconds))] if seconds else []),
-        table=_table(history, JUDGED_BY[kind]),
+        table=_table(history, judge),
     )
 
 
@@ -243,11 +244,11 @@ def _sections(folder, genotype):
 # ------------------------------------------------------------------------------------------------ what it says of it
 
 
-def _tiles(kind, history, tests, seconds):
+def _tiles(judge, history, tests, seconds):
     """The figures that a reader wants first: (what, value)."""
     tiles = list(tests["tiles"]) if tests else []
     if history:
-        last, judge = history[-1], JUDGED_BY[kind]
+        last = history[-1]
         if not tests:
             tiles.append((f"{judge} accuracy", f"{float(last['valid_acc']):.2f}%"))
             tiles.append((f"{judge} loss", f"{float(last['valid_loss']):.3f}"))
@@ -275,7 +276,8 @@ def duration(seconds):
 
 def _command(script, parser, saved):
     """The line that begins the same run, for anyone who has the images."""
-    return _line(["python", script, *settings.flags(saved, parser)])
+    words = settings.flags(saved | {"folder": None}, parser)  # a folder that holds a run is no place for another
+    return _line(["python", script, *words])
 
 
 def _next(folder, kind, over, tested):

@@ -118,7 +118,7 @@ class Run:
     @property
     def judged_by(self):
         """The images behind the columns valid_*: "test", or "validation" where training images are held out."""
-        return "validation" if self.kind == "search" or self.args.train_portion < 1 else "test"
+        return judged_by(self.kind, vars(self.args))
 
     @property
     def _begun(self):
@@ -313,6 +313,11 @@ class Run:
             "(it was %.3g)",
             *(before, epochs, epochs, optimizer.param_groups[0]["lr"], was),
         )
+
+
+def judged_by(kind, settings):
+    """What the images behind the columns valid_* of a run with these settings (a dict) are."""
+    return "validation" if kind == "search" or settings.get("train_portion", 1) < 1 else "test"
 
 
 class _LogFile(logging.FileHandler):

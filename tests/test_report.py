@@ -38,7 +38,7 @@ def make_run(folder, kind="search", *flags, epochs=3, done=3, **config):
     if history:
         lines = [",".join(history[0]), *(",".join(f'"{value}"' for value in row.values()) for row in history)]
         (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
-        plot_curves(history, kind, folder / "figures" / "curves.png")
+        plot_curves(history, "test", folder / "figures" / "curves.png")
     return folder
 
 
@@ -56,6 +56,7 @@ def copied(page):
     "kind, flags",
     [
         ("search", ["--unrolled", "--arch_learning_rate", "3e-3", "--save", "a name"]),
+        ("train", ["--train_portion", "0.9"]),
         ("train", ["--arch", "DARTS_V2", "--drop_path_prob", "0", "--data", "it's here"]),
     ],
 )
@@ -64,6 +65,16 @@ def test_the_command_gives_the_settings_of_the_run(tmp_path, kind, flags):
     assert (python, script) == ("python", f"{SCRIPTS[kind].__name__}.py")
     parser = SCRIPTS[kind].build_parser()
     assert parser.parse_args(words) == parser.parse_args(["--epochs=3", *flags])
+
+
+def test_the_command_does_not_name_the_folder_that_is_taken(tmp_path):
+    assert "--folder" not in copied(page_of(make_run(tmp_path / "run", "train", "--folder", "mine"), "train"))[0]
+
+
+@pytest.mark.parametrize("portion, judge", [(1, "test"), (0.9, "validation")])
+def test_what_a_training_is_judged_by(tmp_path, portion, judge):
+    page = page_of(make_run(tmp_path / "run", "train", f"--train_portion={portion}"), "train")
+    assert f"<dt>{judge} accuracy</dt>" in page and f"{judge} accuracy (%)</th>" in page
 
 
 @pytest.mark.parametrize(
