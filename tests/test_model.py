@@ -15,11 +15,12 @@ import torch.utils.checkpoint
 
 import fast_cell
 import original_darts
-from conftest import ROOT, logits_of_scaled_images, vary_kernels
+from conftest import logits_of_scaled_images, vary_kernels
 from genotypes import NAMED, Genotype, known_primitives
 from involution import KERNEL_NORMS, Involution2d, set_kernel_norm
 from model import NETWORKS, NetworkCIFAR, NetworkImageNet
 from operations import KERNEL_NORM, OPS, ReLUConvBN
+from scripts import ROOT
 
 
 @pytest.mark.parametrize("name", NAMED)
