@@ -1,13 +1,14 @@
 """Run folders: everything that a run needs to go on, its log, its numbers, its curves.
 
 runs/search-NAME-TIMESTAMP/      or train-…
-    config.json                  every setting, versions, device, git commit
+    config.json                  every setting, versions, device, git commit, what the images are
     log.txt
     metrics.csv                  one row an epoch
     genotype.json                readable by genotypes.parse
     checkpoint.pt                weights, alphas, optimizers, scheduler, epoch, step, random states
     checkpoint.previous.pt       the checkpoint before it
     figures/                     curves.png, normal.png, reduction.png, and the .gv sources
+    report.html                  the page of the run (report.py)
 """
 
 import contextlib
@@ -34,11 +35,12 @@ import checkpoint
 import genotypes
 import involution
 import progress
+import schedule
 import visualize
 from curves import plot_curves
 from data import check_unchanged
 from operations import KERNEL_NORM
-from utils import AverageMeter, Diverged, UserError, log_device, remove_temporaries, write_text
+from utils import AverageMeter, Diverged, UserError, log_device, processor, remove_temporaries, write_text
 
 try:
     import fcntl
@@ -81,7 +83,9 @@ class Run:
             if args.resume is not None:
                 self._restore()
             else:
-                write_text(self.folder / "config.json", json.dumps(_config(args, device), indent=2) + "\n")
+                config = dict(script=Path(sys.argv[0]).name, args=vars(args) | {"resume": None}, **environment(device))
+                config["data"] = facts.get("data", {})
+                write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
                 self.save()
         except Exception as error:
             self.__exit__(type(error))
@@ -115,7 +119,7 @@ class Run:
     @property
     def judged_by(self):
         """The images behind the columns valid_*: "test", or "validation" where training images are held out."""
-        return "validation" if self.kind == "search" or self.args.train_portion < 1 else "test"
+        return judged_by(self.kind, vars(self.args))
 
     @property
     def _begun(self):
@@ -282,7 +286,7 @@ class Run:
         checkpoint.load_weights(self.parts["model"], state["model"], self.checkpoint)
         name = "scheduler"
         try:
-            checkpoint.load_scheduler(self.parts[name], state[name], self.epoch, state["args"]["epochs"])
+            checkpoint.load_scheduler(self.parts[name], state[name], self.epoch)
             for name in sorted({*self.parts} - {"model", "scheduler"}):
                 checkpoint.load_optimizer(self.parts[name], state[name])
             self.parts["optimizer"].step()  # without gradients, moves nothing; the scheduler wants one before its own
@@ -295,23 +299,26 @@ class Run:
             raise UserError(f"{self.checkpoint} is damaged or of another script: its {name}: {what}") from None
 
     def _extend(self, before):
-        """Go on along the cosine of the new number of epochs, from where it is at this epoch."""
+        """Go on along the schedule of the new number of epochs, from where it is at this epoch."""
         scheduler, optimizer, epochs = self.parts["scheduler"], self.parts["optimizer"], self.args.epochs
         was = optimizer.param_groups[0]["lr"]
-        scheduler.T_max = epochs
-        for group, base in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
-            left = (1 + math.cos(math.pi * self.epoch / epochs)) / 2
-            group["lr"] = scheduler.eta_min + (base - scheduler.eta_min) * left
+        for group, rate in zip(optimizer.param_groups, schedule.learning_rates(scheduler, self.epoch), strict=True):
+            group["lr"] = rate
         path = self.folder / "config.json"
         config = json.loads(path.read_text())
         config["args"]["epochs"] = epochs
         write_text(path, json.dumps(config, indent=2) + "\n")
         self.save()
         logger.info(
-            "extended from %d to %d epochs: the learning rate is that of a cosine of %d epochs, %.3g from here on (it "
-            "was %.3g)",
+            "extended from %d to %d epochs: the learning rate is that of a schedule of %d epochs, %.3g from here on "
+            "(it was %.3g)",
             *(before, epochs, epochs, optimizer.param_groups[0]["lr"], was),
         )
+
+
+def judged_by(kind, settings):
+    """What the images behind the columns valid_* of a run with these settings (a dict) are."""
+    return "validation" if kind == "search" or settings.get("train_portion", 1) < 1 else "test"
 
 
 class _LogFile(logging.FileHandler):
@@ -411,13 +418,13 @@ def command(script, *arguments):
     return shlex.join([sys.executable if python.startswith("..") else python, script, *arguments])
 
 
-def _config(args, device):
+def environment(device):
+    """What a result was computed with, as plain values for a JSON file."""
     versions = {"torch": torch.__version__} | {name: version(name) for name in ("torchvision", "numpy")}
     return {
-        "script": Path(sys.argv[0]).name,
-        "args": vars(args) | {"resume": None},
         "versions": {"python": sys.version.split()[0], **versions},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "processor": processor(),
         "involution_backend": involution.backend(device),
         "threads": torch.get_num_threads(),
         "git_commit": _git_commit(),
