@@ -40,7 +40,7 @@ import visualize
 from curves import plot_curves
 from data import check_unchanged
 from operations import KERNEL_NORM
-from utils import AverageMeter, UserError, log_device, processor, remove_temporaries, write_text
+from utils import AverageMeter, Diverged, UserError, log_device, processor, remove_temporaries, write_text
 
 try:
     import fcntl
@@ -49,6 +49,7 @@ except ImportError:  # Windows: runs are not locked
 
 logger = logging.getLogger("darts.run")
 
+BUSY = "another process is at work on this run"
 _SAVE_EVERY = 300  # seconds between two checkpoints within an epoch
 
 
@@ -153,7 +154,7 @@ class Run:
         """Add a training batch to the averages of the epoch.
 
         Raises:
-            UserError: the loss is not finite: names the step, the learning rate and the last good checkpoint.
+            Diverged: the loss is not finite: names the step, the learning rate and the last good checkpoint.
         """
         loss = loss.item()
         if not math.isfinite(loss):
@@ -161,10 +162,10 @@ class Run:
         self.meter.update(loss, logits, target)
 
     def diverged(self, what, step):
-        """The UserError that says what is no longer finite, where, and where to go on from."""
+        """The Diverged that says what is no longer finite, where, and where to go on from."""
         lr = self.parts["optimizer"].param_groups[0]["lr"]
         good = f"the last good checkpoint is {self.checkpoint}; " if self._begun else ""
-        return UserError(
+        return Diverged(
             f"{what} in epoch {self.epoch + 1}, step {step}, at learning rate {lr:.3g}; {good}{self._cure()}"
         )
 
@@ -191,7 +192,7 @@ class Run:
             more: further columns of metrics.csv.
 
         Raises:
-            UserError: not one validation image has finite logits; the old checkpoint stays.
+            Diverged: not one validation image has finite logits; the old checkpoint stays.
         """
         lr = self.parts["optimizer"].param_groups[0]["lr"]
         logger.info(
@@ -243,7 +244,7 @@ class Run:
         """Replace checkpoint.pt.
 
         Raises:
-            UserError: the weights are not finite; the old checkpoint stays.
+            Diverged: the weights are not finite; the old checkpoint stays.
         """
         weights = [*self.parts["model"].state_dict().values()]
         if not all(w.isfinite().all() for w in weights):
@@ -335,7 +336,7 @@ class _LogFile(logging.FileHandler):
                 fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise UserError(f"{path.parent}: another process is at work on this run; stop it first") from None
+            raise UserError(f"{path.parent}: {BUSY}; stop it first") from None
         except OSError:  # a file system without locks
             pass
 
@@ -358,6 +359,19 @@ class _LogFile(logging.FileHandler):
         logging.getLogger().removeHandler(self)
         with contextlib.suppress(OSError):  # of a full disk, which has been told
             super().close()
+
+
+def is_busy(folder):
+    """Whether a process, on any machine that shares the folder, is at work on the run in it."""
+    try:
+        with open(Path(folder) / "log.txt") as log:
+            if fcntl:
+                fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no run yet, or a file system without locks
+        pass
+    return False
 
 
 def _folder(kind, args):

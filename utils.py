@@ -24,7 +24,15 @@ logger = logging.getLogger("darts")
 
 
 class UserError(ValueError):
-    """Something the user can mend; scripts show it as one line and exit with code 2."""
+    """Something the user can mend; scripts show it as one line and exit with its code."""
+
+    exit_code = 2
+
+
+class Diverged(UserError):
+    """Numbers of a run are no longer finite: a result of its settings, which has an exit code of its own."""
+
+    exit_code = 3
 
 
 # --------------------------------------------------------------------------------------------- command lines
@@ -142,7 +150,7 @@ def add_device_arguments(parser):
 
 
 def run_script(main):
-    """Call a script's `main`; what the user can mend ends in one line and exit code 2."""
+    """Call a script's `main`; what the user can mend ends in one line and exit code 2 (3: a run diverged)."""
     handler = _ConsoleHandler()
     handler.setLevel(logging.INFO if sys.stdout.isatty() else logging.DEBUG)
     # what is said before a run has a log.txt is kept for it
@@ -154,7 +162,7 @@ def run_script(main):
         main()
     except UserError as error:
         message = " ".join(str(error).split())
-        sys.exit(_fail(f"{script}: error: {message}", 2))
+        sys.exit(_fail(f"{script}: error: {message}", error.exit_code))
     except OSError as error:
         sys.exit(_fail(f"{script}: error: {error.filename or 'a file'}: {error.strerror or error}", 2))
     except (MemoryError, RuntimeError) as error:
@@ -335,9 +343,14 @@ def accuracy(logits, target, topk=(1,)):
     return [100 * hits[:, :k].any(dim=1).double().mean().item() for k in topk]
 
 
+def count_parameters(model):
+    """The number of weights, without the auxiliary head."""
+    return sum(p.numel() for name, p in model.named_parameters() if "auxiliary" not in name)
+
+
 def count_parameters_in_MB(model):
     """Millions of weights, without the auxiliary head."""
-    return sum(p.numel() for name, p in model.named_parameters() if "auxiliary" not in name) / 1e6
+    return count_parameters(model) / 1e6
 
 
 @contextmanager
