@@ -38,6 +38,7 @@ import visualize
 from curves import plot_curves
 from data import check_unchanged
 from operations import KERNEL_NORM
+from stream import ReadError
 from utils import AverageMeter, UserError, log_device, remove_temporaries, write_text
 
 try:
@@ -97,12 +98,20 @@ class Run:
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, kind=None, *_):
-        """End the log, so that another process may go on; a run that failed before its first step leaves nothing."""
-        for number_, handler in self._handlers.items():
-            signal.signal(number_, handler)
-        if self._log:
-            self._log.close()
+    def __exit__(self, kind=None, error=None, *_):
+        """End the log, so that another process may go on; a run that failed before its first step leaves nothing.
+
+        Images that cannot be read any more stop a run where a signal does, between two steps: it is saved.
+        """
+        try:
+            if isinstance(error, ReadError) and self._begun:
+                self.stop_if_asked()  # a signal to all processes may have ended those that read
+                self._save_and_say_how_to_go_on()
+        finally:
+            for number_, handler in self._handlers.items():
+                signal.signal(number_, handler)
+            if self._log:
+                self._log.close()
         if kind is not None and issubclass(kind, Exception) and not self._begun:
             shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # it holds other runs
@@ -166,10 +175,13 @@ class Run:
     def stop_if_asked(self):
         """After SIGINT or SIGTERM: save, say how to go on, exit with 128 + signal."""
         if self._signal is not None:
-            self.save()
-            logger.info("stopped in epoch %d after step %d; go on with:", self.epoch + 1, self.step)
-            logger.info("  %s", command(Path(sys.argv[0]).name, "--resume", self.folder))
+            self._save_and_say_how_to_go_on()
             sys.exit(128 + self._signal)
+
+    def _save_and_say_how_to_go_on(self):
+        self.save()
+        logger.info("stopped in epoch %d after step %d; go on with:", self.epoch + 1, self.step)
+        logger.info("  %s", command(Path(sys.argv[0]).name, "--resume", self.folder))
 
     def end_epoch(self, valid, **more):
         """Log and keep an epoch's numbers, step the scheduler, save, and write metrics.csv and the curves.

@@ -60,7 +60,7 @@ def load_data(args, device):
     """Augmented batches of the training images, plain batches of the test images, what a checkpoint keeps of them."""
     images, test_images = (data.load_as(args, train, device) for train in (True, False))
     data.check_classes(test_images, images.classes)
-    size = images.pixels.shape[1]
+    size = images.size
     if args.batch_size > len(images):
         raise utils.UserError(f"--batch_size {args.batch_size} is larger than the {len(images)} training images")
     smallest = smallest_image(args.layers)

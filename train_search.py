@@ -68,15 +68,14 @@ def load_data(args, device):
     images = data.load_as(args, True, device)
     normalization = data.Normalization.of(args.dataset, lambda: images)
     cutout_length = args.cutout_length if args.cutout else 0
-    augmentation = data.Augmentation.of(args.dataset, images.pixels.shape[1], cutout_length)
+    augmentation = data.Augmentation.of(args.dataset, images.size, cutout_length)
     parts = data.split(images, args.train_portion, args.seed)
     for part, of in zip(parts, ("train_portion", "rest of the training images"), strict=True):
         if args.batch_size > len(part):
             raise utils.UserError(f"--batch_size {args.batch_size} is larger than the {of}: {len(part)} images")
-    train_batches, search_batches = (
-        data.Batches(part, args.batch_size, normalization, augmentation, key=(args.seed, stream))
-        for stream, part in enumerate(parts)
-    )
+    of_all = (args.batch_size, normalization, augmentation)
+    train_batches = data.Batches(parts[0], *of_all, key=(args.seed, 0))
+    search_batches = data.Batches(parts[1], *of_all, key=(args.seed, 1), steps=len(train_batches))
     return train_batches, search_batches, images.classes, data.fingerprint(images)
 
 
