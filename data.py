@@ -1,8 +1,8 @@
 """Sets of images, in one uint8 tensor on the device or in files that are read as they are needed, augmented in batches.
 
 What the augmentation does is what the original's transforms do, image by image: a random crop of the image padded
-with black, a random flip, normalisation, cutout (arXiv 1708.04552). Every batch is a function of (seed, epoch,
-step) alone, so that an interrupted run can go on at any step.
+with black, or an enlarged part of it, a random flip, colour jitter, normalisation, cutout (arXiv 1708.04552). Every
+batch is a function of (seed, epoch, step) alone, so that an interrupted run can go on at any step.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import augment
 import image_folder
 import stream
 from utils import UserError
@@ -131,10 +132,12 @@ class Augmentation(NamedTuple):
     pad: int
     flip: bool
     cutout_length: int
+    resized_crop: bool = False
+    color_jitter: float = 0.0
 
     @classmethod
-    def of(cls, dataset, image_size, cutout_length):
-        """Crops of the original's proportion (4 pixels of 32); digits are not flipped.
+    def of(cls, dataset, image_size, cutout_length, resized_crop=False, color_jitter=0.0):
+        """Crops of the original's proportion (4 pixels of 32), or resized ones; digits are not flipped.
 
         Raises:
             UserError: a cutout that covers a whole image.
@@ -144,7 +147,14 @@ class Augmentation(NamedTuple):
                 f"--cutout_length {cutout_length} can cover a whole image of {image_size}x{image_size} pixels; "
                 f"choose less than {image_size}, or a larger --image_size"
             )
-        return cls(pad=max(1, image_size // 8), flip=dataset != "digits", cutout_length=cutout_length)
+        pad = 0 if resized_crop else max(1, image_size // 8)
+        return cls(pad, dataset != "digits", cutout_length, resized_crop, color_jitter)
+
+    @classmethod
+    def of_flags(cls, args):
+        """`of` with the flags of a script."""
+        cutout_length = args.cutout_length if args.cutout else 0
+        return cls.of(args.dataset, image_size(args), cutout_length, args.augment == "resized_crop", args.color_jitter)
 
 
 class Plan:
@@ -194,12 +204,14 @@ class Plan:
             yield (None, step), plain[step].tolist()
 
     def _draw(self, epoch, lap):
-        """What a pass over the images needs of chance, the same on every device; all but the last are on the device.
+        """What a pass over the images needs of chance, the same on every device; on the device, but for two.
 
         Returns:
-            The order of the images, the corners of their crops (2, N), the centres of their cutouts (2, N), and a coin
-            for each place (N,). Only how many coins of a batch say so matters: that many of its first images are
-            mirrored, which is the same since their order is random.
+            The order of the images, the corners of their crops (2, N), the centres of their cutouts (2, N), a coin for
+            each place (N,), the boxes of resized crops (4, N), changes of colour (4, N) and the turns in which an image
+            gets them (4, N); what is not asked for is empty. Only how many coins of a batch say so matters: that many
+            of its first images are mirrored, which is the same since their order is random. Coins and turns stay on
+            the CPU.
         """
         N, aug = self.count, self.augmentation
         seed = np.random.SeedSequence([*self.key, epoch, lap]).generate_state(1, np.uint64)[0]
@@ -208,7 +220,12 @@ class Plan:
         corners = torch.randint(2 * aug.pad + 1, (2, N), generator=generator)
         centres = torch.randint(self.size, (2, N), generator=generator)
         mirrored = (torch.rand(N, generator=generator) < 0.5) & aug.flip
-        return order.to(self._order_on), *(part.to(self._device) for part in (corners, centres)), mirrored
+        # what came later is drawn last: without it, a run goes on as it would have before
+        none = torch.empty(4, 0)
+        boxes = augment.draw_boxes(N, self.size, generator) if aug.resized_crop else none
+        changes, turns = augment.draw_jitter(N, aug.color_jitter, generator) if aug.color_jitter else (none, none)
+        corners, centres, boxes, changes = (part.to(self._device) for part in (corners, centres, boxes, changes))
+        return order.to(self._order_on), corners, centres, mirrored, boxes, changes, turns
 
 
 class Batches:
@@ -255,18 +272,26 @@ class Batches:
 
     def batch(self, epoch, step):
         """The augmented batch of a step; after the last step of an epoch, a newly shuffled pass begins."""
-        indices, corners, centres, mirrored = self._plan.batch(epoch, step)
-        input, target = self._crop((epoch, step), indices, *corners, mirrored=int(mirrored.sum()))
+        indices, corners, centres, mirrored, boxes, changes, turns = self._plan.batch(epoch, step)
+        input = self._crop((epoch, step), indices, *corners, mirrored=int(mirrored.sum()))
+        if self.augmentation.resized_crop:
+            input = augment.resize(input, boxes)
+        if self.augmentation.color_jitter:
+            input = augment.jitter(input, changes, turns)
+        input = self._normalize(input)
         if self.augmentation.cutout_length:
             y, x = centres
-            kept = self._kept[: len(target)]
+            kept = self._kept[: len(indices)]
             torch.maximum(self._kept_rows[y][:, :, None], self._kept_columns[x][:, None], out=kept)
             input.permute(0, 2, 3, 1).flatten(2).mul_(kept)
-        return input, target
+        return input, self._target(indices)
 
     def __iter__(self):
         for step, indices in enumerate(self._plan.in_order()):
-            yield self._crop((None, step), indices, self._pad, self._pad)
+            yield self._normalize(self._crop((None, step), indices, self._pad, self._pad)), self._target(indices)
+
+    def _target(self, indices):
+        return self.labels[indices].to(self._device)
 
     def _lay_out(self, pixels):
         """What the rows of crops may be: 3 S bytes from any place of the padded images on (a view of them)."""
@@ -274,23 +299,27 @@ class Batches:
         return padded.flatten().unfold(0, 3 * self.size, 1)
 
     def _crop(self, place, indices, y, x, mirrored=0):
-        """Normalised S x S crops at (y, x) of the padded images, the first `mirrored` of them mirrored.
+        """S x S crops at (y, x) of the padded images, 0 to 255, (B, 3, S, S); the first `mirrored` are mirrored.
 
         Args:
             place: of this batch, as of `Plan.ahead`.
             indices: of its images, on the device of the labels.
         """
-        S, P, rows, target = self.size, self._P, self._rows, self.labels[indices]
+        S, P, rows = self.size, self._P, self._rows
         if self._reader:
             rows = self._lay_out(self._reader.read(place).to(self._device, non_blocking=True))
-            indices, target = torch.arange(len(target), device=self._device), target.to(self._device)
+            indices = torch.arange(len(indices), device=self._device)
         starts = 3 * ((indices * P + y) * P + x)
         pixels = rows.index_select(0, (starts[:, None] + self._lines).flatten()).view(-1, S, S, 3)
         pixels[:mirrored] = pixels[:mirrored].flip(2)
+        return pixels.float().permute(0, 3, 1, 2)
+
+    def _normalize(self, input):
+        """Images (B, 3, S, S) of 0 to 255, normalised, in channels-last."""
         # all colours of a row at once: a vector of three would be too short
-        input = pixels.flatten(2).float()
+        input = input.permute(0, 2, 3, 1).flatten(2)
         torch.addcmul(self._shift, input, self._scale, out=input)
-        return input.unflatten(2, (-1, 3)).permute(0, 3, 1, 2), target
+        return input.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
 def load(dataset, root, train, image_size=None, subset=None, seed=0, device="cpu", **reading):
@@ -298,7 +327,7 @@ def load(dataset, root, train, image_size=None, subset=None, seed=0, device="cpu
 
     Args:
         dataset: one of `DATASETS`; `folder` reads `root/train/<class>/*` and `root/test/<class>/*` (or `val`).
-        image_size: pixels; None is the data set's own (digits 8, else 32).
+        image_size: pixels; None is the data set's own.
         subset: at most this many images, drawn with `seed`; None is all.
         reading: of `folder`, how it is read: see `_load_folder`.
 
@@ -328,6 +357,11 @@ def load(dataset, root, train, image_size=None, subset=None, seed=0, device="cpu
     if pixels.shape[1] != size:
         pixels = np.stack([np.asarray(Image.fromarray(p).resize((size, size), Image.BILINEAR)) for p in pixels])
     return Images(torch.from_numpy(pixels).to(device), labels, classes, [f"image {k}" for k in chosen])
+
+
+def image_size(args):
+    """The pixels that the flags of a script ask for: by default the data set's own, 8 for digits, else 32."""
+    return args.image_size or _NATIVE_SIZE[args.dataset]
 
 
 def load_as(args, train, device):

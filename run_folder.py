@@ -34,6 +34,7 @@ import checkpoint
 import genotypes
 import involution
 import progress
+import schedule
 import visualize
 from curves import plot_curves
 from data import check_unchanged
@@ -285,7 +286,7 @@ class Run:
         checkpoint.load_weights(self.parts["model"], state["model"], self.checkpoint)
         name = "scheduler"
         try:
-            checkpoint.load_scheduler(self.parts[name], state[name], self.epoch, state["args"]["epochs"])
+            checkpoint.load_scheduler(self.parts[name], state[name], self.epoch)
             for name in sorted({*self.parts} - {"model", "scheduler"}):
                 checkpoint.load_optimizer(self.parts[name], state[name])
             self.parts["optimizer"].step()  # without gradients, moves nothing; the scheduler wants one before its own
@@ -298,21 +299,19 @@ class Run:
             raise UserError(f"{self.checkpoint} is damaged or of another script: its {name}: {what}") from None
 
     def _extend(self, before):
-        """Go on along the cosine of the new number of epochs, from where it is at this epoch."""
+        """Go on along the schedule of the new number of epochs, from where it is at this epoch."""
         scheduler, optimizer, epochs = self.parts["scheduler"], self.parts["optimizer"], self.args.epochs
         was = optimizer.param_groups[0]["lr"]
-        scheduler.T_max = epochs
-        for group, base in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
-            left = (1 + math.cos(math.pi * self.epoch / epochs)) / 2
-            group["lr"] = scheduler.eta_min + (base - scheduler.eta_min) * left
+        for group, rate in zip(optimizer.param_groups, schedule.learning_rates(scheduler, self.epoch), strict=True):
+            group["lr"] = rate
         path = self.folder / "config.json"
         config = json.loads(path.read_text())
         config["args"]["epochs"] = epochs
         write_text(path, json.dumps(config, indent=2) + "\n")
         self.save()
         logger.info(
-            "extended from %d to %d epochs: the learning rate is that of a cosine of %d epochs, %.3g from here on (it "
-            "was %.3g)",
+            "extended from %d to %d epochs: the learning rate is that of a schedule of %d epochs, %.3g from here on "
+            "(it was %.3g)",
             *(before, epochs, epochs, optimizer.param_groups[0]["lr"], was),
         )
 

@@ -23,6 +23,13 @@ _BEFORE = {
     "cuda_graph": False,
     "compile": False,
     "search_space": "involution",
+    "augment": "crop",
+    "color_jitter": 0.0,
+    "network": "cifar",
+    "stem_stride": 1,
+    "label_smooth": 0.0,
+    "lr_scheduler": "cosine",
+    "warmup_epochs": 0,
 }
 
 

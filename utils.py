@@ -124,6 +124,23 @@ def add_data_arguments(parser):
     return group
 
 
+def add_augmentation_arguments(group):
+    group.add_argument("--cutout", action="store_true", help="cut a square out of every training image")
+    group.add_argument("--cutout_length", type=number(int, low=2), default=16, help="its side, in pixels")
+    group.add_argument(
+        "--augment",
+        choices=("crop", "resized_crop"),
+        default="crop",
+        help="crop: of the image padded by an eighth; resized_crop: 8 to 100 %% of the image, enlarged",
+    )
+    group.add_argument(
+        "--color_jitter",
+        type=number(float, low=0, high=1),
+        default=0.0,
+        help="change brightness, contrast and saturation by factors of up to 1 + this, hue by half of it in turns",
+    )
+
+
 def add_kernel_norm_argument(group):
     group.add_argument(
         "--kernel_norm",
@@ -269,14 +286,22 @@ class Evaluation(AverageMeter):
     def __init__(self):
         super().__init__()
         self.losses = torch.empty(0, dtype=torch.float64)  # (images,)
-        self._chance = 0.0  # the loss of a network that knows nothing
+        self.classes = 1
 
     def add(self, logits, target):
         """Add a batch: logits (N, classes), target (N,)."""
         losses = torch.nn.functional.cross_entropy(logits, target, reduction="none").cpu().double()
         self.losses = torch.cat([self.losses, losses])
-        self._chance = math.log(logits.shape[1])
+        self.classes = logits.shape[1]
         self.update(losses.mean().item(), logits, target)
+
+    @property
+    def has_top5(self):
+        """Whether top-5 accuracy says anything."""
+        return self.classes > 5
+
+    def __str__(self):
+        return super().__str__() + (f" top-5 {self.top5:.2f}%" if self.has_top5 else "")
 
     def extreme(self):
         """The images, worst first, that make more than half of the loss by losses far above its median; or none.
@@ -286,7 +311,8 @@ class Evaluation(AverageMeter):
         finite = self.losses[self.losses.isfinite()]
         if len(finite) == 0:
             return []
-        threshold = 10 * max(finite.median().item(), self._chance)
+        chance = math.log(self.classes)  # the loss of a network that knows nothing
+        threshold = 10 * max(finite.median().item(), chance)
         far = self.losses.isfinite() & (self.losses > threshold)
         if self.losses[far].sum() <= finite.sum() / 2:
             return []

@@ -18,6 +18,7 @@ import checkpoint
 import data
 import progress
 import run_folder
+import schedule
 import stream
 import utils
 from involution import Involution2d
@@ -40,7 +41,7 @@ def make_run(kind="train", model=None, **kwargs):
     model = model or torch.nn.Linear(3, 2)
     epochs = kwargs.get("epochs", 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    scheduler = schedule.make(optimizer, epochs, kwargs.get("lr_scheduler", "cosine"))
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
     run = run_folder.Run(kind, settings(**kwargs), torch.device("cpu"), parts)
     if run.args.resume is None:
@@ -351,7 +352,6 @@ DAMAGES = {  # what is put where in a checkpoint: the last key of a path gets th
     "optimizer state 0 momentum_buffer": [torch.zeros(7), torch.full((2, 3), NAN), 3],
     "optimizer state 0": [{}, {"zz": torch.zeros(2, 3)}][1:],
     "scheduler": [{}],
-    "scheduler T_max": [0, 77, "x"],
     "scheduler last_epoch": [-5, None],
     "scheduler base_lrs": [[9.0], []],
     "args": [None, []],
@@ -390,7 +390,7 @@ def test_a_step_beyond_the_epoch_is_named():
         next(run.steps(make_batches()))
 
 
-def test_an_extended_run_goes_on_along_the_cosine_of_its_new_length(caplog):
+def test_an_extended_run_goes_on_along_the_schedule_of_its_new_length(caplog):
     caplog.set_level(logging.INFO, "darts")
     folder = trained_run()
     with make_run(resume=folder, epochs=5) as run:
@@ -405,3 +405,20 @@ def test_an_extended_run_goes_on_along_the_cosine_of_its_new_length(caplog):
     assert json.loads((folder / "config.json").read_text())["args"]["epochs"] == 5
     assert len((folder / "metrics.csv").read_text().splitlines()) == 6
     make_run(resume=folder, epochs=5)
+
+
+def test_a_run_with_the_cosine_schedule_of_before_goes_on():
+    """PyTorch's, whose state is another."""
+    folder = trained_run()
+    path = folder / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.1)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
+    optimizer.step()
+    cosine.step()
+    state["scheduler"] = cosine.state_dict()
+    torch.save(state, path)
+    with make_run(resume=folder) as run:
+        assert run.parts["optimizer"].param_groups[0]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
+        run.end_epoch(meter())
+        assert run.parts["optimizer"].param_groups[0]["lr"] == pytest.approx(0)
