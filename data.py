@@ -270,6 +270,11 @@ class Batches:
         """Training batches an epoch."""
         return len(self._plan)
 
+    @property
+    def waited(self):
+        """Seconds that have been spent waiting for images to be decoded."""
+        return self._reader.waited if self._reader else 0.0
+
     def batch(self, epoch, step):
         """The augmented batch of a step; after the last step of an epoch, a newly shuffled pass begins."""
         indices, corners, centres, mirrored, boxes, changes, turns = self._plan.batch(epoch, step)

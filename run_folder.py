@@ -50,6 +50,7 @@ except ImportError:  # Windows: runs are not locked
 logger = logging.getLogger("darts.run")
 
 _SAVE_EVERY = 300  # seconds between two checkpoints within an epoch
+_TOO_LONG = 0.1  # of an epoch, to wait for images
 
 
 class Run:
@@ -128,8 +129,13 @@ class Run:
         self._signal = number_
         tqdm.write("finishing this step, then saving (once more stops at once)", file=sys.stderr)
 
-    def steps(self, batches):
-        """Yield the augmented batches that are left of this epoch, with a progress bar or report lines."""
+    def steps(self, batches, *others):
+        """Yield the augmented batches that are left of this epoch, with a progress bar or report lines.
+
+        Args:
+            others: further batches that a step takes, whose waiting for images counts too.
+        """
+        start, waited = time.monotonic(), -sum(each.waited for each in (batches, *others))
         label = f"epoch {self.epoch + 1}/{self.args.epochs}"
         if self.step > len(batches):
             raise UserError(f"{self.checkpoint} is damaged: step {self.step} of an epoch of {len(batches)} steps")
@@ -146,6 +152,11 @@ class Run:
                 self.stop_if_asked()
                 if time.monotonic() - self._saved_at > _SAVE_EVERY:
                     self.save()
+        waited += sum(each.waited for each in (batches, *others))
+        if waited > 0:
+            share = waited / (time.monotonic() - start)
+            level, advice = (logging.WARNING, "; more --workers may help") if share > _TOO_LONG else (logging.DEBUG, "")
+            logger.log(level, "%s: %.1f%% of the time spent waiting for images%s", label, 100 * share, advice)
 
     def record(self, loss, logits, target):
         """Add a training batch to the averages of the epoch.

@@ -11,6 +11,7 @@ between two steps and can be saved: a function returns its error as a `Failure`;
 import contextlib
 import os
 import signal
+import time
 from collections import deque
 
 import torch
@@ -65,6 +66,7 @@ class Reader:
         self._order = _Order(ahead)
         self._loader = _loader(function, items, self._order, workers, pinned)
         self._results = _started(self._loader)
+        self.waited = 0.0  # seconds that results were waited for
 
     def read(self, place):
         """The result of a place.
@@ -72,11 +74,13 @@ class Reader:
         Raises:
             ReadError: the function failed there, or a process was killed.
         """
+        start = time.monotonic()
         with _clear_errors():
             if self._order.next_place() != place:
                 self._order.start(place)
                 self._results = _started(self._loader)
             result = next(self._results)
+        self.waited += time.monotonic() - start
         self._order.asked.popleft()
         if isinstance(result, Failure):
             self._order.asked.clear()  # whoever tries once more reads it once more

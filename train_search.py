@@ -37,7 +37,7 @@ def train(run, train_batches, search_batches, architect, optimizer, args):
     gradients, weights = architect.gradients, architect.gradients.weights
     architect.model.train()
     lr = optimizer.param_groups[0]["lr"]
-    for input, target in run.steps(train_batches):
+    for input, target in run.steps(train_batches, search_batches):
         input_search, target_search = search_batches.batch(run.epoch, run.step)
         try:
             architect.step(input, target, input_search, target_search, lr, optimizer, args.unrolled)

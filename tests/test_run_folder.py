@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,24 @@ def test_images_that_cannot_be_read_any_more_stop_the_run_after_a_whole_step(cap
         os.kill(os.getpid(), signal.SIGTERM)  # which may have reached the processes that read
         raise stream.ReadError("a process was killed")
     assert caught.value.code == 143 and again._log.stream is None
+
+
+@pytest.mark.parametrize("seconds, level", [(0, None), (0.001, logging.DEBUG), (1000, logging.WARNING)])
+def test_time_spent_waiting_for_images_is_logged(seconds, level, caplog):
+    caplog.set_level(logging.DEBUG, "darts")
+
+    class Slow(data.Batches):
+        waited = 0.0
+
+        def batch(self, epoch, step):
+            self.waited += seconds
+            return super().batch(epoch, step)
+
+    for _ in make_run().steps(make_batches(Slow), make_batches()):
+        time.sleep(0.03)
+    lines = [record for record in caplog.records if "waiting for images" in record.getMessage()]
+    assert [line.levelno for line in lines] == ([level] if level else [])
+    assert all(("more --workers" in line.getMessage()) == (level == logging.WARNING) for line in lines)
 
 
 def test_a_run_that_cannot_read_its_first_images_leaves_nothing():
