@@ -38,7 +38,7 @@ def train(run, train_batches, search_batches, architect, optimizer, args):
     gradients, weights = architect.gradients, architect.gradients.weights
     architect.model.train()
     lr = optimizer.param_groups[0]["lr"]
-    for input, target in run.steps(train_batches):
+    for input, target in run.steps(train_batches, search_batches):
         input_search, target_search = search_batches.batch(run.epoch, run.step)
         try:
             architect.step(input, target, input_search, target_search, lr, optimizer, args.unrolled)
@@ -76,10 +76,9 @@ def load_data(args, device):
     for part, of in zip(parts, ("train_portion", "rest of the training images"), strict=True):
         if args.batch_size > len(part):
             raise utils.UserError(f"--batch_size {args.batch_size} is larger than the {of}: {len(part)} images")
-    train_batches, search_batches = (
-        data.Batches(part, args.batch_size, normalization, augmentation, key=(args.seed, stream))
-        for stream, part in enumerate(parts)
-    )
+    of_all = (args.batch_size, normalization, augmentation)
+    train_batches = data.Batches(parts[0], *of_all, key=(args.seed, 0))
+    search_batches = data.Batches(parts[1], *of_all, key=(args.seed, 1), steps=len(train_batches))
     return train_batches, search_batches, images.classes, data.fingerprint(images)
 
 
