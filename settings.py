@@ -22,6 +22,7 @@ _BEFORE = {
     "search_space": "involution",
     "folder": None,
     "train_portion": 1.0,
+    "eigenvalue_every": 0,
 }
 
 
