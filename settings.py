@@ -32,6 +32,7 @@ _BEFORE = {
     "label_smooth": 0.0,
     "lr_scheduler": "cosine",
     "warmup_epochs": 0,
+    "eigenvalue_every": 0,
 }
 
 
