@@ -57,6 +57,52 @@ def make_figure(history, judged_by):
     return figure
 
 
+def plot_sharpness(history, path):
+    """Write the picture of `make_sharpness_figure` as a PNG."""
+    with replacing(path) as temporary:
+        make_sharpness_figure(history).savefig(temporary, format="png", dpi=150)
+
+
+def make_sharpness_figure(history):
+    """Two panels above each other: the dominant eigenvalue where it was measured, and the skip connections.
+
+    Args:
+        history: a dict for every epoch of a search: `epoch`, `skip_connects`, where they are there `eigenvalue`, and
+            `kept_epoch` where an early stop has kept the genotype of that epoch.
+    """
+    figure = Figure(figsize=(6, 4.8), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    (color, marker, _), (other, square, _) = _STYLES
+    measured = [(row["epoch"], row["eigenvalue"]) for row in history if "eigenvalue" in row]
+    values = [value for _, value in measured if math.isfinite(value)]
+    shown = [value if math.isfinite(value) else math.nan for _, value in measured]
+    above.plot([epoch for epoch, _ in measured], shown, color=color, marker=marker, ms=4)
+    lost = [epoch for epoch, value in measured if not math.isfinite(value)]
+    if lost:
+        place = dict(transform=above.get_xaxis_transform())  # x an epoch, y a share of the frame's height
+        above.plot(lost, [0.95] * len(lost), "^", color=color, ms=7, label="not finite", **place)
+    if values and min(values) <= 0:
+        above.axhline(0, color="#555555", lw=0.8)
+    else:
+        set_scale(above, values)
+    epochs = [row["epoch"] for row in history]
+    below.plot(epochs, [row["skip_connects"] for row in history], color=other, marker=square, ms=4)
+    above.set(ylabel="dominant eigenvalue\nof the Hessian (alphas)")
+    below.set(xlabel="epoch", ylabel="skip connections\nin the normal cell")
+    below.set_ylim(-0.4, max(4, *(row["skip_connects"] for row in history)) + 0.4)
+    kept = history[-1].get("kept_epoch")
+    for axes in (above, below):
+        if kept is not None:
+            axes.axvline(kept, color="#009e73", ls=":", label="genotype kept by the early stop")
+        axes.grid(alpha=0.3)
+    below.yaxis.get_major_locator().set_params(integer=True)
+    below.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    lines, labels = above.get_legend_handles_labels()
+    if lines:
+        figure.legend(lines, labels, loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
 def set_scale(axes, losses):
     """Show all losses: a logarithmic axis where they span more than a factor of ten, with ticks at round numbers."""
     positive = [loss for loss in losses if loss > 0]

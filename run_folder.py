@@ -7,7 +7,7 @@ runs/search-NAME-TIMESTAMP/      or train-…
     genotype.json                readable by genotypes.parse
     checkpoint.pt                weights, alphas, optimizers, scheduler, epoch, step, random states
     checkpoint.previous.pt       the checkpoint before it
-    figures/                     curves.png, normal.png, reduction.png, and the .gv sources
+    figures/                     curves.png, normal.png, reduction.png and the .gv sources; sharpness.png
     report.html                  the page of the run (report.py)
 """
 
@@ -37,7 +37,7 @@ import involution
 import progress
 import schedule
 import visualize
-from curves import plot_curves
+from curves import plot_curves, plot_sharpness
 from data import check_unchanged
 from operations import KERNEL_NORM
 from stream import ReadError
@@ -130,6 +130,11 @@ class Run:
     def judged_by(self):
         """The images behind the columns valid_*: "test", or "validation" where training images are held out."""
         return judged_by(self.kind, vars(self.args))
+
+    @property
+    def stopped(self):
+        """Whether an early stop has ended the run, with the genotype of the epoch in the last column `kept_epoch`."""
+        return bool(self.history) and "kept_epoch" in self.history[-1]
 
     @property
     def _begun(self):
@@ -262,6 +267,8 @@ class Run:
         writer.writerows(self.history)
         write_text(self.folder / "metrics.csv", text.getvalue())
         plot_curves(self.history, self.judged_by, self._figures() / "curves.png")
+        if any("eigenvalue" in row for row in self.history):
+            plot_sharpness(self.history, self._figures() / "sharpness.png")
 
     def save(self):
         """Replace checkpoint.pt.
@@ -301,6 +308,11 @@ class Run:
         self._restore_parts(state)
         before = state["args"]["epochs"]
         if self.args.epochs != before:
+            if self.stopped:
+                what = (
+                    f"--resume {self.folder}: it was stopped early after epoch {self.epoch}, and more --epochs do not"
+                )
+                raise UserError(f"{what} change that; start a new run with --early_stop none")
             self._extend(before)
         if self.history:
             self.write_history()  # a kill may have come between the checkpoint and these
