@@ -326,7 +326,7 @@ def replacing(path):
 def remove_temporaries(folder):
     """Remove what killed processes left below a folder while they were `replacing` files of it; none is at work now."""
     for path in Path(folder).rglob(".*"):
-        if re.fullmatch(r"\..+\.(pt|json|csv|png|gv)\.\d+", path.name) and path.is_file():
+        if re.fullmatch(r"\..+\.(pt|json|csv|png|gv|gif)\.\d+", path.name) and path.is_file():
             path.unlink()
 
 
