@@ -5,6 +5,7 @@ to go on. What is in the files does not depend on interruptions, but for the clo
 are drawn.
 """
 
+import contextlib
 import json
 import logging
 import shlex
@@ -17,6 +18,7 @@ import torch
 import alphas
 import cost
 import utils
+import visualize
 from curves import JUDGED_BY
 from events import Events
 
@@ -168,6 +170,9 @@ class Observer:
         """The run has ended."""
         if self.trajectory is not None and self.trajectory.epochs and self._drawn_epoch != self.run.epoch:
             self._draw()
+        if self.run.history and "genotype" in self.run.history[-1]:
+            with contextlib.suppress(visualize.DrawingError):  # Run.report has said why
+                visualize.draw_evolution(self.run.history, self.run.figures() / visualize.EVOLUTION)
         self._write_summary(ended=True)
         logger.info("it took %s", self.cost)
 
