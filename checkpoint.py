@@ -243,19 +243,21 @@ def load_optimizer(optimizer, saved):
                     raise ValueError(f"{name} is not finite, or of another shape than its weight")
 
 
-def load_scheduler(scheduler, saved, epoch, epochs):
-    """Load the state dict of a cosine schedule.
+def load_scheduler(scheduler, saved, epoch):
+    """Load the state dict of a `schedule.make`, or of a cosine schedule of PyTorch's, as older runs have.
 
     Raises:
-        ValueError: says what is not as it is after `epoch` of `epochs` epochs.
+        ValueError: says what is not as it is after `epoch` epochs.
     """
     fresh = scheduler.state_dict()
-    expected = {name: fresh[name] for name in ("base_lrs", "eta_min")} | {"last_epoch": epoch, "T_max": epochs}
+    functions = fresh.pop("lr_lambdas")  # which a file does not keep
+    expected = {"base_lrs": fresh["base_lrs"], "last_epoch": epoch}
     for name, value in fresh.items():
         value = expected.get(name, value)
         if name in saved and not (_same(saved[name], value) if name in expected else type(saved[name]) is type(value)):
             raise ValueError(f"{name} is {shown(saved[name])}")
-    scheduler.load_state_dict({name: saved[name] for name in fresh if name in saved or name in expected})
+    kept = {name: saved[name] for name in fresh if name in saved or name in expected}
+    scheduler.load_state_dict(kept | {"lr_lambdas": functions})
 
 
 def _same(a, b):

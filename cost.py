@@ -11,6 +11,8 @@ from collections import deque
 
 import torch
 
+import utils
+
 try:
     import resource
 except ImportError:  # Windows: the memory of the process is not known
@@ -135,12 +137,9 @@ class Cost:
         state = self._state
         sessions = f" in {state['sessions']} sessions" if state["sessions"] > 1 else ""
         since = f" since epoch {state['since_epoch']}" if state["since_epoch"] else ""
-        rate = state["images"] / max(state["seconds"], 1e-9)
-        memory = in_words(state["memory"], state["cuda_memory"])
-        return (
-            f"{duration(state['seconds'])}{sessions}{since} for {state['images']:,} training images ({rate:.3g} a "
-            f"second), validation included; {memory}"
-        )
+        spent, rate = utils.duration(state["seconds"]), state["images"] / max(state["seconds"], 1e-9)
+        images = f"{state['images']:,} training images ({rate:.3g} a second, validation included)"
+        return f"{spent}{sessions}{since} for {images}; {in_words(state['memory'], state['cuda_memory'])}"
 
 
 def peak_memory():
@@ -158,16 +157,6 @@ def in_words(memory, cuda_memory):
     """What `peak_memory` returns, for a log."""
     parts = [f"{memory:.2f} GB of memory"] * (memory > 0) + [f"{cuda_memory:.2f} GB on the GPU"] * (cuda_memory > 0)
     return f"at most {' and '.join(parts)}" if parts else "memory unknown"
-
-
-def duration(seconds):
-    """Seconds in two units that a person would use: 48 s, 12 min 5 s, 9 h 55 min, 2 d 3 h."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    for name, size, part, of in (("min", 60, "s", 1), ("h", 3600, "min", 60), ("d", 86400, "h", 3600)):
-        if seconds < {60: 3600, 3600: 86400}.get(size, seconds + 1):
-            return f"{seconds // size} {name} {seconds % size // of} {part}"
 
 
 def _now():

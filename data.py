@@ -1,8 +1,8 @@
 """Small-image data sets: one uint8 tensor on the device, augmented in batches.
 
 What the augmentation does is what the original's transforms do, image by image: a random crop of the image padded
-with black, a random flip, normalisation, cutout (arXiv 1708.04552). Every batch is a function of (seed, epoch,
-step) alone, so that an interrupted run can go on at any step.
+with black, or an enlarged part of it, a random flip, colour jitter, normalisation, cutout (arXiv 1708.04552). Every
+batch is a function of (seed, epoch, step) alone, so that an interrupted run can go on at any step.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import augment
 import image_folder
 from utils import UserError
 
@@ -68,10 +69,12 @@ class Augmentation(NamedTuple):
     pad: int
     flip: bool
     cutout_length: int
+    resized_crop: bool = False
+    color_jitter: float = 0.0
 
     @classmethod
-    def of(cls, dataset, image_size, cutout_length):
-        """Crops of the original's proportion (4 pixels of 32); digits are not flipped.
+    def of(cls, dataset, image_size, cutout_length, resized_crop=False, color_jitter=0.0):
+        """Crops of the original's proportion (4 pixels of 32), or resized ones; digits are not flipped.
 
         Raises:
             UserError: a cutout that covers a whole image.
@@ -81,7 +84,14 @@ class Augmentation(NamedTuple):
                 f"--cutout_length {cutout_length} can cover a whole image of {image_size}x{image_size} pixels; "
                 f"choose less than {image_size}, or a larger --image_size"
             )
-        return cls(pad=max(1, image_size // 8), flip=dataset != "digits", cutout_length=cutout_length)
+        pad = 0 if resized_crop else max(1, image_size // 8)
+        return cls(pad, dataset != "digits", cutout_length, resized_crop, color_jitter)
+
+    @classmethod
+    def of_flags(cls, args):
+        """`of` with the flags of a script."""
+        cutout_length = args.cutout_length if args.cutout else 0
+        return cls.of(args.dataset, image_size(args), cutout_length, args.augment == "resized_crop", args.color_jitter)
 
 
 class Batches:
@@ -132,27 +142,34 @@ class Batches:
         if self._epoch != (epoch, lap):
             self._epoch, self._plan = (epoch, lap), self._draw(epoch, lap)
         batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
-        indices, corners, centres, mirrored = (part[..., batch] for part in self._plan)
-        input, target = self._crop(indices, *corners, mirrored=int(mirrored.sum()))
+        indices, corners, centres, mirrored, boxes, changes, turns = (part[..., batch] for part in self._plan)
+        input = self._crop(indices, *corners, mirrored=int(mirrored.sum()))
+        if self.augmentation.resized_crop:
+            input = augment.resize(input, boxes)
+        if self.augmentation.color_jitter:
+            input = augment.jitter(input, changes, turns)
+        input = self._normalize(input)
         if self.augmentation.cutout_length:
             y, x = centres
-            kept = self._kept[: len(target)]
+            kept = self._kept[: len(indices)]
             torch.maximum(self._kept_rows[y][:, :, None], self._kept_columns[x][:, None], out=kept)
             input.permute(0, 2, 3, 1).flatten(2).mul_(kept)
-        return input, target
+        return input, self.labels[indices]
 
     def __iter__(self):
         for indices in torch.arange(len(self.labels), device=self.labels.device).split(self.batch_size):
             corner = self.augmentation.pad if self.augmentation else 0
-            yield self._crop(indices, corner, corner)
+            yield self._normalize(self._crop(indices, corner, corner)), self.labels[indices]
 
     def _draw(self, epoch, lap):
-        """What a pass over the images needs of chance, the same on every device; all but the last are on the device.
+        """What a pass over the images needs of chance, the same on every device; on the device, but for two.
 
         Returns:
-            The order of the images, the corners of their crops (2, N), the centres of their cutouts (2, N), and a coin
-            for each place (N,). Only how many coins of a batch say so matters: that many of its first images are
-            mirrored, which is the same since their order is random.
+            The order of the images, the corners of their crops (2, N), the centres of their cutouts (2, N), a coin for
+            each place (N,), the boxes of resized crops (4, N), changes of colour (4, N) and the turns in which an image
+            gets them (4, N); what is not asked for is empty. Only how many coins of a batch say so matters: that many
+            of its first images are mirrored, which is the same since their order is random. Coins and turns stay on
+            the CPU.
         """
         N, aug = len(self.labels), self.augmentation
         seed = np.random.SeedSequence([*self.key, epoch, lap]).generate_state(1, np.uint64)[0]
@@ -161,18 +178,29 @@ class Batches:
         corners = torch.randint(2 * aug.pad + 1, (2, N), generator=generator)
         centres = torch.randint(self.size, (2, N), generator=generator)
         mirrored = (torch.rand(N, generator=generator) < 0.5) & aug.flip
-        return *(part.to(self.labels.device) for part in (order, corners, centres)), mirrored
+        # what came later is drawn last: without it, a run goes on as it would have before
+        none = torch.empty(4, 0)
+        boxes = augment.draw_boxes(N, self.size, generator) if aug.resized_crop else none
+        changes, turns = augment.draw_jitter(N, aug.color_jitter, generator) if aug.color_jitter else (none, none)
+        order, corners, centres, boxes, changes = (
+            part.to(self.labels.device) for part in (order, corners, centres, boxes, changes)
+        )
+        return order, corners, centres, mirrored, boxes, changes, turns
 
     def _crop(self, indices, y, x, mirrored=0):
-        """Normalised S x S crops at (y, x) of the padded images, the first `mirrored` of them mirrored."""
+        """S x S crops at (y, x) of the padded images, 0 to 255, (B, 3, S, S); the first `mirrored` are mirrored."""
         S, P = self.size, self._P
         starts = 3 * ((indices * P + y) * P + x)
         pixels = self._rows.index_select(0, (starts[:, None] + self._lines).flatten()).view(-1, S, S, 3)
         pixels[:mirrored] = pixels[:mirrored].flip(2)
+        return pixels.float().permute(0, 3, 1, 2)
+
+    def _normalize(self, input):
+        """Images (B, 3, S, S) of 0 to 255, normalised, in channels-last."""
         # all colours of a row at once: a vector of three would be too short
-        input = pixels.flatten(2).float()
+        input = input.permute(0, 2, 3, 1).flatten(2)
         torch.addcmul(self._shift, input, self._scale, out=input)
-        return input.unflatten(2, (-1, 3)).permute(0, 3, 1, 2), self.labels[indices]
+        return input.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
 def load(dataset, root, train, image_size=None, subset=None, seed=0, device="cpu", skip_broken=False):
@@ -180,7 +208,7 @@ def load(dataset, root, train, image_size=None, subset=None, seed=0, device="cpu
 
     Args:
         dataset: one of `DATASETS`; `folder` reads `root/train/<class>/*` and `root/test/<class>/*` (or `val`).
-        image_size: pixels; None is the data set's own (digits 8, else 32).
+        image_size: pixels; None is the data set's own.
         subset: at most this many images, drawn with `seed`; None is all.
         skip_broken: leave out image files that cannot be read.
 
@@ -203,6 +231,11 @@ def load(dataset, root, train, image_size=None, subset=None, seed=0, device="cpu
     what = "%s: %d of %d images, %d classes (%s)"
     logger.info(what, part, len(labels), count, len(classes), folder)
     return Images(torch.from_numpy(pixels).to(device), torch.from_numpy(labels).to(device), classes, names)
+
+
+def image_size(args):
+    """The pixels that the flags of a script ask for: by default the data set's own, 8 for digits, else 32."""
+    return args.image_size or _NATIVE_SIZE[args.dataset]
 
 
 def load_as(args, train, device):

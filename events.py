@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from alphas import CELLS, edge_names
-from curves import JUDGED_BY
 
 logger = logging.getLogger("darts.events")
 
@@ -66,11 +65,11 @@ class Events:
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, number)
 
-    def epoch(self, epoch, kind, row, trajectory):
+    def epoch(self, epoch, judged_by, row, trajectory):
         """Write what is known after an epoch.
 
         Args:
-            kind: "search" or "train".
+            judged_by: the images behind the columns valid_*.
             row: its columns of metrics.csv; none before the first epoch.
             trajectory: the alphas, an `alphas.Trajectory`, or None.
         """
@@ -79,7 +78,11 @@ class Events:
         writer = self._writer("epochs", epoch)
         if writer is None:
             return
-        tags = _TAGS | {"valid_loss": f"loss/{JUDGED_BY[kind]}", "valid_acc": f"accuracy/{JUDGED_BY[kind]}"}
+        tags = _TAGS | {
+            "valid_loss": f"loss/{judged_by}",
+            "valid_acc": f"accuracy/{judged_by}",
+            "valid_top5": f"accuracy_top5/{judged_by}",
+        }
         for name, value in row.items():
             if isinstance(value, (int, float)) and name != "epoch":
                 writer.add_scalar(tags.get(name, name), value, epoch)

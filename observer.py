@@ -19,7 +19,6 @@ import alphas
 import cost
 import utils
 import visualize
-from curves import JUDGED_BY
 from events import Events
 
 logger = logging.getLogger("darts.observer")
@@ -108,14 +107,14 @@ class Observer:
             what = "an epoch takes about %s, what is left of %d epochs %s (validation %s); %s so far"
             known = "measured" if self.pace.validation_is_known else "estimated"
             memory = cost.in_words(*cost.peak_memory())
-            logger.info(what, cost.duration(self.pace.epoch()), epochs, cost.duration(left), known, memory)
+            logger.info(what, utils.duration(self.pace.epoch()), epochs, utils.duration(left), known, memory)
         if step % self.run.args.report_freq == 0 or step == steps:
             self.events.step(self.run.epoch * steps + step, self._scalars())
 
     def remaining(self):
         """What the progress bar says of the whole run."""
         left = self.pace.remaining(self.run.step, self.run.args.epochs - self.run.epoch - 1)
-        return f"whole run {cost.duration(left)} left"
+        return f"whole run {utils.duration(left)} left"
 
     def _scalars(self):
         """What is reported of the steps since the last report, by tag; the device has been waited for by their loss."""
@@ -148,7 +147,7 @@ class Observer:
         """Write what is known of the finished epochs; the alphas are drawn if they have not been for some time."""
         run = self.run
         self._write_summary(ended=False)
-        self.events.epoch(run.epoch, run.kind, run.history[-1] if run.history else {}, self.trajectory)
+        self.events.epoch(run.epoch, run.judged_by, run.history[-1] if run.history else {}, self.trajectory)
         if self.trajectory is not None and self.trajectory.epochs:
             self.trajectory.write(run.folder)
             if time.monotonic() - self._drawn_at > _REDRAW_EVERY:
@@ -180,7 +179,7 @@ class Observer:
         run = self.run
         row = run.history[-1] if run.history else {}
         summary = dict(kind=run.kind, epochs=run.epoch) | self.cost.summary(ended)
-        for column, images in (("train_acc", "training"), ("valid_acc", JUDGED_BY[run.kind])):
+        for column, images in (("train_acc", "training"), ("valid_acc", run.judged_by)):
             summary[f"{images}_accuracy"] = row.get(column)
         summary["parameters"] = sum(w.numel() for w in self.model.parameters())
         summary["genotype"] = row.get("genotype", getattr(run.args, "arch", None))

@@ -1,7 +1,7 @@
 """Run folders: everything that a run needs to go on, its log, its numbers, its curves.
 
 runs/search-NAME-TIMESTAMP/      or train-…
-    config.json                  every setting, versions, device, git commit
+    config.json                  every setting, versions, device, git commit, what the images are
     log.txt
     metrics.csv                  one row an epoch
     genotype.json                readable by genotypes.parse
@@ -9,6 +9,7 @@ runs/search-NAME-TIMESTAMP/      or train-…
     checkpoint.previous.pt       the checkpoint before it
     figures/                     curves.png, normal.png, reduction.png, and the .gv sources
     summary.json, events/        what it cost, TensorBoard's events, and what a search has of its alphas: observer.py
+    report.html                  the page of the run (report.py)
 """
 
 import contextlib
@@ -35,12 +36,13 @@ import checkpoint
 import genotypes
 import involution
 import progress
+import schedule
 import visualize
 from curves import plot_curves
 from data import check_unchanged
 from observer import Observer
 from operations import KERNEL_NORM
-from utils import AverageMeter, UserError, log_device, remove_temporaries, write_text
+from utils import AverageMeter, UserError, log_device, processor, remove_temporaries, write_text
 
 try:
     import fcntl
@@ -74,7 +76,7 @@ class Run:
         self._signal, self._handlers = None, {}
         self._threads = torch.get_num_threads()  # of a run that is resumed: those it was saved with
         self._said_why_no_drawing = self._said_not_finite = False
-        self.folder = Path(args.resume) if args.resume is not None else _new_folder(kind, args.save)
+        self.folder = _folder(kind, args)
         self.checkpoint = self.folder / checkpoint.NAME
         self._log, self.observer = None, Observer(self)
         try:
@@ -82,7 +84,9 @@ class Run:
             if args.resume is not None:
                 self._restore()
             else:
-                write_text(self.folder / "config.json", json.dumps(_config(args, device), indent=2) + "\n")
+                config = dict(script=Path(sys.argv[0]).name, args=vars(args) | {"resume": None}, **environment(device))
+                config["data"] = facts.get("data", {})
+                write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
                 self.save()
             self.observer.begin(resumed=args.resume is not None)
         except Exception as error:
@@ -108,9 +112,17 @@ class Run:
             self._log.close()
         self.observer.close()
         if kind is not None and issubclass(kind, Exception) and not self._begun:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # it holds other runs
+            if self._log:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds other runs, or another process is at work in it
+                if not self._log:
+                    self.folder.rmdir()
                 self.folder.parent.rmdir()
+
+    @property
+    def judged_by(self):
+        """The images behind the columns valid_*: "test", or "validation" where training images are held out."""
+        return judged_by(self.kind, vars(self.args))
 
     @property
     def _begun(self):
@@ -235,7 +247,7 @@ class Run:
         writer.writeheader()
         writer.writerows(self.history)
         write_text(self.folder / "metrics.csv", text.getvalue())
-        plot_curves(self.history, self.kind, self.figures() / "curves.png")
+        plot_curves(self.history, self.judged_by, self.figures() / "curves.png")
 
     def save(self):
         """Replace checkpoint.pt.
@@ -284,7 +296,7 @@ class Run:
         checkpoint.load_weights(self.parts["model"], state["model"], self.checkpoint)
         name = "scheduler"
         try:
-            checkpoint.load_scheduler(self.parts[name], state[name], self.epoch, state["args"]["epochs"])
+            checkpoint.load_scheduler(self.parts[name], state[name], self.epoch)
             for name in sorted({*self.parts} - {"model", "scheduler"}):
                 checkpoint.load_optimizer(self.parts[name], state[name])
             self.parts["optimizer"].step()  # without gradients, moves nothing; the scheduler wants one before its own
@@ -299,23 +311,26 @@ class Run:
             raise UserError(f"{self.checkpoint} is damaged or of another script: its {name}: {what}") from None
 
     def _extend(self, before):
-        """Go on along the cosine of the new number of epochs, from where it is at this epoch."""
+        """Go on along the schedule of the new number of epochs, from where it is at this epoch."""
         scheduler, optimizer, epochs = self.parts["scheduler"], self.parts["optimizer"], self.args.epochs
         was = optimizer.param_groups[0]["lr"]
-        scheduler.T_max = epochs
-        for group, base in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
-            left = (1 + math.cos(math.pi * self.epoch / epochs)) / 2
-            group["lr"] = scheduler.eta_min + (base - scheduler.eta_min) * left
+        for group, rate in zip(optimizer.param_groups, schedule.learning_rates(scheduler, self.epoch), strict=True):
+            group["lr"] = rate
         path = self.folder / "config.json"
         config = json.loads(path.read_text())
         config["args"]["epochs"] = epochs
         write_text(path, json.dumps(config, indent=2) + "\n")
         self.save()
         logger.info(
-            "extended from %d to %d epochs: the learning rate is that of a cosine of %d epochs, %.3g from here on (it "
-            "was %.3g)",
+            "extended from %d to %d epochs: the learning rate is that of a schedule of %d epochs, %.3g from here on "
+            "(it was %.3g)",
             *(before, epochs, epochs, optimizer.param_groups[0]["lr"], was),
         )
+
+
+def judged_by(kind, settings):
+    """What the images behind the columns valid_* of a run with these settings (a dict) are."""
+    return "validation" if kind == "search" or settings.get("train_portion", 1) < 1 else "test"
 
 
 class _LogFile(logging.FileHandler):
@@ -358,6 +373,27 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
+def _folder(kind, args):
+    """The run folder that --resume or --folder names, or a new one."""
+    if args.resume is not None:
+        return Path(args.resume)
+    return _new_folder(kind, args.save) if args.folder is None else _named_folder(Path(args.folder))
+
+
+def _named_folder(folder):
+    """Make the folder of --folder; one that a run left which was killed before its first checkpoint is taken over."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from None
+    if (folder / checkpoint.NAME).exists():
+        raise UserError(f"--folder {folder} holds a run already: go on with it (--resume {folder}), or name another")
+    other = {path.name for path in folder.iterdir() if path.name[0] != "."} - {"config.json", "log.txt"}
+    if other:
+        raise UserError(f"--folder {folder} holds {min(other)}, which is not of a run: name a new or an empty folder")
+    return folder
+
+
 def _new_folder(kind, name):
     stamp = f"{kind}-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in range(100):  # several runs may start in one second
@@ -381,13 +417,13 @@ def command(script, *arguments):
     return shlex.join([sys.executable if python.startswith("..") else python, script, *arguments])
 
 
-def _config(args, device):
+def environment(device):
+    """What a result was computed with, as plain values for a JSON file."""
     versions = {"torch": torch.__version__} | {name: version(name) for name in ("torchvision", "numpy")}
     return {
-        "script": Path(sys.argv[0]).name,
-        "args": vars(args) | {"resume": None},
         "versions": {"python": sys.version.split()[0], **versions},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "processor": processor(),
         "involution_backend": involution.backend(device),
         "threads": torch.get_num_threads(),
         "git_commit": _git_commit(),

@@ -2,6 +2,8 @@
 
 python test.py --model_path runs/train-EXP-20250101-120000              # a run of train.py
 python test.py --model_path weights.pt --arch DARTS_V2 --auxiliary      # a published state dict
+python test.py --model_path imagenet.pt --arch DARTS_V2 --auxiliary --init_channels 48 --layers 14 --image_size 224 \
+    --dataset folder --data FOLDER                                      # the published one of ImageNet
 """
 
 import argparse
@@ -18,11 +20,9 @@ import torch
 
 import checkpoint
 import data
-import genotypes
 import settings
 import train
 import utils
-from model import NetworkCIFAR
 
 logger = logging.getLogger("darts.test")
 
@@ -54,9 +54,12 @@ def load_run(parser, argv=None):
     state = checkpoint.load(path)
     if not isinstance(state, dict):
         raise utils.UserError(f"{path} holds a {type(state).__name__}, not a checkpoint or a state dict")
+    if isinstance(state.get("state_dict"), dict):  # as the original's script for ImageNet saves it
+        state = state["state_dict"]
     if "arch_optimizer" in state:
         raise utils.UserError(f"{path} is a search: train what it found (python train.py --arch {path.parent}) first")
     if not {"model", "args", "normalization", "classes"} <= set(state):
+        train.choose_network(args)
         return args, state, {}
     checkpoint.check(state, path)
     saved = settings.check(state["args"], train.build_parser(), path)
@@ -78,7 +81,6 @@ def main():
     else:
         load_train = functools.partial(data.load, args.dataset, args.data, True, args.image_size)
         normalization = data.Normalization.of(args.dataset, load_train)
-    genotype = genotypes.parse(args.arch)
     if not state and "kernel_norm" not in parser.given() and "invo" in args.arch:
         logger.warning(
             "%s does not say what bounds the kernels of its involutions: --kernel_norm %s is assumed; weights of "
@@ -87,13 +89,13 @@ def main():
             args.kernel_norm,
         )
     classes = len(images.classes)
-    model = NetworkCIFAR(args.init_channels, classes, args.layers, args.auxiliary, genotype, args.kernel_norm)
+    model = train.make_network(args, classes)
     checkpoint.load_weights(model, weights, args.model_path)
     batches = data.Batches(images, args.batch_size, normalization, augmentation=None)
     meter = train.infer(batches, model.to(device, memory_format=torch.channels_last))
-    logger.info("genotype = %s", genotypes.format(genotype))
+    logger.info("genotype = %s", args.arch)
     logger.info("%.2f M weights", utils.count_parameters_in_MB(model))
-    top5 = f", top-5 {meter.top5:.2f}%" if classes > 5 else ""  # else all of them
+    top5 = f", top-5 {meter.top5:.2f}%" if meter.has_top5 else ""
     logger.info("test loss %.4f, top-1 %.2f%%%s on %d images", meter.loss, meter.top1, top5, len(images))
     if meter.finite_images < meter.images:
         lost = meter.images - meter.finite_images

@@ -2,6 +2,7 @@
 
 python train_search.py --unrolled                                       # CIFAR-10, second order
 python train_search.py --unrolled --dataset digits --epochs 3           # a first try, no download
+python train_search.py --unrolled --dataset folder --data FOLDER --image_size 96    # cells see a quarter: 24 pixels
 python train_search.py --resume runs/search-EXP-20250101-120000         # go on where a run was stopped
 """
 
@@ -19,12 +20,15 @@ import torch.nn as nn
 import data
 import genotypes
 import progress
+import report
 import run_folder
+import schedule
 import settings
 import utils
 from architect import Architect
 from gradients import Gradients
-from model_search import Network
+from model_search import STEM_STRIDES, Network
+from operations import LARGEST_SMALL_IMAGE
 
 logger = logging.getLogger("darts.search")
 
@@ -67,8 +71,7 @@ def load_data(args, device):
     """
     images = data.load_as(args, True, device)
     normalization = data.Normalization.of(args.dataset, lambda: images)
-    cutout_length = args.cutout_length if args.cutout else 0
-    augmentation = data.Augmentation.of(args.dataset, images.pixels.shape[1], cutout_length)
+    augmentation = data.Augmentation.of_flags(args)
     parts = data.split(images, args.train_portion, args.seed)
     for part, of in zip(parts, ("train_portion", "rest of the training images"), strict=True):
         if args.batch_size > len(part):
@@ -97,8 +100,7 @@ def build_parser():
     parser = utils.ArgumentParser(description="Search for an architecture with DARTS.")
     utils.add_data_arguments(parser)
     group = parser.add_argument_group("augmentation and split")
-    group.add_argument("--cutout", action="store_true", help="cut a square out of every training image")
-    group.add_argument("--cutout_length", type=utils.number(int, low=2), default=16, help="its side, in pixels")
+    utils.add_augmentation_arguments(group)
     group.add_argument(
         "--train_portion",
         type=utils.number(float, above=0, below=1),
@@ -116,6 +118,13 @@ def build_parser():
         help="number of cells, two of which reduce",
     )
     group.add_argument("--search_space", choices=genotypes.SEARCH_SPACES, default="involution", help="primitives")
+    group.add_argument(
+        "--stem_stride",
+        type=int,
+        choices=STEM_STRIDES,
+        help="by which the stem reduces images before the cells, with strided convolutions where it is not 1 (default: "
+        f"4 for images of more than {LARGEST_SMALL_IMAGE} pixels, else 1)",
+    )
     utils.add_kernel_norm_argument(group)
     group = parser.add_argument_group("weights")
     group.add_argument("--epochs", type=utils.number(int, low=1), default=50, help="passes over the training images")
@@ -136,8 +145,27 @@ def build_parser():
     return parser
 
 
+def parse_args(argv=None):
+    """The arguments, with the stem for images of this size.
+
+    Raises:
+        UserError: as settings.parse_args; images of which the supernet leaves nothing.
+    """
+    args = settings.parse_args(build_parser(), argv)
+    size = data.image_size(args)
+    if args.stem_stride is None:
+        args.stem_stride = 4 if size > LARGEST_SMALL_IMAGE else 1
+    smallest = 4 * args.stem_stride  # two cells halve what the stem leaves
+    if size < smallest:
+        raise utils.UserError(
+            f"the supernet with --stem_stride {args.stem_stride} reduces images by {smallest}, which leaves nothing of "
+            f"{size} pixels; use --image_size {smallest} or more"
+        )
+    return args
+
+
 def main():
-    args = settings.parse_args(build_parser())
+    args = parse_args()
     device = utils.pick_device(args)
     if args.cuda_graph and device.type != "cuda":
         if not args.resume:
@@ -147,13 +175,13 @@ def main():
     torch.manual_seed(args.seed)
     train_batches, search_batches, classes, fingerprint = load_data(args, device)
     primitives = genotypes.SEARCH_SPACES[args.search_space]
-    form = dict(primitives=primitives, kernel_norm=args.kernel_norm)
+    form = dict(primitives=primitives, kernel_norm=args.kernel_norm, stem_stride=args.stem_stride)
     model = Network(args.init_channels, len(classes), args.layers, nn.CrossEntropyLoss(), **form)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
     )
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=args.learning_rate_min)
+    scheduler = schedule.make(optimizer, args.epochs, lowest=args.learning_rate_min)
     architect = Architect(model, args, Gradients(model, args.amp, args.cuda_graph))
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, arch_optimizer=architect.optimizer)
 
@@ -165,6 +193,7 @@ def main():
         run.observer.pace.validation_steps = len(search_batches) / (13 if args.unrolled else 5)
         gc.freeze()  # as in train.py
         while run.epoch < args.epochs:
+            report.update(run, build_parser())
             train(run, train_batches, search_batches, architect, optimizer, args)
             valid = infer(run, search_batches, model)
             genotype = model.genotype()
@@ -172,6 +201,7 @@ def main():
             run.end_epoch(valid, **more, genotype=genotypes.format(genotype))
             run.report(genotype)
         run.observer.finish()
+        logger.info("its page: %s", report.update(run, build_parser()))
         logger.info("searched; now: %s", run_folder.command("train.py", "--arch", run.folder))
 
 

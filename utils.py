@@ -5,6 +5,7 @@ import logging
 import logging.handlers
 import math
 import os
+import platform
 import re
 import sys
 import time
@@ -107,6 +108,23 @@ def add_data_arguments(parser):
     return group
 
 
+def add_augmentation_arguments(group):
+    group.add_argument("--cutout", action="store_true", help="cut a square out of every training image")
+    group.add_argument("--cutout_length", type=number(int, low=2), default=16, help="its side, in pixels")
+    group.add_argument(
+        "--augment",
+        choices=("crop", "resized_crop"),
+        default="crop",
+        help="crop: of the image padded by an eighth; resized_crop: 8 to 100 %% of the image, enlarged",
+    )
+    group.add_argument(
+        "--color_jitter",
+        type=number(float, low=0, high=1),
+        default=0.0,
+        help="change brightness, contrast and saturation by factors of up to 1 + this, hue by half of it in turns",
+    )
+
+
 def add_kernel_norm_argument(group):
     group.add_argument(
         "--kernel_norm",
@@ -176,6 +194,14 @@ def pick_device(args):
     except ValueError as error:
         raise UserError(str(error)) from None
     return device
+
+
+def processor():
+    """The processor of this machine and the number of its cores, in words."""
+    info = Path("/proc/cpuinfo")  # of Linux, where `platform` does not know it
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def log_device(device):
@@ -252,14 +278,22 @@ class Evaluation(AverageMeter):
     def __init__(self):
         super().__init__()
         self.losses = torch.empty(0, dtype=torch.float64)  # (images,)
-        self._chance = 0.0  # the loss of a network that knows nothing
+        self.classes = 1
 
     def add(self, logits, target):
         """Add a batch: logits (N, classes), target (N,)."""
         losses = torch.nn.functional.cross_entropy(logits, target, reduction="none").cpu().double()
         self.losses = torch.cat([self.losses, losses])
-        self._chance = math.log(logits.shape[1])
+        self.classes = logits.shape[1]
         self.update(losses.mean().item(), logits, target)
+
+    @property
+    def has_top5(self):
+        """Whether top-5 accuracy says anything."""
+        return self.classes > 5
+
+    def __str__(self):
+        return super().__str__() + (f" top-5 {self.top5:.2f}%" if self.has_top5 else "")
 
     def extreme(self):
         """The images, worst first, that make more than half of the loss by losses far above its median; or none.
@@ -269,7 +303,8 @@ class Evaluation(AverageMeter):
         finite = self.losses[self.losses.isfinite()]
         if len(finite) == 0:
             return []
-        threshold = 10 * max(finite.median().item(), self._chance)
+        chance = math.log(self.classes)  # the loss of a network that knows nothing
+        threshold = 10 * max(finite.median().item(), chance)
         far = self.losses.isfinite() & (self.losses > threshold)
         if self.losses[far].sum() <= finite.sum() / 2:
             return []
@@ -300,6 +335,18 @@ def accuracy(logits, target, topk=(1,)):
     return [100 * hits[:, :k].any(dim=1).double().mean().item() for k in topk]
 
 
+def duration(seconds):
+    """Seconds as people say them: 42 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
 def count_parameters_in_MB(model):
     """Millions of weights, without the auxiliary head."""
     return sum(p.numel() for name, p in model.named_parameters() if "auxiliary" not in name) / 1e6
@@ -326,7 +373,7 @@ def replacing(path):
 def remove_temporaries(folder):
     """Remove what killed processes left below a folder while they were `replacing` files of it; none is at work now."""
     for path in Path(folder).rglob(".*"):
-        if re.fullmatch(r"\..+\.(pt|json|csv|png|gv|gif)\.\d+", path.name) and path.is_file():
+        if re.fullmatch(r"\..+\.(pt|json|csv|png|gv|gif|html)\.\d+", path.name) and path.is_file():
             path.unlink()
 
 

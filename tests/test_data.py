@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+from train import parse_args
 from utils import UserError
 
 
@@ -74,8 +75,9 @@ def test_one_image_is_too_few_to_train_on_but_not_to_evaluate():
     assert len(list(data.Batches(numbered_images(1), 2, PLAIN, None))) == 1
 
 
-def test_a_batch_depends_on_seed_epoch_and_step_alone():
-    images, augmentation = numbered_images(), data.Augmentation(pad=2, flip=True, cutout_length=3)
+@pytest.mark.parametrize("more", [{}, dict(resized_crop=True, color_jitter=0.4)], ids=["crop", "resized_crop"])
+def test_a_batch_depends_on_seed_epoch_and_step_alone(more):
+    images, augmentation = numbered_images(), data.Augmentation(pad=2, flip=True, cutout_length=3, **more)
     first, second = (data.Batches(images, 6, PLAIN, augmentation, key=(1, 0)) for _ in range(2))
     ahead = first.batch(3, 2)
     for step in range(4):
@@ -149,6 +151,23 @@ def test_every_image_is_mirrored_half_of_the_time_independently_of_the_others():
     assert together.abs().max() < 0.35
 
 
+def test_a_resized_crop_is_a_part_of_its_image_and_jitter_changes_its_colours():
+    images = numbered_images()
+    images.pixels[:] = images.labels[:, None, None, None] * 10 + 20
+    crop = data.Augmentation.of("folder", 8, 0, resized_crop=True)
+    input, target = data.Batches(images, 20, PLAIN, crop).batch(0, 0)
+    assert torch.allclose(input, (target[:, None, None, None] * 10 + 20).expand_as(input).float())
+    jittered, same = data.Batches(images, 20, PLAIN, crop._replace(color_jitter=0.5)).batch(0, 0)
+    assert torch.equal(target, same) and (jittered - input).abs().amax((1, 2, 3)).gt(0.1).float().mean() > 0.9
+    assert jittered.min() >= 0 and jittered.max() <= 255 and jittered.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_augmentation_of_flags():
+    args = parse_args("--dataset digits --augment resized_crop --color_jitter 0.3 --cutout --cutout_length 4".split())
+    assert data.Augmentation.of_flags(args) == (0, False, 4, True, 0.3)
+    assert data.Augmentation.of_flags(parse_args([])) == (4, True, 0, False, 0.0)
+
+
 def test_digits_are_not_mirrored():
     found, _ = mirrored_at_random(data.Augmentation.of("digits", 8, 0).flip, epochs=5)
     assert not found.any()
@@ -166,8 +185,8 @@ def test_cutout_cuts_a_square_that_the_edge_may_clip():
 
 
 def test_padding_is_in_the_originals_proportion():
-    assert data.Augmentation.of("cifar10", 32, 16) == (4, True, 16)
-    assert data.Augmentation.of("digits", 8, 0) == (1, False, 0)
+    assert data.Augmentation.of("cifar10", 32, 16) == data.Augmentation(pad=4, flip=True, cutout_length=16)
+    assert data.Augmentation.of("digits", 8, 0) == data.Augmentation(pad=1, flip=False, cutout_length=0)
 
 
 def test_input_is_channels_last():

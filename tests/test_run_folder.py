@@ -18,6 +18,7 @@ import checkpoint
 import data
 import progress
 import run_folder
+import schedule
 import utils
 from involution import Involution2d
 
@@ -31,7 +32,8 @@ def working_folder(tmp_path, monkeypatch):
 
 
 def settings(**kwargs):
-    return argparse.Namespace(**(dict(save="EXP", resume=None, epochs=2, report_freq=1, learning_rate=0.1) | kwargs))
+    own = dict(save="EXP", folder=None, resume=None, epochs=2, report_freq=1, learning_rate=0.1, train_portion=1.0)
+    return argparse.Namespace(**own | kwargs)
 
 
 def make_run(kind="train", model=None, **kwargs):
@@ -39,7 +41,7 @@ def make_run(kind="train", model=None, **kwargs):
     model = model or torch.nn.Linear(3, 2)
     epochs = kwargs.get("epochs", 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    scheduler = schedule.make(optimizer, epochs, kwargs.get("lr_scheduler", "cosine"))
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
     run = run_folder.Run(kind, settings(**kwargs), torch.device("cpu"), parts)
     if run.args.resume is None:
@@ -90,6 +92,46 @@ def test_a_folder_and_its_files():
 def test_runs_of_the_same_second_get_folders_of_their_own(monkeypatch):
     monkeypatch.setattr("time.strftime", lambda *_: "NOW")
     assert [make_run().folder.name for _ in range(3)] == ["train-EXP-NOW", "train-EXP-NOW-2", "train-EXP-NOW-3"]
+
+
+def test_a_folder_of_ones_own(tmp_path):
+    own = str(tmp_path / "deep" / "mine")
+    run = make_run(folder=own)
+    assert run.folder == Path(own) and (run.folder / "checkpoint.pt").exists()
+    assert go_on(run, folder=own).folder == run.folder
+    with pytest.raises(utils.UserError, match="mine holds a run already: go on with it \\(--resume"):
+        make_run(folder=own)
+    assert (run.folder / "checkpoint.pt").exists()
+
+
+def test_a_folder_of_a_run_that_never_saved_is_taken_over():
+    run = make_run(folder="mine")
+    run.__exit__()
+    for name in ("checkpoint.pt", ".metrics.csv.17"):
+        Path("mine", name).touch()
+    Path("mine", "checkpoint.pt").unlink()
+    make_run(folder="mine").__exit__()
+    Path("mine", "checkpoint.pt").unlink()
+    Path("mine", "thesis.tex").touch()
+    with pytest.raises(utils.UserError, match="holds thesis.tex, which is not of a run: name a new or an empty folder"):
+        make_run(folder="mine")
+    with pytest.raises(utils.UserError, match="cannot make the run folder mine/thesis.tex"):
+        make_run(folder="mine/thesis.tex")
+    assert Path("mine", "thesis.tex").exists()
+
+
+@pytest.mark.skipif(run_folder.fcntl is None, reason="no locks on this system")
+def test_a_folder_that_another_run_is_at_work_in_is_left_alone():
+    run = make_run(folder="mine")
+    run.checkpoint.unlink()  # as before its first
+    with pytest.raises(utils.UserError, match="mine: another process is at work on this run"):
+        make_run(folder="mine")
+    assert (run.folder / "config.json").exists()
+
+
+def test_what_a_run_is_judged_by():
+    assert make_run().judged_by == "test"
+    assert make_run(train_portion=0.9).judged_by == make_run(kind="search").judged_by == "validation"
 
 
 def test_everything_is_restored():
@@ -266,7 +308,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing(working_folder):
     assert run.checkpoint.exists()
 
 
-@pytest.mark.parametrize("fails", ["os.fsync", "run_folder._config", "logging.FileHandler._open"])
+@pytest.mark.parametrize("fails", ["os.fsync", "run_folder.environment", "logging.FileHandler._open"])
 def test_a_full_disk_is_named_and_leaves_nothing(working_folder, monkeypatch, fails):
     def no_space(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -324,7 +366,6 @@ DAMAGES = {  # what is put where in a checkpoint: the last key of a path gets th
     "optimizer state 0 momentum_buffer": [torch.zeros(7), torch.full((2, 3), NAN), 3],
     "optimizer state 0": [{}, {"zz": torch.zeros(2, 3)}][1:],
     "scheduler": [{}],
-    "scheduler T_max": [0, 77, "x"],
     "scheduler last_epoch": [-5, None],
     "scheduler base_lrs": [[9.0], []],
     "args": [None, []],
@@ -363,7 +404,7 @@ def test_a_step_beyond_the_epoch_is_named():
         next(run.steps(make_batches()))
 
 
-def test_an_extended_run_goes_on_along_the_cosine_of_its_new_length(caplog):
+def test_an_extended_run_goes_on_along_the_schedule_of_its_new_length(caplog):
     caplog.set_level(logging.INFO, "darts")
     folder = trained_run()
     with make_run(resume=folder, epochs=5) as run:
@@ -378,3 +419,20 @@ def test_an_extended_run_goes_on_along_the_cosine_of_its_new_length(caplog):
     assert json.loads((folder / "config.json").read_text())["args"]["epochs"] == 5
     assert len((folder / "metrics.csv").read_text().splitlines()) == 6
     make_run(resume=folder, epochs=5)
+
+
+def test_a_run_with_the_cosine_schedule_of_before_goes_on():
+    """PyTorch's, whose state is another."""
+    folder = trained_run()
+    path = folder / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.1)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
+    optimizer.step()
+    cosine.step()
+    state["scheduler"] = cosine.state_dict()
+    torch.save(state, path)
+    with make_run(resume=folder) as run:
+        assert run.parts["optimizer"].param_groups[0]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
+        run.end_epoch(meter())
+        assert run.parts["optimizer"].param_groups[0]["lr"] == pytest.approx(0)
