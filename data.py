@@ -210,6 +210,20 @@ def load_as(args, train, device):
     return load(args.dataset, args.data, train, args.image_size, args.subset, args.seed, device, args.skip_broken)
 
 
+def load_pictures(places, args, classes, device):
+    """Pictures of a user's own, files or folders of them, as Images without labels (all of class 0).
+
+    They are resized as those of the data set of `args`, the flags of a script.
+
+    Raises:
+        UserError: a place that is not there, a folder without pictures, a file that is none.
+    """
+    size = args.image_size or _NATIVE_SIZE[args.dataset]
+    samples = [(path, 0) for path in image_folder.find(places)]
+    pixels, labels, names = image_folder.read(samples, size, "given", args.skip_broken)
+    return Images(torch.from_numpy(pixels).to(device), torch.from_numpy(labels).to(device), classes, names)
+
+
 def split(images, train_portion, seed):
     """A random split of the training images of a search: (for the weights, for the alphas).
 
