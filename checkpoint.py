@@ -126,11 +126,11 @@ def are_fingerprints(value):
     """Whether a value is what a run keeps of its sets of images: `data.fingerprint` of each, by name."""
     return isinstance(value, dict) and all(
         isinstance(of, dict)
-        and set(of) == {"classes", "counts", "sha256"}
+        and {"classes", "counts"} < set(of) <= {"classes", "counts", "sha256", "files"}
         and _list(of["classes"], _name)
         and len(of["classes"]) > 0
         and _list(of["counts"], _count, len(of["classes"]))
-        and _name(of["sha256"])
+        and all(_name(of[name]) for name in {*of} - {"classes", "counts"})
         for of in value.values()
     )
 
@@ -245,19 +245,21 @@ def load_optimizer(optimizer, saved):
                     raise ValueError(f"{name} is not finite, or of another shape than its weight")
 
 
-def load_scheduler(scheduler, saved, epoch, epochs):
-    """Load the state dict of a cosine schedule.
+def load_scheduler(scheduler, saved, epoch):
+    """Load the state dict of a `schedule.make`, or of a cosine schedule of PyTorch's, as older runs have.
 
     Raises:
-        ValueError: says what is not as it is after `epoch` of `epochs` epochs.
+        ValueError: says what is not as it is after `epoch` epochs.
     """
     fresh = scheduler.state_dict()
-    expected = {name: fresh[name] for name in ("base_lrs", "eta_min")} | {"last_epoch": epoch, "T_max": epochs}
+    functions = fresh.pop("lr_lambdas")  # which a file does not keep
+    expected = {"base_lrs": fresh["base_lrs"], "last_epoch": epoch}
     for name, value in fresh.items():
         value = expected.get(name, value)
         if name in saved and not (_same(saved[name], value) if name in expected else type(saved[name]) is type(value)):
             raise ValueError(f"{name} is {shown(saved[name])}")
-    scheduler.load_state_dict({name: saved[name] for name in fresh if name in saved or name in expected})
+    kept = {name: saved[name] for name in fresh if name in saved or name in expected}
+    scheduler.load_state_dict(kept | {"lr_lambdas": functions})
 
 
 def _same(a, b):

@@ -137,7 +137,7 @@ def measure(meter, classes):
         without_finite_logits=int((~finite).sum()),
         loss=meter.loss,
         top1=meter.top1,
-        top5=meter.top5 if len(classes) > 5 else None,  # else all of them
+        top5=meter.top5 if meter.has_top5 else None,
         expected_calibration_error=calibration.ece,
         calibration_bins=BINS,
         mean_confidence=float(confidences.mean()) if len(confidences) else None,
@@ -150,7 +150,7 @@ def write(folder, meter, images, facts):
     """Write everything that there is to know into a folder, test.json last.
 
     Args:
-        images: the data.Images that were evaluated, in their order.
+        images: those of data.py that were evaluated, in their order.
         facts: further plain values for test.json.
     """
     predictions = meter.predictions

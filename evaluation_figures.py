@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
@@ -142,8 +143,8 @@ def draw_mistakes(mistakes, total, predictions, images):
     panels = figure.subplots(rows, _COLUMNS, squeeze=False).flatten()
     for axes in panels:
         axes.axis("off")
-    for k, axes in zip(mistakes, panels, strict=False):
-        pixels = images.pixels[k].cpu().numpy()
+    pixels_of = (pixels for part in images.parts(torch.as_tensor(mistakes)) for pixels in part.numpy())
+    for k, pixels, axes in zip(mistakes, pixels_of, panels, strict=False):
         axes.imshow(pixels, interpolation="nearest" if len(pixels) < 100 else "antialiased")
         predicted, target = (images.classes[labels[k]] for labels in (predictions.predicted, predictions.targets))
         text = f"{_short(predicted, 14)} {_percent(predictions.confidences[k])}\nis {_short(target, 18)}"

@@ -169,20 +169,30 @@ def serves(x):
     return choose_backend(x) is not fast_cell_torch and not all_are_watched()
 
 
-def derived(stem, cells, x, drop_prob, wanted):
-    """{k: the output of cell k, for k in wanted}, of a network of a stem and cells, from images x (N, 3, H, W)."""
+def derived(stems, cells, x, drop_prob, wanted):
+    """{k: the output of cell k, for k in wanted}, of a network's stems and cells, from images x (N, 3, H, W).
+
+    stems: the module whose output is both inputs of the first cell, or one for each, the second reading the first.
+    """
     backend, plans = choose_backend(x), [_plan(cell, x.dtype) for cell in cells]
-    nodes0 = nodes1 = [_stem(stem, x, _map_wanted(-1, plans, wanted), backend)]
+    # a feature map is the second input of the cell after it, and the first one of the cell after that
+    readers = [[(k, j) for k, j in ((i, 1), (i + 1, 0)) if k < len(plans)] for i in range(len(plans) + 1)]
     states, maps = {}, {}
+    if len(stems) == 2:
+        nodes0 = [_stem(stems[0], x, _map_wanted([(0, 0)], plans, True), backend)]
+        states.update(_preprocess(nodes0, [(0, 0)], plans, backend))
+        x = nodes0[0].plain
+    else:
+        readers[0] = [(0, 0), *readers[0]]
+    nodes1 = [_stem(stems[-1], x, _map_wanted(readers[0], plans, False), backend)]
+    nodes0 = nodes0 if len(stems) == 2 else nodes1
     for k, plan in enumerate(plans):
-        # a feature map is the second input of the cell after it, and the first one of the cell after that
-        readers = [(k, 1), (k + 1, 0)] if k else [(0, 0), (0, 1), (1, 0)]
-        states.update(_preprocess(nodes1, [reader for reader in readers if reader[0] < len(plans)], plans, backend))
+        states.update(_preprocess(nodes1, readers[k], plans, backend))
         if plan.ops is None:
             nodes = [_own_state(plan.cell(_as_one(nodes0), _as_one(nodes1), drop_prob))]
         else:
             inputs = [states.pop((k, 0)), states.pop((k, 1))]
-            nodes = _nodes(plan, inputs, drop_prob, _map_wanted(k, plans, wanted), backend)
+            nodes = _nodes(plan, inputs, drop_prob, _map_wanted(readers[k + 1], plans, k in wanted), backend)
         nodes0, nodes1 = nodes1, nodes
         if k in wanted:
             maps[k] = _as_one(nodes)
@@ -196,24 +206,23 @@ def _plan(cell, dtype):
     return _Plan(cell, *([_kind(op, cell.training, True, dtype) for op in ops] for ops in of_cell))
 
 
-def _map_wanted(k, plans, wanted):
-    """Whether anybody reads the feature map of cell k itself, and whether its positive part; -1 is the stem."""
-    readers = [(k + 1, 1), (k + 2, 0)] if k >= 0 else [(0, 0), (0, 1), (1, 0)]
-    shared = [
-        plans[i].ops is not None and plans[i].preprocess[j][0] in _PREPROCESS for i, j in readers if i < len(plans)
-    ]
-    return k in wanted or False in shared, True in shared
+def _map_wanted(readers, plans, is_output):
+    """Whether anybody reads a feature map itself, and whether its positive part; readers: (cell, input) each."""
+    shared = [plans[i].ops is not None and plans[i].preprocess[j][0] in _PREPROCESS for i, j in readers]
+    return is_output or False in shared, True in shared
 
 
 def _stem(module, x, wanted, backend):
-    """The State of the stem of a network: a convolution and a batch norm."""
-    if tuple(map(type, module.modules())) != (nn.Sequential, nn.Conv2d, nn.BatchNorm2d):
+    """The State of a stem, whose last layers are a convolution and a batch norm."""
+    if type(module) is not nn.Sequential or tuple(map(type, module[-2:])) != (nn.Conv2d, nn.BatchNorm2d):
         return _own_state(module(x))
-    conv, norm = module
-    if any(map(is_watched, module.modules())) or not _is_usual_norm(norm, module.training, True, x.dtype):
+    *before, conv, norm = module
+    if any(map(is_watched, (module, conv, norm))) or not _is_usual_norm(norm, module.training, True, x.dtype):
         return _own_state(module(x))
     if conv.out_channels != norm.num_features:
         return _own_state(module(x))  # which raises PyTorch's own error
+    for layer in before:
+        x = layer(x)
     return _state(iter(backend.normalize(conv(x), norm, wanted)), wanted)
 
 

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 import fast_cell
 from genotypes import PRIMITIVES, Genotype
 from involution import Involution2d, all_are_watched, is_watched, set_kernel_norm
-from operations import KERNEL_NORM, OPS, FactorizedReduce, ReLUConvBN
+from operations import KERNEL_NORM, OPS, FactorizedReduce, ReLUConvBN, halving
+
+STEM_STRIDES = (1, 4, 8)
 
 
 class MixedOp(nn.Module):
@@ -80,9 +82,12 @@ class Network(nn.Module):
         fast: compute the cells by fast_cell.py, not edge by edge; the results are equal, but on a CPU they cannot be
             differentiated twice. `net.fast` may be changed at any time.
         kernel_norm: what bounds the kernels of the involutions, one of `involution.KERNEL_NORMS`.
+        stem_stride: by which the stem reduces the image before the cells, one of `STEM_STRIDES`. 1 is the stem of the
+            original. 4 and 8 are two and three strided convolutions: the stem that brings 224 pixels to 28 in the
+            original's network for ImageNet and in the searches of PC-DARTS on it (arXiv 1907.05737, section 4.3).
 
     Raises:
-        ValueError: an unknown primitive or kernel_norm, no primitive but `none`, or a count below one.
+        ValueError: an unknown primitive, kernel_norm or stem_stride, no primitive but `none`, or a count below one.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class Network(nn.Module):
         primitives=PRIMITIVES,
         fast=True,
         kernel_norm=KERNEL_NORM,
+        stem_stride=1,
     ):
         super().__init__()
         _check_counts(C=C, num_classes=num_classes, layers=layers, steps=steps, multiplier=multiplier)
@@ -107,10 +113,10 @@ class Network(nn.Module):
             raise ValueError(f"primitives must be names in operations.OPS besides none, got {unknown or primitives}")
         self._C, self._num_classes, self._layers, self._criterion = C, num_classes, layers, criterion
         self._steps, self._multiplier, self._stem_multiplier = steps, multiplier, stem_multiplier
-        self._primitives, self.fast = list(primitives), fast
+        self._primitives, self.fast, self._stem_stride = list(primitives), fast, stem_stride
 
         C_curr = stem_multiplier * C
-        self.stem = nn.Sequential(nn.Conv2d(3, C_curr, 3, padding=1, bias=False), nn.BatchNorm2d(C_curr))
+        self.stem = _make_stem(C_curr, stem_stride)
         self.cells = nn.ModuleList()
         C_prev_prev, C_prev, C_curr = C_curr, C_curr, C
         reduction_prev = False
@@ -162,6 +168,7 @@ class Network(nn.Module):
             self._stem_multiplier,
             self._primitives,
             self.fast,
+            stem_stride=self._stem_stride,
         ).to(self.alphas_normal)
         for new, old in zip(net.modules(), self.modules(), strict=True):
             if isinstance(old, Involution2d):
@@ -192,6 +199,17 @@ class Network(nn.Module):
                 gene.append((self._primitives[best[edge]], edge - offset))
             offset += inputs
         return gene
+
+
+def _make_stem(C, stride):
+    """(N, 3, H, W) -> (N, C, ceil(H/stride), ceil(W/stride)), normalised."""
+    if stride not in STEM_STRIDES:
+        raise ValueError(f"stem_stride must be one of {', '.join(map(str, STEM_STRIDES))}, got {stride}")
+    if stride == 1:
+        return nn.Sequential(nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
+    half = max(1, C // 2)
+    layers = [*halving(3, half), nn.ReLU(), *halving(half, C)]
+    return nn.Sequential(*layers) if stride == 4 else nn.Sequential(*layers, nn.ReLU(), *halving(C, C))
 
 
 def _check_counts(**counts):

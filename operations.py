@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from involution import Involution2d
 
 KERNEL_NORM = "soft_rms"  # of the involutions of OPS (involution.KERNEL_NORMS)
+LARGEST_SMALL_IMAGE = 64  # pixels; the cells see such images whole, and larger ones reduced by a stem
 
 OPS = {
     "none": lambda C, stride, affine: Zero(stride),
@@ -146,6 +147,11 @@ class FactorizedReduce(nn.Module):
         H, W = x.shape[2:]
         shifted = F.pad(x, (-1, W % 2, -1, H % 2))  # zeros past the edge of an odd-sized image
         return self.bn(torch.cat([self.conv_1(x[:, :, ::2, ::2]), self.conv_2(shifted[:, :, ::2, ::2])], dim=1))
+
+
+def halving(C_in, C_out):
+    """What a stem for large images is made of: a 3x3 convolution of stride 2 and a batch norm."""
+    return nn.Conv2d(C_in, C_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(C_out)
 
 
 def drop_path(x, drop_prob):

@@ -35,11 +35,13 @@ import checkpoint
 import genotypes
 import involution
 import progress
+import schedule
 import visualize
 from curves import plot_curves
 from data import check_unchanged
 from operations import KERNEL_NORM
-from utils import AverageMeter, UserError, log_device, processor, remove_temporaries, write_text
+from stream import ReadError
+from utils import AverageMeter, Diverged, UserError, log_device, processor, remove_temporaries, write_text
 
 try:
     import fcntl
@@ -48,7 +50,9 @@ except ImportError:  # Windows: runs are not locked
 
 logger = logging.getLogger("darts.run")
 
+BUSY = "another process is at work on this run"
 _SAVE_EVERY = 300  # seconds between two checkpoints within an epoch
+_TOO_LONG = 0.1  # of an epoch, to wait for images
 
 
 class Run:
@@ -100,12 +104,20 @@ class Run:
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, kind=None, *_):
-        """End the log, so that another process may go on; a run that failed before its first step leaves nothing."""
-        for number_, handler in self._handlers.items():
-            signal.signal(number_, handler)
-        if self._log:
-            self._log.close()
+    def __exit__(self, kind=None, error=None, *_):
+        """End the log, so that another process may go on; a run that failed before its first step leaves nothing.
+
+        Images that cannot be read any more stop a run where a signal does, between two steps: it is saved.
+        """
+        try:
+            if isinstance(error, ReadError) and self._begun:
+                self.stop_if_asked()  # a signal to all processes may have ended those that read
+                self._save_and_say_how_to_go_on()
+        finally:
+            for number_, handler in self._handlers.items():
+                signal.signal(number_, handler)
+            if self._log:
+                self._log.close()
         if kind is not None and issubclass(kind, Exception) and not self._begun:
             if self._log:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -129,8 +141,13 @@ class Run:
         self._signal = number_
         tqdm.write("finishing this step, then saving (once more stops at once)", file=sys.stderr)
 
-    def steps(self, batches):
-        """Yield the augmented batches that are left of this epoch, with a progress bar or report lines."""
+    def steps(self, batches, *others):
+        """Yield the augmented batches that are left of this epoch, with a progress bar or report lines.
+
+        Args:
+            others: further batches that a step takes, whose waiting for images counts too.
+        """
+        start, waited = time.monotonic(), -sum(each.waited for each in (batches, *others))
         label = f"epoch {self.epoch + 1}/{self.args.epochs}"
         if self.step > len(batches):
             raise UserError(f"{self.checkpoint} is damaged: step {self.step} of an epoch of {len(batches)} steps")
@@ -147,12 +164,17 @@ class Run:
                 self.stop_if_asked()
                 if time.monotonic() - self._saved_at > _SAVE_EVERY:
                     self.save()
+        waited += sum(each.waited for each in (batches, *others))
+        if waited > 0:
+            share = waited / (time.monotonic() - start)
+            level, advice = (logging.WARNING, "; more --workers may help") if share > _TOO_LONG else (logging.DEBUG, "")
+            logger.log(level, "%s: %.1f%% of the time spent waiting for images%s", label, 100 * share, advice)
 
     def record(self, loss, logits, target):
         """Add a training batch to the averages of the epoch.
 
         Raises:
-            UserError: the loss is not finite: names the step, the learning rate and the last good checkpoint.
+            Diverged: the loss is not finite: names the step, the learning rate and the last good checkpoint.
         """
         loss = loss.item()
         if not math.isfinite(loss):
@@ -160,10 +182,10 @@ class Run:
         self.meter.update(loss, logits, target)
 
     def diverged(self, what, step):
-        """The UserError that says what is no longer finite, where, and where to go on from."""
+        """The Diverged that says what is no longer finite, where, and where to go on from."""
         lr = self.parts["optimizer"].param_groups[0]["lr"]
         good = f"the last good checkpoint is {self.checkpoint}; " if self._begun else ""
-        return UserError(
+        return Diverged(
             f"{what} in epoch {self.epoch + 1}, step {step}, at learning rate {lr:.3g}; {good}{self._cure()}"
         )
 
@@ -177,10 +199,13 @@ class Run:
     def stop_if_asked(self):
         """After SIGINT or SIGTERM: save, say how to go on, exit with 128 + signal."""
         if self._signal is not None:
-            self.save()
-            logger.info("stopped in epoch %d after step %d; go on with:", self.epoch + 1, self.step)
-            logger.info("  %s", command(Path(sys.argv[0]).name, "--resume", self.folder))
+            self._save_and_say_how_to_go_on()
             sys.exit(128 + self._signal)
+
+    def _save_and_say_how_to_go_on(self):
+        self.save()
+        logger.info("stopped in epoch %d after step %d; go on with:", self.epoch + 1, self.step)
+        logger.info("  %s", command(Path(sys.argv[0]).name, "--resume", self.folder))
 
     def end_epoch(self, valid, **more):
         """Log and keep an epoch's numbers, step the scheduler, save, and write metrics.csv and the curves.
@@ -190,7 +215,7 @@ class Run:
             more: further columns of metrics.csv.
 
         Raises:
-            UserError: not one validation image has finite logits; the old checkpoint stays.
+            Diverged: not one validation image has finite logits; the old checkpoint stays.
         """
         lr = self.parts["optimizer"].param_groups[0]["lr"]
         logger.info(
@@ -242,7 +267,7 @@ class Run:
         """Replace checkpoint.pt.
 
         Raises:
-            UserError: the weights are not finite; the old checkpoint stays.
+            Diverged: the weights are not finite; the old checkpoint stays.
         """
         weights = [*self.parts["model"].state_dict().values()]
         if not all(w.isfinite().all() for w in weights):
@@ -284,7 +309,7 @@ class Run:
         checkpoint.load_weights(self.parts["model"], state["model"], self.checkpoint)
         name = "scheduler"
         try:
-            checkpoint.load_scheduler(self.parts[name], state[name], self.epoch, state["args"]["epochs"])
+            checkpoint.load_scheduler(self.parts[name], state[name], self.epoch)
             for name in sorted({*self.parts} - {"model", "scheduler"}):
                 checkpoint.load_optimizer(self.parts[name], state[name])
             self.parts["optimizer"].step()  # without gradients, moves nothing; the scheduler wants one before its own
@@ -297,21 +322,19 @@ class Run:
             raise UserError(f"{self.checkpoint} is damaged or of another script: its {name}: {what}") from None
 
     def _extend(self, before):
-        """Go on along the cosine of the new number of epochs, from where it is at this epoch."""
+        """Go on along the schedule of the new number of epochs, from where it is at this epoch."""
         scheduler, optimizer, epochs = self.parts["scheduler"], self.parts["optimizer"], self.args.epochs
         was = optimizer.param_groups[0]["lr"]
-        scheduler.T_max = epochs
-        for group, base in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
-            left = (1 + math.cos(math.pi * self.epoch / epochs)) / 2
-            group["lr"] = scheduler.eta_min + (base - scheduler.eta_min) * left
+        for group, rate in zip(optimizer.param_groups, schedule.learning_rates(scheduler, self.epoch), strict=True):
+            group["lr"] = rate
         path = self.folder / "config.json"
         config = json.loads(path.read_text())
         config["args"]["epochs"] = epochs
         write_text(path, json.dumps(config, indent=2) + "\n")
         self.save()
         logger.info(
-            "extended from %d to %d epochs: the learning rate is that of a cosine of %d epochs, %.3g from here on (it "
-            "was %.3g)",
+            "extended from %d to %d epochs: the learning rate is that of a schedule of %d epochs, %.3g from here on "
+            "(it was %.3g)",
             *(before, epochs, epochs, optimizer.param_groups[0]["lr"], was),
         )
 
@@ -336,7 +359,7 @@ class _LogFile(logging.FileHandler):
                 fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise UserError(f"{path.parent}: another process is at work on this run; stop it first") from None
+            raise UserError(f"{path.parent}: {BUSY}; stop it first") from None
         except OSError:  # a file system without locks
             pass
 
@@ -359,6 +382,19 @@ class _LogFile(logging.FileHandler):
         logging.getLogger().removeHandler(self)
         with contextlib.suppress(OSError):  # of a full disk, which has been told
             super().close()
+
+
+def is_busy(folder):
+    """Whether a process, on any machine that shares the folder, is at work on the run in it."""
+    try:
+        with open(Path(folder) / "log.txt") as log:
+            if fcntl:
+                fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no run yet, or a file system without locks
+        pass
+    return False
 
 
 def _folder(kind, args):

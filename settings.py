@@ -11,17 +11,28 @@ import checkpoint
 from utils import UserError, number, user_value
 
 # settings that may differ between a run and its continuation: they do not change what is computed
-PORTABLE = ("data", "device", "gpu", "report_freq", "cuda_graph")
+PORTABLE = ("data", "data_in", "workers", "device", "gpu", "report_freq", "cuda_graph")
 # what runs did that are older than the setting
 _BEFORE = {
     "kernel_norm": "none",
     "skip_broken": False,
+    "fit": "squeeze",
+    "data_in": None,
+    "workers": None,
     "amp": False,
     "cuda_graph": False,
     "compile": False,
     "search_space": "involution",
     "folder": None,
     "train_portion": 1.0,
+    "augment": "crop",
+    "color_jitter": 0.0,
+    "network": "cifar",
+    "stem_stride": 1,
+    "label_smooth": 0.0,
+    "lr_scheduler": "cosine",
+    "warmup_epochs": 0,
+    "eigenvalue_every": 0,
 }
 
 

@@ -2,6 +2,8 @@
 
 python test.py --model_path runs/train-EXP-20250101-120000              # a run of train.py; results go to its test/
 python test.py --model_path weights.pt --arch DARTS_V2 --auxiliary      # a published state dict
+python test.py --model_path imagenet.pt --arch DARTS_V2 --auxiliary --init_channels 48 --layers 14 --image_size 224 \
+    --dataset folder --data FOLDER                                      # the published one of ImageNet
 python test.py --model_path RUN --images cat.png holiday/               # what it sees in pictures of one's own
 """
 
@@ -20,13 +22,11 @@ import torch
 import checkpoint
 import data
 import evaluation
-import genotypes
 import report
 import run_folder
 import settings
 import train
 import utils
-from model import NetworkCIFAR
 
 logger = logging.getLogger("darts.test")
 
@@ -70,9 +70,12 @@ def load_run(parser, argv=None):
     state = checkpoint.load(path)
     if not isinstance(state, dict):
         raise utils.UserError(f"{path} holds a {type(state).__name__}, not a checkpoint or a state dict")
+    if isinstance(state.get("state_dict"), dict):  # as the original's script for ImageNet saves it
+        state = state["state_dict"]
     if "arch_optimizer" in state:
         raise utils.UserError(f"{path} is a search: train what it found (python train.py --arch {path.parent}) first")
     if not {"model", "args", "normalization", "classes"} <= set(state):
+        train.choose_network(args)
         return args, state, {}
     checkpoint.check(state, path)
     saved = settings.check(state["args"], train.build_parser(), path)
@@ -96,8 +99,8 @@ def main():
         if state["epoch"] == 0:
             logger.warning("%s comes from the first epoch of its run: it is hardly trained", args.model_path)
     else:
-        load_train = functools.partial(data.load, args.dataset, args.data, True, args.image_size)
-        normalization = data.Normalization.of(args.dataset, load_train)
+        everything = argparse.Namespace(**vars(args) | {"subset": None})
+        normalization = data.Normalization.of(args.dataset, functools.partial(data.load_as, everything, True, "cpu"))
     if not state and "kernel_norm" not in parser.given() and "invo" in args.arch:
         logger.warning(
             "%s does not say what bounds the kernels of its involutions: --kernel_norm %s is assumed; weights of "
@@ -117,8 +120,7 @@ def main():
 
 
 def make_model(args, weights, classes, device):
-    genotype = genotypes.parse(args.arch)
-    model = NetworkCIFAR(args.init_channels, classes, args.layers, args.auxiliary, genotype, args.kernel_norm)
+    model = train.make_network(args, classes)
     checkpoint.load_weights(model, weights, args.model_path)
     return model.to(device, memory_format=torch.channels_last)
 
@@ -145,7 +147,7 @@ def print_predictions(args, weights, state, device):
 
 def log_results(meter, images):
     """Log the numbers of a test, and the images that it does not go well with."""
-    top5 = f", top-5 {meter.top5:.2f}%" if len(images.classes) > 5 else ""  # else all of them
+    top5 = f", top-5 {meter.top5:.2f}%" if meter.has_top5 else ""
     logger.info("test loss %.4f, top-1 %.2f%%%s on %d images", meter.loss, meter.top1, top5, len(images))
     lost = (~meter.predictions.finite).nonzero()[0]
     if len(lost):

@@ -2,6 +2,7 @@
 
 python train_search.py --unrolled                                       # CIFAR-10, second order
 python train_search.py --unrolled --dataset digits --epochs 3           # a first try, no download
+python train_search.py --unrolled --dataset folder --data FOLDER --image_size 96    # cells see a quarter: 24 pixels
 python train_search.py --resume runs/search-EXP-20250101-120000         # go on where a run was stopped
 """
 
@@ -17,15 +18,18 @@ import torch
 import torch.nn as nn
 
 import data
+import diagnostics
 import genotypes
 import progress
 import report
 import run_folder
+import schedule
 import settings
 import utils
 from architect import Architect
 from gradients import Gradients
-from model_search import Network
+from model_search import STEM_STRIDES, Network
+from operations import LARGEST_SMALL_IMAGE
 
 logger = logging.getLogger("darts.search")
 
@@ -35,7 +39,7 @@ def train(run, train_batches, search_batches, architect, optimizer, args):
     gradients, weights = architect.gradients, architect.gradients.weights
     architect.model.train()
     lr = optimizer.param_groups[0]["lr"]
-    for input, target in run.steps(train_batches):
+    for input, target in run.steps(train_batches, search_batches):
         input_search, target_search = search_batches.batch(run.epoch, run.step)
         try:
             architect.step(input, target, input_search, target_search, lr, optimizer, args.unrolled)
@@ -68,17 +72,23 @@ def load_data(args, device):
     """
     images = data.load_as(args, True, device)
     normalization = data.Normalization.of(args.dataset, lambda: images)
-    cutout_length = args.cutout_length if args.cutout else 0
-    augmentation = data.Augmentation.of(args.dataset, images.pixels.shape[1], cutout_length)
+    augmentation = data.Augmentation.of_flags(args)
     parts = data.split(images, args.train_portion, args.seed)
     for part, of in zip(parts, ("train_portion", "rest of the training images"), strict=True):
         if args.batch_size > len(part):
             raise utils.UserError(f"--batch_size {args.batch_size} is larger than the {of}: {len(part)} images")
-    train_batches, search_batches = (
-        data.Batches(part, args.batch_size, normalization, augmentation, key=(args.seed, stream))
-        for stream, part in enumerate(parts)
-    )
+    of_all = (args.batch_size, normalization, augmentation)
+    train_batches = data.Batches(parts[0], *of_all, key=(args.seed, 0))
+    search_batches = data.Batches(parts[1], *of_all, key=(args.seed, 1), steps=len(train_batches))
     return train_batches, search_batches, images.classes, data.fingerprint(images)
+
+
+def measure_sharpness(run, search_batches, gradients):
+    """The dominant eigenvalue of the Hessian of the alphas, as a column of metrics.csv."""
+    groups = diagnostics.take_groups(search_batches)
+    eigenvalue = diagnostics.dominant_eigenvalue(gradients, groups, run.stop_if_asked)
+    logger.info("dominant eigenvalue of the Hessian of the validation loss by the alphas: %s", eigenvalue)
+    return {"eigenvalue": eigenvalue.value}
 
 
 def count_skips(genotype):
@@ -98,8 +108,7 @@ def build_parser():
     parser = utils.ArgumentParser(description="Search for an architecture with DARTS.")
     utils.add_data_arguments(parser)
     group = parser.add_argument_group("augmentation and split")
-    group.add_argument("--cutout", action="store_true", help="cut a square out of every training image")
-    group.add_argument("--cutout_length", type=utils.number(int, low=2), default=16, help="its side, in pixels")
+    utils.add_augmentation_arguments(group)
     group.add_argument(
         "--train_portion",
         type=utils.number(float, above=0, below=1),
@@ -117,6 +126,13 @@ def build_parser():
         help="number of cells, two of which reduce",
     )
     group.add_argument("--search_space", choices=genotypes.SEARCH_SPACES, default="involution", help="primitives")
+    group.add_argument(
+        "--stem_stride",
+        type=int,
+        choices=STEM_STRIDES,
+        help="by which the stem reduces images before the cells, with strided convolutions where it is not 1 (default: "
+        f"4 for images of more than {LARGEST_SMALL_IMAGE} pixels, else 1)",
+    )
     utils.add_kernel_norm_argument(group)
     group = parser.add_argument_group("weights")
     group.add_argument("--epochs", type=utils.number(int, low=1), default=50, help="passes over the training images")
@@ -130,6 +146,14 @@ def build_parser():
     group.add_argument("--unrolled", action="store_true", help="second order: look one step of the weights ahead")
     group.add_argument("--arch_learning_rate", type=utils.number(float, above=0), default=3e-4, help="of Adam")
     group.add_argument("--arch_weight_decay", type=utils.number(float, low=0), default=1e-3, help="of Adam")
+    group = parser.add_argument_group("watching")
+    group.add_argument(
+        "--eigenvalue_every",
+        metavar="EPOCHS",
+        type=utils.number(int, low=0),
+        help="measure the sharpness of the minimum in the alphas after every so many epochs, 0: never (default: as "
+        "often as takes about 5%% of the time; at the sizes of the paper 1, and 2 in first order)",
+    )
     group = utils.add_device_arguments(parser)
     group.add_argument("--amp", action="store_true", help="bfloat16 but for the finite differences and validation")
     group.add_argument("--cuda_graph", action="store_true", help="replay a step as CUDA graphs: no launch overhead")
@@ -137,8 +161,27 @@ def build_parser():
     return parser
 
 
+def parse_args(argv=None):
+    """The arguments, with the stem for images of this size.
+
+    Raises:
+        UserError: as settings.parse_args; images of which the supernet leaves nothing.
+    """
+    args = settings.parse_args(build_parser(), argv)
+    size = data.image_size(args)
+    if args.stem_stride is None:
+        args.stem_stride = 4 if size > LARGEST_SMALL_IMAGE else 1
+    smallest = 4 * args.stem_stride  # two cells halve what the stem leaves
+    if size < smallest:
+        raise utils.UserError(
+            f"the supernet with --stem_stride {args.stem_stride} reduces images by {smallest}, which leaves nothing of "
+            f"{size} pixels; use --image_size {smallest} or more"
+        )
+    return args
+
+
 def main():
-    args = settings.parse_args(build_parser())
+    args = parse_args()
     device = utils.pick_device(args)
     if args.cuda_graph and device.type != "cuda":
         if not args.resume:
@@ -148,14 +191,17 @@ def main():
     torch.manual_seed(args.seed)
     train_batches, search_batches, classes, fingerprint = load_data(args, device)
     primitives = genotypes.SEARCH_SPACES[args.search_space]
-    form = dict(primitives=primitives, kernel_norm=args.kernel_norm)
+    form = dict(primitives=primitives, kernel_norm=args.kernel_norm, stem_stride=args.stem_stride)
     model = Network(args.init_channels, len(classes), args.layers, nn.CrossEntropyLoss(), **form)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
     )
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=args.learning_rate_min)
+    scheduler = schedule.make(optimizer, args.epochs, lowest=args.learning_rate_min)
     architect = Architect(model, args, Gradients(model, args.amp, args.cuda_graph))
+    every = args.eigenvalue_every
+    if every is None:
+        every = diagnostics.usual_interval(len(train_batches), args.unrolled)
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, arch_optimizer=architect.optimizer)
 
     with run_folder.Run("search", args, device, parts, data={"train": fingerprint}) as run:
@@ -168,7 +214,10 @@ def main():
             train(run, train_batches, search_batches, architect, optimizer, args)
             valid = infer(run, search_batches, model)
             genotype = model.genotype()
-            run.end_epoch(valid, skip_connects=count_skips(genotype), genotype=genotypes.format(genotype))
+            more = dict(skip_connects=count_skips(genotype), genotype=genotypes.format(genotype))
+            if every and (run.epoch + 1) % every == 0:
+                more |= measure_sharpness(run, search_batches, architect.gradients)
+            run.end_epoch(valid, **more)
             run.report(genotype)
         logger.info("its page: %s", report.update(run.folder, build_parser()))
         logger.info("searched; now: %s", run_folder.command("train.py", "--arch", run.folder))

@@ -24,7 +24,15 @@ logger = logging.getLogger("darts")
 
 
 class UserError(ValueError):
-    """Something the user can mend; scripts show it as one line and exit with code 2."""
+    """Something the user can mend; scripts show it as one line and exit with its code."""
+
+    exit_code = 2
+
+
+class Diverged(UserError):
+    """Numbers of a run are no longer finite: a result of its settings, which has an exit code of its own."""
+
+    exit_code = 3
 
 
 # --------------------------------------------------------------------------------------------- command lines
@@ -104,8 +112,42 @@ def add_data_arguments(parser):
         help="pixels; images are resized to it (default: 8 for digits, else 32)",
     )
     group.add_argument("--subset", metavar="N", type=number(int, low=2), help="use at most N images of each set")
+    group.add_argument(
+        "--fit",
+        choices=("crop", "squeeze"),
+        default="crop",
+        help="of images in a folder that are not square: keep their middle, or distort them",
+    )
     group.add_argument("--skip_broken", action="store_true", help="leave out image files that cannot be read")
+    group.add_argument(
+        "--data_in",
+        choices=("memory", "disk"),
+        help="where images in a folder are kept; disk: decoded as they are needed (default: memory, up to 2 GiB)",
+    )
+    group.add_argument(
+        "--workers",
+        metavar="N",
+        type=number(int, low=1, high=256),
+        help="processes that decode images in a folder (default: one for each core but one, at most 8)",
+    )
     return group
+
+
+def add_augmentation_arguments(group):
+    group.add_argument("--cutout", action="store_true", help="cut a square out of every training image")
+    group.add_argument("--cutout_length", type=number(int, low=2), default=16, help="its side, in pixels")
+    group.add_argument(
+        "--augment",
+        choices=("crop", "resized_crop"),
+        default="crop",
+        help="crop: of the image padded by an eighth; resized_crop: 8 to 100 %% of the image, enlarged",
+    )
+    group.add_argument(
+        "--color_jitter",
+        type=number(float, low=0, high=1),
+        default=0.0,
+        help="change brightness, contrast and saturation by factors of up to 1 + this, hue by half of it in turns",
+    )
 
 
 def add_kernel_norm_argument(group):
@@ -125,7 +167,7 @@ def add_device_arguments(parser):
 
 
 def run_script(main):
-    """Call a script's `main`; what the user can mend ends in one line and exit code 2."""
+    """Call a script's `main`; what the user can mend ends in one line and exit code 2 (3: a run diverged)."""
     handler = _ConsoleHandler()
     handler.setLevel(logging.INFO if sys.stdout.isatty() else logging.DEBUG)
     # what is said before a run has a log.txt is kept for it
@@ -137,7 +179,7 @@ def run_script(main):
         main()
     except UserError as error:
         message = " ".join(str(error).split())
-        sys.exit(_fail(f"{script}: error: {message}", 2))
+        sys.exit(_fail(f"{script}: error: {message}", error.exit_code))
     except OSError as error:
         sys.exit(_fail(f"{script}: error: {error.filename or 'a file'}: {error.strerror or error}", 2))
     except (MemoryError, RuntimeError) as error:
@@ -261,14 +303,22 @@ class Evaluation(AverageMeter):
     def __init__(self):
         super().__init__()
         self.losses = torch.empty(0, dtype=torch.float64)  # (images,)
-        self._chance = 0.0  # the loss of a network that knows nothing
+        self.classes = 1
 
     def add(self, logits, target):
         """Add a batch: logits (N, classes), target (N,)."""
         losses = torch.nn.functional.cross_entropy(logits, target, reduction="none").cpu().double()
         self.losses = torch.cat([self.losses, losses])
-        self._chance = math.log(logits.shape[1])
+        self.classes = logits.shape[1]
         self.update(losses.mean().item(), logits, target)
+
+    @property
+    def has_top5(self):
+        """Whether top-5 accuracy says anything."""
+        return self.classes > 5
+
+    def __str__(self):
+        return super().__str__() + (f" top-5 {self.top5:.2f}%" if self.has_top5 else "")
 
     def extreme(self):
         """The images, worst first, that make more than half of the loss by losses far above its median; or none.
@@ -278,7 +328,8 @@ class Evaluation(AverageMeter):
         finite = self.losses[self.losses.isfinite()]
         if len(finite) == 0:
             return []
-        threshold = 10 * max(finite.median().item(), self._chance)
+        chance = math.log(self.classes)  # the loss of a network that knows nothing
+        threshold = 10 * max(finite.median().item(), chance)
         far = self.losses.isfinite() & (self.losses > threshold)
         if self.losses[far].sum() <= finite.sum() / 2:
             return []
@@ -309,9 +360,14 @@ def accuracy(logits, target, topk=(1,)):
     return [100 * hits[:, :k].any(dim=1).double().mean().item() for k in topk]
 
 
+def count_parameters(model):
+    """The number of weights, without the auxiliary head."""
+    return sum(p.numel() for name, p in model.named_parameters() if "auxiliary" not in name)
+
+
 def count_parameters_in_MB(model):
     """Millions of weights, without the auxiliary head."""
-    return sum(p.numel() for name, p in model.named_parameters() if "auxiliary" not in name) / 1e6
+    return count_parameters(model) / 1e6
 
 
 @contextmanager
