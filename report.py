@@ -127,7 +127,8 @@ def _of_run(folder, parser, kind):
     epochs, done = saved.get("epochs"), len(history)
     tests = _results(folder / TEST) if (folder / TEST / RESULTS).is_file() else None
     summary = _read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
-    seconds = _seconds_at_work(folder / "log.txt")
+    hours = summary.get("hours")
+    seconds = 3600 * hours if isinstance(hours, (int, float)) else seconds_at_work(folder / "log.txt")
     judge = judged_by(kind, saved)
     return dict(
         status=f"{done} of {epochs} epochs",
@@ -141,7 +142,7 @@ def _of_run(folder, parser, kind):
         rest=_rest(saved, parser),
         data=_data(saved, config.get("data", {})),
         machine=_machine(config),
-        cost=_pairs(summary) or ([("time at work, from the log", duration(seconds))] if seconds else []),
+        cost=_cost(summary) or ([("time at work, from the log", duration(seconds))] if seconds else []),
         table=_table(history, judge),
     )
 
@@ -234,7 +235,7 @@ def _genotype(folder):
         raise utils.UserError(str(error)) from None
 
 
-def _seconds_at_work(log):
+def seconds_at_work(log):
     """How long a run has worked, by the times of its log; the pauses between an interruption and a resume are none."""
     if not log.is_file():
         return 0
@@ -383,9 +384,14 @@ def _machine(config):
     return [(name, value) for name, value in pairs if value is not None]
 
 
-def _pairs(values):
-    """A dict for a table of two columns: names in words, numbers that can be read."""
-    return [(name.replace("_", " "), _shown(value)) for name, value in values.items()]
+def _cost(summary):
+    """What summary.json has besides what the page says elsewhere: names in words, numbers that can be read."""
+    elsewhere = ("kind", "epochs", "command", "genotype")
+    return [
+        (name.replace("_GB", " (GB)").replace("_", " "), _shown(value))
+        for name, value in summary.items()
+        if value is not None and name not in elsewhere and not name.endswith("_accuracy")
+    ]
 
 
 def _shown(value):

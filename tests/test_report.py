@@ -101,12 +101,14 @@ def test_it_holds_what_the_folder_holds(tmp_path):
     picture = folder / "figures" / "curves.png"
     for name in ("alphas_normal.png", "evolution.gif", "something_new.png"):
         shutil.copy(picture, picture.with_name(name))
-    (folder / "summary.json").write_text('{"hours": 1.98765, "peak_memory_GB": 3}')
+    (folder / "summary.json").write_text('{"hours": 1.98765, "peak_memory_GB": 3, "ended": null, "kind": "search"}')
     page = page_of(folder, "search")
     assert copied(page)[-1] == genotypes.format(genotypes.DARTS_L20)
     text = " ".join(html.unescape(re.sub("<[^>]*>", " ", re.sub("<style>.*</style>", "", page, flags=re.S))).split())
-    for said in ("--unrolled yes no", "37.50%", "skip connections 2", "hours 1.988", "peak memory GB 3", "cat, dog"):
-        assert said in text, said
+    said = ("--unrolled yes no", "37.50%", "skip connections 2", "cat, dog")
+    costs = ("hours 1.988", "time at work 1 h 59 min", "peak memory (GB) 3")
+    for words in said + costs:
+        assert words in text, words
     assert re.findall("<h2>(.*?)</h2>", page)[1:6] == ["Curves", "Cells", "Alphas", "Evolution", "More pictures"]
     assert page.count('src="data:image/') == page.count("<img ") == 4
 
