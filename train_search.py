@@ -212,7 +212,7 @@ def main():
         run.observer.pace.validation_steps = len(search_batches) / (13 if args.unrolled else 5)
         gc.freeze()  # as in train.py
         while run.epoch < args.epochs:
-            report.update(run, build_parser())
+            report.update(run.folder, build_parser())
             train(run, train_batches, search_batches, architect, optimizer, args)
             valid = infer(run, search_batches, model)
             genotype = model.genotype()
@@ -222,7 +222,7 @@ def main():
             run.end_epoch(valid, **more, genotype=genotypes.format(genotype))
             run.report(genotype)
         run.observer.finish()
-        logger.info("its page: %s", report.update(run, build_parser()))
+        logger.info("its page: %s", report.update(run.folder, build_parser()))
         logger.info("searched; now: %s", run_folder.command("train.py", "--arch", run.folder))
 
 
