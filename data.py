@@ -21,7 +21,7 @@ from utils import UserError
 
 logger = logging.getLogger("darts.data")
 
-NATIVE_SIZE = {"cifar10": 32, "cifar100": 32, "folder": 32, "digits": 8}  # pixels
+_NATIVE_SIZE = {"cifar10": 32, "cifar100": 32, "folder": 32, "digits": 8}  # pixels
 _STATISTICS = {  # mean and standard deviation of the training images, as the original DARTS code has them
     "cifar10": ((0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)),
     "cifar100": ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
@@ -215,7 +215,7 @@ def load(dataset, root, train, image_size=None, subset=None, seed=0, device="cpu
     Raises:
         UserError: images that are missing, broken or not downloadable.
     """
-    size, part = image_size or NATIVE_SIZE[dataset], "train" if train else "test"
+    size, part = image_size or _NATIVE_SIZE[dataset], "train" if train else "test"
     if dataset == "folder":
         folder, classes, samples = image_folder.scan(Path(root), train)
         count = len(samples)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import genotypes
 import utils
 from involution import Involution2d
-from model import NetworkCIFAR
+from model import NETWORKS
 
 logger = logging.getLogger("darts.measure")
 
@@ -30,12 +30,13 @@ class Count(NamedTuple):
 
 def build(genotype, args, classes=10):
     """The evaluation network of a genotype."""
-    return NetworkCIFAR(args.init_channels, classes, args.layers, args.auxiliary, genotype, args.kernel_norm)
+    form = args.init_channels, classes, args.layers, args.auxiliary
+    return NETWORKS[args.network](*form, genotype, args.kernel_norm)
 
 
 def parameters(genotype, args):
     """The number of parameters of an evaluation network, fast for many genotypes: a sum over their edges."""
-    form = args.init_channels, args.layers, args.auxiliary, args.kernel_norm
+    form = args.network, args.init_channels, args.layers, args.kernel_norm
     steps = len(genotype.normal) // 2, len(genotype.reduce) // 2
     concats = tuple(genotype.normal_concat), tuple(genotype.reduce_concat)
     total = empty = _parameters_of(form, steps, concats, None)
@@ -49,14 +50,14 @@ def parameters(genotype, args):
 @functools.cache
 def _parameters_of(form, steps, concats, edge):
     """Parameters of a network that has no operations but for one edge, (cell, primitive, node), of each such cell."""
-    C, layers, auxiliary, kernel_norm = form
+    network, C, layers, kernel_norm = form
     cells = {"normal": [("none", 0)] * 2 * steps[0], "reduce": [("none", 0)] * 2 * steps[1]}
     if edge is not None:
         cell, primitive, node = edge
         cells[cell][-1] = (primitive, node)
     genotype = genotypes.Genotype(cells["normal"], concats[0], cells["reduce"], concats[1])
     with torch.device("meta"):
-        return utils.count_parameters(NetworkCIFAR(C, 10, layers, auxiliary, genotype, kernel_norm))
+        return utils.count_parameters(NETWORKS[network](C, 10, layers, False, genotype, kernel_norm))
 
 
 @torch.no_grad()

@@ -124,7 +124,7 @@ def _of_run(folder, parser, kind):
     tested = folder / TEST / RESULTS
     tests = _results(folder / TEST) if kind == "train" and tested.is_file() else None
     summary = _read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
-    seconds = _seconds_at_work(folder / "log.txt")
+    seconds = seconds_at_work(folder / "log.txt")
     judge = judged_by(kind, saved)
     return dict(
         status=f"{done} of {epochs} epochs",
@@ -205,7 +205,7 @@ def _genotype(folder):
     return genotypes.format(genotypes.parse(str(path))) if path.is_file() else None
 
 
-def _seconds_at_work(log):
+def seconds_at_work(log):
     """How long a run has worked, by the times of its log; the pauses between an interruption and a resume are none."""
     if not log.is_file():
         return 0
