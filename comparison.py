@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 import checkpoint
-import data
 import genotypes
 import jobs
 import measure
@@ -92,7 +91,7 @@ def collect(the_plan, folder, states, found):
     entries = []
     for candidate in the_plan.candidates:
         known = found[candidate]
-        cost = measure.count(known[0], network, data.image_size(network), classes) if known else None
+        cost = measure.count(known[0], network, classes) if known else None
         hours, accuracies, diverged = defaultdict(float), defaultdict(list), defaultdict(int)
         for job, state in of[candidate.name]:
             hours[job.stage] += jobs.seconds(job, folder) / 3600
