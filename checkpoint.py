@@ -124,10 +124,10 @@ def _normalization(value):
 
 def _fingerprints(value):
     return isinstance(value, dict) and all(
-        set(of) == {"classes", "counts", "sha256"}
+        {"classes", "counts"} < set(of) <= {"classes", "counts", "sha256", "files"}
         and _list(of["classes"], _name)
         and _list(of["counts"], _count, len(of["classes"]))
-        and _name(of["sha256"])
+        and all(_name(of[name]) for name in {*of} - {"classes", "counts"})
         for of in value.values()
     )
 

@@ -322,7 +322,8 @@ def _data(saved, fingerprints):
         least, most = min(of["counts"]), max(of["counts"])
         each = f"{least}" if least == most else f"{least} to {most}"
         pairs.append((f"{part} images", f"{sum(of['counts']):,}, {each} of each class"))
-        pairs.append((f"{part} images, SHA-256", of["sha256"]))
+        digest = "sha256" if "sha256" in of else "files"  # of the pixels, or of the files that are read from the disk
+        pairs.append((f"{part} images, SHA-256 of their {'pixels' if digest == 'sha256' else 'files'}", of[digest]))
     if fingerprints:
         names = next(iter(fingerprints.values()))["classes"]
         pairs.append((f"{len(names)} classes", ", ".join(names)))

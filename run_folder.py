@@ -40,6 +40,7 @@ import visualize
 from curves import plot_curves
 from data import check_unchanged
 from operations import KERNEL_NORM
+from stream import ReadError
 from utils import AverageMeter, Diverged, UserError, log_device, processor, remove_temporaries, write_text
 
 try:
@@ -51,6 +52,7 @@ logger = logging.getLogger("darts.run")
 
 BUSY = "another process is at work on this run"
 _SAVE_EVERY = 300  # seconds between two checkpoints within an epoch
+_TOO_LONG = 0.1  # of an epoch, to wait for images
 
 
 class Run:
@@ -102,12 +104,20 @@ class Run:
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, kind=None, *_):
-        """End the log, so that another process may go on; a run that failed before its first step leaves nothing."""
-        for number_, handler in self._handlers.items():
-            signal.signal(number_, handler)
-        if self._log:
-            self._log.close()
+    def __exit__(self, kind=None, error=None, *_):
+        """End the log, so that another process may go on; a run that failed before its first step leaves nothing.
+
+        Images that cannot be read any more stop a run where a signal does, between two steps: it is saved.
+        """
+        try:
+            if isinstance(error, ReadError) and self._begun:
+                self.stop_if_asked()  # a signal to all processes may have ended those that read
+                self._save_and_say_how_to_go_on()
+        finally:
+            for number_, handler in self._handlers.items():
+                signal.signal(number_, handler)
+            if self._log:
+                self._log.close()
         if kind is not None and issubclass(kind, Exception) and not self._begun:
             if self._log:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -131,8 +141,13 @@ class Run:
         self._signal = number_
         tqdm.write("finishing this step, then saving (once more stops at once)", file=sys.stderr)
 
-    def steps(self, batches):
-        """Yield the augmented batches that are left of this epoch, with a progress bar or report lines."""
+    def steps(self, batches, *others):
+        """Yield the augmented batches that are left of this epoch, with a progress bar or report lines.
+
+        Args:
+            others: further batches that a step takes, whose waiting for images counts too.
+        """
+        start, waited = time.monotonic(), -sum(each.waited for each in (batches, *others))
         label = f"epoch {self.epoch + 1}/{self.args.epochs}"
         if self.step > len(batches):
             raise UserError(f"{self.checkpoint} is damaged: step {self.step} of an epoch of {len(batches)} steps")
@@ -149,6 +164,11 @@ class Run:
                 self.stop_if_asked()
                 if time.monotonic() - self._saved_at > _SAVE_EVERY:
                     self.save()
+        waited += sum(each.waited for each in (batches, *others))
+        if waited > 0:
+            share = waited / (time.monotonic() - start)
+            level, advice = (logging.WARNING, "; more --workers may help") if share > _TOO_LONG else (logging.DEBUG, "")
+            logger.log(level, "%s: %.1f%% of the time spent waiting for images%s", label, 100 * share, advice)
 
     def record(self, loss, logits, target):
         """Add a training batch to the averages of the epoch.
@@ -179,10 +199,13 @@ class Run:
     def stop_if_asked(self):
         """After SIGINT or SIGTERM: save, say how to go on, exit with 128 + signal."""
         if self._signal is not None:
-            self.save()
-            logger.info("stopped in epoch %d after step %d; go on with:", self.epoch + 1, self.step)
-            logger.info("  %s", command(Path(sys.argv[0]).name, "--resume", self.folder))
+            self._save_and_say_how_to_go_on()
             sys.exit(128 + self._signal)
+
+    def _save_and_say_how_to_go_on(self):
+        self.save()
+        logger.info("stopped in epoch %d after step %d; go on with:", self.epoch + 1, self.step)
+        logger.info("  %s", command(Path(sys.argv[0]).name, "--resume", self.folder))
 
     def end_epoch(self, valid, **more):
         """Log and keep an epoch's numbers, step the scheduler, save, and write metrics.csv and the curves.

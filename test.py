@@ -79,8 +79,8 @@ def main():
         if state["epoch"] == 0:
             logger.warning("%s comes from the first epoch of its run: it is hardly trained", args.model_path)
     else:
-        load_train = functools.partial(data.load, args.dataset, args.data, True, args.image_size)
-        normalization = data.Normalization.of(args.dataset, load_train)
+        everything = argparse.Namespace(**vars(args) | {"subset": None})
+        normalization = data.Normalization.of(args.dataset, functools.partial(data.load_as, everything, True, "cpu"))
     if not state and "kernel_norm" not in parser.given() and "invo" in args.arch:
         logger.warning(
             "%s does not say what bounds the kernels of its involutions: --kernel_norm %s is assumed; weights of "

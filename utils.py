@@ -112,7 +112,24 @@ def add_data_arguments(parser):
         help="pixels; images are resized to it (default: 8 for digits, else 32)",
     )
     group.add_argument("--subset", metavar="N", type=number(int, low=2), help="use at most N images of each set")
+    group.add_argument(
+        "--fit",
+        choices=("crop", "squeeze"),
+        default="crop",
+        help="of images in a folder that are not square: keep their middle, or distort them",
+    )
     group.add_argument("--skip_broken", action="store_true", help="leave out image files that cannot be read")
+    group.add_argument(
+        "--data_in",
+        choices=("memory", "disk"),
+        help="where images in a folder are kept; disk: decoded as they are needed (default: memory, up to 2 GiB)",
+    )
+    group.add_argument(
+        "--workers",
+        metavar="N",
+        type=number(int, low=1, high=256),
+        help="processes that decode images in a folder (default: one for each core but one, at most 8)",
+    )
     return group
 
 
