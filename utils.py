@@ -229,6 +229,14 @@ def processor():
     return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
+def synchronize(device):
+    """Wait until a device has done what it was asked to, so that a clock may be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def log_device(device):
     """Log what a script computes on: the numbers of a CPU depend on how many threads share it."""
     backend, count = involution.backend(device), torch.get_num_threads()
