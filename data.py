@@ -400,6 +400,19 @@ def _load_folder(
     return StreamedImages(names, labels, classes, marks, device, size, fit, workers)
 
 
+def load_pictures(places, args, classes, device):
+    """Pictures of a user's own, files or folders of them, as images without labels (all of class 0).
+
+    They are resized as those of the data set of `args`, the flags of a script.
+
+    Raises:
+        UserError: a place that is not there, a folder without pictures, a file that is none.
+    """
+    samples = [(path, 0) for path in image_folder.find(places)]
+    reading = {name: getattr(args, name) for name in ("skip_broken", "fit", "data_in", "workers")}
+    return _load_folder("", classes, samples, image_size(args), "given", device, **reading)
+
+
 def split(images, train_portion, seed):
     """A random split of the training images of a search: (for the weights, for the alphas).
 

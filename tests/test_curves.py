@@ -71,3 +71,40 @@ def test_epochs_are_whole_numbers(epochs):
         left, right = axes.get_xlim()
         ticks = [tick for tick in axes.get_xticks() if left <= tick <= right]
         assert ticks and all(tick == round(tick) for tick in ticks)
+
+
+def sharpness(values, kept=None):
+    rows = [dict(epoch=k + 1, skip_connects=k) for k in range(len(values))]
+    rows = [row if value is None else row | {"eigenvalue": value} for row, value in zip(rows, values, strict=True)]
+    if kept:
+        rows[-1]["kept_epoch"] = kept
+    return curves.make_sharpness_figure(rows)
+
+
+@pytest.mark.parametrize(
+    "values, scale",
+    [
+        ([0.1, 0.2, 0.3], "linear"),
+        ([0.01, 0.2, 3.0], "log"),
+        ([-0.1, 0.2, 3.0], "linear"),
+        ([None, 0.2, None, 0.3], "linear"),
+        ([None, math.nan], "linear"),
+        ([0.5], "linear"),
+    ],
+)
+def test_every_eigenvalue_is_in_the_frame(values, scale):
+    figure = sharpness(values)
+    figure.draw_without_rendering()
+    above, below = figure.axes
+    measured = [value for value in values if value is not None]
+    assert above.get_yscale() == scale
+    assert list(above.lines[0].get_xdata()) == [k + 1 for k, value in enumerate(values) if value is not None]
+    assert np.array_equal(above.lines[0].get_ydata(), measured, equal_nan=True)
+    assert all(in_frame(above, above.lines[0])) and all(in_frame(below, below.lines[0]))
+
+
+def test_an_eigenvalue_that_is_not_finite_and_the_epoch_of_an_early_stop_are_marked():
+    figure = sharpness([0.1, math.nan, 0.3, 0.4], kept=3)
+    marks = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines[1:]}
+    assert marks == {"not finite": [2], "genotype kept by the early stop": [3, 3]}
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == set(marks)
