@@ -30,6 +30,9 @@ SEARCH_SPACES = {
     "involution": _SHARED + _INVOLUTIONS,
     "darts": _SHARED + _CONVOLUTIONS,
     "mixed": _SHARED + _INVOLUTIONS + _CONVOLUTIONS,
+    # S2 and S3 of arXiv 1909.09656, in which DARTS collapses; its S1 has other primitives on every edge
+    "s2": ["skip_connect", "sep_conv_3x3"],
+    "s3": ["none", "skip_connect", "sep_conv_3x3"],
 }
 PRIMITIVES = SEARCH_SPACES["involution"]
 

@@ -42,7 +42,8 @@ from curves import plot_curves
 from data import check_unchanged
 from observer import Observer
 from operations import KERNEL_NORM
-from utils import AverageMeter, UserError, log_device, processor, remove_temporaries, write_text
+from stream import ReadError
+from utils import AverageMeter, Diverged, UserError, log_device, processor, remove_temporaries, write_text
 
 try:
     import fcntl
@@ -51,7 +52,9 @@ except ImportError:  # Windows: runs are not locked
 
 logger = logging.getLogger("darts.run")
 
+BUSY = "another process is at work on this run"
 _SAVE_EVERY = 300  # seconds between two checkpoints within an epoch
+_TOO_LONG = 0.1  # of an epoch, to wait for images
 
 
 class Run:
@@ -104,13 +107,21 @@ class Run:
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, kind=None, *_):
-        """End the log, so that another process may go on; a run that failed before its first step leaves nothing."""
-        for number_, handler in self._handlers.items():
-            signal.signal(number_, handler)
-        if self._log:
-            self._log.close()
-        self.observer.close()
+    def __exit__(self, kind=None, error=None, *_):
+        """End the log, so that another process may go on; a run that failed before its first step leaves nothing.
+
+        Images that cannot be read any more stop a run where a signal does, between two steps: it is saved.
+        """
+        try:
+            if isinstance(error, ReadError) and self._begun:
+                self.stop_if_asked()  # a signal to all processes may have ended those that read
+                self._save_and_say_how_to_go_on()
+        finally:
+            for number_, handler in self._handlers.items():
+                signal.signal(number_, handler)
+            if self._log:
+                self._log.close()
+            self.observer.close()
         if kind is not None and issubclass(kind, Exception) and not self._begun:
             if self._log:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -134,8 +145,13 @@ class Run:
         self._signal = number_
         tqdm.write("finishing this step, then saving (once more stops at once)", file=sys.stderr)
 
-    def steps(self, batches):
-        """Yield the augmented batches that are left of this epoch, with a progress bar or report lines."""
+    def steps(self, batches, *others):
+        """Yield the augmented batches that are left of this epoch, with a progress bar or report lines.
+
+        Args:
+            others: further batches that a step takes, whose waiting for images counts too.
+        """
+        start, waited = time.monotonic(), -sum(each.waited for each in (batches, *others))
         label = f"epoch {self.epoch + 1}/{self.args.epochs}"
         if self.step > len(batches):
             raise UserError(f"{self.checkpoint} is damaged: step {self.step} of an epoch of {len(batches)} steps")
@@ -154,12 +170,17 @@ class Run:
                 self.stop_if_asked()
                 if time.monotonic() - self._saved_at > _SAVE_EVERY:
                     self.save()
+        waited += sum(each.waited for each in (batches, *others))
+        if waited > 0:
+            share = waited / (time.monotonic() - start)
+            level, advice = (logging.WARNING, "; more --workers may help") if share > _TOO_LONG else (logging.DEBUG, "")
+            logger.log(level, "%s: %.1f%% of the time spent waiting for images%s", label, 100 * share, advice)
 
     def record(self, loss, logits, target, grad_norm=None):
         """Add a training batch to the averages of the epoch; the norm of its gradient is for the curves alone.
 
         Raises:
-            UserError: the loss is not finite: names the step, the learning rate and the last good checkpoint.
+            Diverged: the loss is not finite: names the step, the learning rate and the last good checkpoint.
         """
         loss = loss.item()
         if not math.isfinite(loss):
@@ -168,10 +189,10 @@ class Run:
         self.observer.batch(len(target), grad_norm)
 
     def diverged(self, what, step):
-        """The UserError that says what is no longer finite, where, and where to go on from."""
+        """The Diverged that says what is no longer finite, where, and where to go on from."""
         lr = self.parts["optimizer"].param_groups[0]["lr"]
         good = f"the last good checkpoint is {self.checkpoint}; " if self._begun else ""
-        return UserError(
+        return Diverged(
             f"{what} in epoch {self.epoch + 1}, step {step}, at learning rate {lr:.3g}; {good}{self._cure()}"
         )
 
@@ -185,10 +206,13 @@ class Run:
     def stop_if_asked(self):
         """After SIGINT or SIGTERM: save, say how to go on, exit with 128 + signal."""
         if self._signal is not None:
-            self.save()
-            logger.info("stopped in epoch %d after step %d; go on with:", self.epoch + 1, self.step)
-            logger.info("  %s", command(Path(sys.argv[0]).name, "--resume", self.folder))
+            self._save_and_say_how_to_go_on()
             sys.exit(128 + self._signal)
+
+    def _save_and_say_how_to_go_on(self):
+        self.save()
+        logger.info("stopped in epoch %d after step %d; go on with:", self.epoch + 1, self.step)
+        logger.info("  %s", command(Path(sys.argv[0]).name, "--resume", self.folder))
 
     def end_epoch(self, valid, **more):
         """Log and keep an epoch's numbers, step the scheduler, save, and write metrics.csv and the curves.
@@ -198,7 +222,7 @@ class Run:
             more: further columns of metrics.csv.
 
         Raises:
-            UserError: not one validation image has finite logits; the old checkpoint stays.
+            Diverged: not one validation image has finite logits; the old checkpoint stays.
         """
         lr = self.parts["optimizer"].param_groups[0]["lr"]
         logger.info(
@@ -253,7 +277,7 @@ class Run:
         """Replace checkpoint.pt.
 
         Raises:
-            UserError: the weights are not finite; the old checkpoint stays.
+            Diverged: the weights are not finite; the old checkpoint stays.
         """
         weights = [*self.parts["model"].state_dict().values()]
         if not all(w.isfinite().all() for w in weights):
@@ -348,7 +372,7 @@ class _LogFile(logging.FileHandler):
                 fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise UserError(f"{path.parent}: another process is at work on this run; stop it first") from None
+            raise UserError(f"{path.parent}: {BUSY}; stop it first") from None
         except OSError:  # a file system without locks
             pass
 
@@ -371,6 +395,19 @@ class _LogFile(logging.FileHandler):
         logging.getLogger().removeHandler(self)
         with contextlib.suppress(OSError):  # of a full disk, which has been told
             super().close()
+
+
+def is_busy(folder):
+    """Whether a process, on any machine that shares the folder, is at work on the run in it."""
+    try:
+        with open(Path(folder) / "log.txt") as log:
+            if fcntl:
+                fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no run yet, or a file system without locks
+        pass
+    return False
 
 
 def _folder(kind, args):
