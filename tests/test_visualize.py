@@ -162,8 +162,13 @@ def test_what_a_search_leaves_is_drawn(script, tmp_path):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["DARTS", "--what", "alphas"], "DARTS/alphas.csv: no such file: not a search"),
-        (["DARTS", "--what", "evolution"], "DARTS has no epochs in a metrics.csv: give the folder of a search"),
+        (["DARTS", "--what", "alphas"], "--what alphas needs the run folder of a search, got 'DARTS'"),
+        (
+            [genotypes.format(genotypes.DARTS), "--what", "evolution"],
+            "--what evolution needs the run folder of a search",
+        ),
+        (["training", "--what", "alphas"], "training/alphas.csv: no such file: not a search"),
+        (["empty", "--what", "evolution"], "empty has no epochs in a metrics.csv: give the folder of a search"),
         (["training", "--what", "evolution"], "metrics.csv has no column 'genotype': not a search"),
         (["damaged", "--what", "evolution"], "metrics.csv is damaged: "),
         (["damaged", "--what", "evolution", "--format", "png"], "--format png: an evolution is a GIF"),
@@ -175,6 +180,8 @@ def test_a_folder_without_what_is_to_be_drawn(script, tmp_path, arguments, says)
     write_rows(tmp_path / "training", [row])
     (tmp_path / "training" / "metrics.csv").write_text("epoch,valid_acc\n1,40.0\n")
     write_rows(tmp_path / "damaged", [row])
+    write_rows(tmp_path / "empty", [row])
+    (tmp_path / "empty" / "metrics.csv").unlink()
     (tmp_path / "damaged" / "metrics.csv").write_text("epoch,valid_acc,genotype\n1,high,DARTS\n")
     before = set(tmp_path.rglob("*"))
     assert_one_clear_line(script("visualize.py", *arguments), says)
