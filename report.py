@@ -38,13 +38,15 @@ _GROUPS = (  # sections of pictures: title, how the names of their files begin, 
     ("Curves", ("curves",)),
     ("Cells", ("normal", "reduction")),
     ("Alphas", ("alphas",)),
-    ("Sharpness", ("eigenvalue", "sharpness", "hessian")),
+    ("Sharpness", ("eigenvalue",)),
     ("Evolution", ("evolution",)),
 )
 _CAPTIONS = {
     "curves": "Accuracy and loss, epoch by epoch.",
     "normal": "Normal cell: dashed lines are concatenated into its output.",
     "reduction": "Reduction cell: halves height and width.",
+    "eigenvalue": "The dominant eigenvalue of the Hessian of the validation loss by the alphas: where it rises, and "
+    "skip connections with it, the search may be collapsing (arXiv 1909.09656).",
     "confusion": "Confusion: of the images of a class (row), the share that was taken for each class (column).",
     "classes": "Accuracy of every class, with its 95% interval (Wilson).",
     "calibration": "Calibration: how often the network is right when it is so sure.",
@@ -300,9 +302,9 @@ def _tiles(judge, history, tests, seconds):
             tiles.append((f"{judge} loss", f"{float(last['valid_loss']):.3f}"))
         tiles.append(("training accuracy", f"{float(last['train_acc']):.2f}%"))
         for name in ("skip_connects", "eigenvalue"):
-            value = _number(last.get(name))
-            if value is not None:
-                tiles.append((_COLUMNS[name], f"{value:.4g}"))
+            values = [value for row in history if (value := _number(row.get(name))) is not None]
+            if values:  # not every epoch measures an eigenvalue
+                tiles.append((_COLUMNS[name], f"{values[-1]:.4g}"))
     if seconds:
         tiles.append(("time at work", duration(seconds)))
     return tiles

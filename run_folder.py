@@ -7,7 +7,7 @@ runs/search-NAME-TIMESTAMP/      or train-…
     genotype.json                readable by genotypes.parse
     checkpoint.pt                weights, alphas, optimizers, scheduler, epoch, step, random states
     checkpoint.previous.pt       the checkpoint before it
-    figures/                     curves.png, normal.png, reduction.png, and the .gv sources
+    figures/                     curves.png, eigenvalue.png, normal.png, reduction.png, and the .gv sources
     report.html                  the page of the run (report.py)
 """
 
@@ -37,7 +37,7 @@ import involution
 import progress
 import schedule
 import visualize
-from curves import plot_curves
+from curves import plot_curves, plot_eigenvalue
 from data import check_unchanged
 from operations import KERNEL_NORM
 from stream import ReadError
@@ -262,6 +262,8 @@ class Run:
         writer.writerows(self.history)
         write_text(self.folder / "metrics.csv", text.getvalue())
         plot_curves(self.history, self.judged_by, self._figures() / "curves.png")
+        if any("eigenvalue" in row for row in self.history):
+            plot_eigenvalue(self.history, self._figures() / "eigenvalue.png")
 
     def save(self):
         """Replace checkpoint.pt.
