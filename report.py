@@ -107,7 +107,7 @@ def render(page):
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["digest"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return environment.from_string(_TEMPLATE.read_text()).render(page)
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(page)
 
 
 def describe(folder, parser):
@@ -126,18 +126,18 @@ def _of_run(folder, parser, kind):
     config = _read_config(folder / "config.json")
     saved = _settings(config, "args", parser, folder / "config.json")
     history = _read_history(folder / "metrics.csv")
-    epochs, done = saved.get("epochs"), len(history)
     tests = _results(folder / TEST) if (folder / TEST / RESULTS).is_file() else None
     summary = _read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
     hours = summary.get("hours")
     seconds = 3600 * hours if isinstance(hours, (int, float)) else seconds_at_work(folder / "log.txt")
-    judge = judged_by(kind, saved)
+    judge, done, epochs = judged_by(kind, saved), len(history), saved["epochs"]
+    over = done == epochs or bool(summary.get("ended"))
     return dict(
-        status=f"{done} of {epochs} epochs",
-        over=done == epochs,
+        status=f"{done} of {epochs} epochs{', stopped early' if over and done < epochs else ''}",
+        over=over,
         tiles=_tiles(judge, history, tests, seconds),
         command=_command(config["script"], parser, saved),
-        next=_next(folder, kind, done == epochs, tests is not None),
+        next=_next(folder, kind, over, tests is not None),
         sections=_sections(folder / "figures", _genotype(folder)),
         tests=tests,
         settings=[(name, *map(_value, pair)) for name, *pair in settings.differing(saved, parser)],
