@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 import checkpoint
-import data
 import genotypes
 import jobs
 import measure
@@ -84,7 +83,7 @@ def write(the_plan, folder, states, found):
 
 def collect(the_plan, folder, states, found):
     """An Entry for every candidate of a plan."""
-    size = the_plan.network.image_size or data.NATIVE_SIZE[the_plan.network.dataset]
+    network = the_plan.network
     classes = _classes(folder, states)
     of = defaultdict(list)
     for job, state in states.items():
@@ -92,7 +91,7 @@ def collect(the_plan, folder, states, found):
     entries = []
     for candidate in the_plan.candidates:
         known = found[candidate]
-        cost = measure.count(known[0], the_plan.network, size, classes) if known else None
+        cost = measure.count(known[0], network, classes) if known else None
         hours, accuracies, diverged = defaultdict(float), defaultdict(list), defaultdict(int)
         for job, state in of[candidate.name]:
             hours[job.stage] += jobs.seconds(job, folder) / 3600

@@ -32,6 +32,7 @@ import jobs
 import measure
 import plan
 import progress
+import report
 import run_folder
 import utils
 
@@ -248,14 +249,8 @@ class Report:
                 left += max(0, epochs - done[stage]) * spent[stage] / done[stage]
             elif epochs:
                 unknown.append(stage)
-        words = f"about {duration(left / self.at_once)} left"
+        words = f"about {report.duration(left / self.at_once)} left"
         return words + f", and what is not known yet: {' and '.join(unknown)}" * bool(unknown)
-
-
-def duration(seconds):
-    """Seconds as a person would say them."""
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
 def tell(job, state, folder):
@@ -264,7 +259,7 @@ def tell(job, state, folder):
         return f"{state.status}: {state.line}"
     if state.status != "finished":
         return f"{state.status}, {state.epochs} of {job.args.epochs} epochs"
-    return f"{state.value('valid_acc'):.2f} % {job.measured_on} accuracy, {duration(jobs.seconds(job, folder))}"
+    return f"{state.value('valid_acc'):.2f} % {job.measured_on} accuracy, {report.duration(jobs.seconds(job, folder))}"
 
 
 # ------------------------------------------------------------------------------------------------- the script

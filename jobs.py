@@ -16,13 +16,13 @@ import shlex
 import subprocess
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import checkpoint
 import genotypes
 import progress
+import report
 import run_folder
 import settings
 from utils import Diverged, UserError, write_text
@@ -102,14 +102,8 @@ def check(job, folder):
 
 
 def seconds(job, folder):
-    """How long the processes of a job have been at work, by its log, to which a run writes every few seconds."""
-    times = []
-    with contextlib.suppress(OSError), (folder / job.name / "log.txt").open(errors="replace") as log:
-        for line in log:
-            with contextlib.suppress(ValueError):
-                times.append(datetime.strptime(line[:19], "%Y-%m-%d %H:%M:%S").timestamp())
-    gaps = (later - time for time, later in zip(times, times[1:], strict=False))
-    return sum(gap for gap in gaps if 0 < gap <= 4 * progress.SILENCE)  # a longer one is between two processes
+    """How long the processes of a job have been at work."""
+    return report.seconds_at_work(folder / job.name / "log.txt")
 
 
 def now(job, folder):

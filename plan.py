@@ -29,6 +29,7 @@ except ImportError:  # Python 3.10
     import tomli as tomllib
 
 import genotypes
+import run_folder
 import train
 import train_search
 from utils import UserError
@@ -36,7 +37,7 @@ from utils import UserError
 STAGES = ("search", "short", "final")
 NAME = "plan.toml"  # of the copy in the folder of an experiment
 NAMED = "named"  # the group of the published genotypes
-_PARSERS = {"train_search.py": train_search.build_parser, "train.py": train.build_parser}
+_SCRIPTS = {"train_search.py": train_search, "train.py": train}
 _OURS = ("save", "folder", "resume", "seed", "arch")  # flags that are not the plan's to set
 
 
@@ -57,17 +58,16 @@ class Job:
     @property
     def measured_on(self):
         """The images that its accuracy is of."""
-        held_out = self.stage == "search" or self.args.train_portion < 1
-        return "validation" if held_out else "test"
+        return run_folder.judged_by(self.stage, vars(self.args))
 
     @property
     def parser(self):
-        return _PARSERS[self.script]()
+        return _SCRIPTS[self.script].build_parser()
 
     @cached_property
     def args(self):
         """The settings that the script makes of the flags."""
-        return self.parser.parse_args(self.flags)
+        return _SCRIPTS[self.script].parse_args(self.flags)
 
 
 class Candidate(NamedTuple):
@@ -95,7 +95,7 @@ class Plan(NamedTuple):
     @property
     def network(self):
         """The settings of the network that candidates are compared as: that of the final training, if there is one."""
-        return train.build_parser().parse_args(self.flags["final" if self.seeds["final"] else "short"])
+        return train.parse_args(self.flags["final" if self.seeds["final"] else "short"])
 
     def source(self, candidate):
         """The search that a candidate depends on, as a Job; None for one that depends on none."""
@@ -109,7 +109,7 @@ class Plan(NamedTuple):
         total = {"search": sum(job.args.epochs for job in self.searches.values())}
         for stage, genotypes_ in trainings.items():
             if self.seeds[stage]:
-                epochs = train.build_parser().parse_args(self.flags[stage]).epochs
+                epochs = train.parse_args(self.flags[stage]).epochs
                 total[stage] = genotypes_ * len(self.seeds[stage]) * epochs
         return total
 
@@ -254,7 +254,7 @@ def _seeds(seeds, where):
 
 def _flags(script, values, where):
     """Flags of a command line, which its parser has accepted."""
-    parser = _PARSERS[script]()
+    parser = _SCRIPTS[script].build_parser()
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", *_OURS)}
     flags = []
     for key, value in values.items():
@@ -277,4 +277,8 @@ def _flags(script, values, where):
 
     parser.error = fail
     parser.parse_args(flags)
+    try:
+        _SCRIPTS[script].parse_args(flags)  # which has rules of its own
+    except UserError as error:
+        fail(error)
     return tuple(flags)

@@ -144,7 +144,7 @@ def _of_run(folder, parser, kind):
         rest=_rest(saved, parser),
         data=_data(saved, config.get("data", {})),
         machine=_machine(config),
-        cost=_cost(summary) or ([("time at work, from the log", duration(seconds))] if seconds else []),
+        cost=_cost(summary) or ([("time at work, from the log", utils.duration(seconds))] if seconds else []),
         table=_table(history, judge),
     )
 
@@ -306,20 +306,8 @@ def _tiles(judge, history, tests, seconds):
             if values:  # not every epoch measures an eigenvalue
                 tiles.append((_COLUMNS[name], f"{values[-1]:.4g}"))
     if seconds:
-        tiles.append(("time at work", duration(seconds)))
+        tiles.append(("time at work", utils.duration(seconds)))
     return tiles
-
-
-def duration(seconds):
-    """Seconds as people say them: 42 s, 12 min, 3 h 05 min, 2 d 4 h."""
-    minutes = round(seconds / 60)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
 def _command(script, parser, saved):

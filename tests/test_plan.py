@@ -110,6 +110,7 @@ def test_the_plans_that_ship_are_right(path):
         ("layers = 3", "layers = [3]", "[short]: layers must be a number or a text, got [3]"),
         ("unrolled = true", "unrolled = 1", "--unrolled takes no value: unrolled must be true or false, got 1"),
         ("layers = 4", "layers = true", "layers must be a number or a text, got True"),
+        ("epochs = 7", "epochs = 7\nwarmup_epochs = 7", "[final]: --warmup_epochs 7 must be less than --epochs 7"),
         ("layers = 4", "seed = 4", "--seed is not for a plan to set; use seeds"),
         ("layers = 4", "folder = 'x'", "--folder is not for a plan to set"),
         ('dataset = "digits"', 'dataset = "imagenet"', "invalid choice: 'imagenet'"),

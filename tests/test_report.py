@@ -210,13 +210,6 @@ def test_time_at_work_leaves_out_the_pauses(tmp_path):
     assert "<dt>time at work</dt><dd>90 s</dd>" in page_of(folder, "search")
 
 
-@pytest.mark.parametrize(
-    "seconds, words", [(0.4, "0 s"), (119, "119 s"), (150, "2 min"), (3700, "1 h 02 min"), (200_000, "2 d 7 h")]
-)
-def test_duration(seconds, words):
-    assert report.duration(seconds) == words
-
-
 def test_a_page_that_cannot_be_made_does_not_stop_a_run(tmp_path, caplog):
     folder = make_run(tmp_path / "run")
     (folder / "summary.json").write_text("{")

@@ -19,7 +19,7 @@ import genotypes
 import original_darts
 import scripts
 import test as test_script
-from conftest import assert_one_clear_line, only_run
+from conftest import assert_one_clear_line, assert_same_curves, only_run
 from model import NetworkCIFAR
 from train import infer, load_data, make_criterion, parse_args, train
 from utils import UserError
@@ -64,6 +64,7 @@ def test_a_killed_training_resumes_exactly(uninterrupted, tmp_path):
     result = scripts.run(tmp_path, "train.py", "--resume", folder)
     assert result.returncode == 0, result.stderr
     assert (folder / "metrics.csv").read_bytes() == (uninterrupted / "metrics.csv").read_bytes()
+    assert_same_curves(folder, uninterrupted)
     states = [torch.load(f / "checkpoint.pt", weights_only=True)["model"] for f in (folder, uninterrupted)]
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
 
