@@ -45,6 +45,10 @@ _CAPTIONS = {
     "curves": "Accuracy and loss, epoch by epoch.",
     "normal": "Normal cell: dashed lines are concatenated into its output.",
     "reduction": "Reduction cell: halves height and width.",
+    "alphas_normal": "Normal cell: the weight of every primitive on every edge, over the epochs.",
+    "alphas_reduction": "Reduction cell: the weight of every primitive on every edge, over the epochs.",
+    "alphas_heat_map": "The weights of the last epoch.",
+    "evolution": "The cells from epoch to epoch, a picture wherever they changed.",
     "eigenvalue": "The dominant eigenvalue of the Hessian of the validation loss by the alphas: where it rises, and "
     "skip connections with it, the search may be collapsing (arXiv 1909.09656).",
     "confusion": "Confusion: of the images of a class (row), the share that was taken for each class (column).",
@@ -63,6 +67,8 @@ _COLUMNS = {  # of metrics.csv, as people read them; {} is what the run is judge
     "valid_top5": "{} top-5 accuracy (%)",
     "skip_connects": "skip connections",
     "eigenvalue": "eigenvalue",
+    "entropy_normal": "entropy, normal cell (nats)",
+    "entropy_reduce": "entropy, reduction cell (nats)",
 }
 _PAUSE = 60  # seconds without a line in the log: the run was not at work
 
