@@ -11,25 +11,24 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from utils import replacing
 
-JUDGED_BY = {"search": "validation", "train": "test"}  # kind of run: the images behind the columns valid_*
 _STYLES = (("#0072b2", "o", "-"), ("#d55e00", "s", "--"))  # told apart without colours too
 
 
-def plot_curves(history, kind, path):
+def plot_curves(history, judged_by, path):
     """Write the picture of `make_figure` as a PNG."""
     with replacing(path) as temporary:
-        make_figure(history, kind).savefig(temporary, format="png", dpi=150)
+        make_figure(history, judged_by).savefig(temporary, format="png", dpi=150)
 
 
-def make_figure(history, kind):
+def make_figure(history, judged_by):
     """Two panels, accuracy and loss.
 
     Args:
         history: a dict for every epoch: `epoch`, and `train_acc`, `train_loss`, `valid_acc`, `valid_loss`.
-        kind: "search" or "train".
+        judged_by: the images behind the columns `valid_*`, "validation" or "test".
     """
     epochs = [row["epoch"] for row in history]
-    parts = (("train", "training"), ("valid", JUDGED_BY[kind]))
+    parts = (("train", "training"), ("valid", judged_by))
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)
     panels = figure.subplots(1, 2)

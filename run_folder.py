@@ -1,13 +1,14 @@
 """Run folders: everything that a run needs to go on, its log, its numbers, its curves.
 
 runs/search-NAME-TIMESTAMP/      or train-…
-    config.json                  every setting, versions, device, git commit
+    config.json                  every setting, versions, device, git commit, what the images are
     log.txt
     metrics.csv                  one row an epoch
     genotype.json                readable by genotypes.parse
     checkpoint.pt                weights, alphas, optimizers, scheduler, epoch, step, random states
     checkpoint.previous.pt       the checkpoint before it
     figures/                     curves.png, normal.png, reduction.png, and the .gv sources
+    report.html                  the page of the run (report.py)
 """
 
 import contextlib
@@ -40,7 +41,7 @@ from curves import plot_curves
 from data import check_unchanged
 from operations import KERNEL_NORM
 from stream import ReadError
-from utils import AverageMeter, UserError, log_device, remove_temporaries, write_text
+from utils import AverageMeter, UserError, log_device, processor, remove_temporaries, write_text
 
 try:
     import fcntl
@@ -75,7 +76,7 @@ class Run:
         self._signal, self._handlers = None, {}
         self._threads = torch.get_num_threads()  # of a run that is resumed: those it was saved with
         self._said_why_no_drawing = self._said_not_finite = False
-        self.folder = Path(args.resume) if args.resume is not None else _new_folder(kind, args.save)
+        self.folder = _folder(kind, args)
         self.checkpoint = self.folder / checkpoint.NAME
         self._log = None
         try:
@@ -83,7 +84,9 @@ class Run:
             if args.resume is not None:
                 self._restore()
             else:
-                write_text(self.folder / "config.json", json.dumps(_config(args, device), indent=2) + "\n")
+                config = dict(script=Path(sys.argv[0]).name, args=vars(args) | {"resume": None}, **environment(device))
+                config["data"] = facts.get("data", {})
+                write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
                 self.save()
         except Exception as error:
             self.__exit__(type(error))
@@ -115,9 +118,17 @@ class Run:
             if self._log:
                 self._log.close()
         if kind is not None and issubclass(kind, Exception) and not self._begun:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # it holds other runs
+            if self._log:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds other runs, or another process is at work in it
+                if not self._log:
+                    self.folder.rmdir()
                 self.folder.parent.rmdir()
+
+    @property
+    def judged_by(self):
+        """The images behind the columns valid_*: "test", or "validation" where training images are held out."""
+        return judged_by(self.kind, vars(self.args))
 
     @property
     def _begun(self):
@@ -249,7 +260,7 @@ class Run:
         writer.writeheader()
         writer.writerows(self.history)
         write_text(self.folder / "metrics.csv", text.getvalue())
-        plot_curves(self.history, self.kind, self._figures() / "curves.png")
+        plot_curves(self.history, self.judged_by, self._figures() / "curves.png")
 
     def save(self):
         """Replace checkpoint.pt.
@@ -327,6 +338,11 @@ class Run:
         )
 
 
+def judged_by(kind, settings):
+    """What the images behind the columns valid_* of a run with these settings (a dict) are."""
+    return "validation" if kind == "search" or settings.get("train_portion", 1) < 1 else "test"
+
+
 class _LogFile(logging.FileHandler):
     """log.txt. Only one process at a time has it: the lock ends with the process, however that ends.
 
@@ -367,6 +383,27 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
+def _folder(kind, args):
+    """The run folder that --resume or --folder names, or a new one."""
+    if args.resume is not None:
+        return Path(args.resume)
+    return _new_folder(kind, args.save) if args.folder is None else _named_folder(Path(args.folder))
+
+
+def _named_folder(folder):
+    """Make the folder of --folder; one that a run left which was killed before its first checkpoint is taken over."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from None
+    if (folder / checkpoint.NAME).exists():
+        raise UserError(f"--folder {folder} holds a run already: go on with it (--resume {folder}), or name another")
+    other = {path.name for path in folder.iterdir() if path.name[0] != "."} - {"config.json", "log.txt"}
+    if other:
+        raise UserError(f"--folder {folder} holds {min(other)}, which is not of a run: name a new or an empty folder")
+    return folder
+
+
 def _new_folder(kind, name):
     stamp = f"{kind}-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in range(100):  # several runs may start in one second
@@ -390,13 +427,13 @@ def command(script, *arguments):
     return shlex.join([sys.executable if python.startswith("..") else python, script, *arguments])
 
 
-def _config(args, device):
+def environment(device):
+    """What a result was computed with, as plain values for a JSON file."""
     versions = {"torch": torch.__version__} | {name: version(name) for name in ("torchvision", "numpy")}
     return {
-        "script": Path(sys.argv[0]).name,
-        "args": vars(args) | {"resume": None},
         "versions": {"python": sys.version.split()[0], **versions},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "processor": processor(),
         "involution_backend": involution.backend(device),
         "threads": torch.get_num_threads(),
         "git_commit": _git_commit(),

@@ -21,6 +21,7 @@ import torch.nn as nn
 import data
 import genotypes
 import progress
+import report
 import run_folder
 import schedule
 import settings
@@ -53,19 +54,29 @@ def infer(batches, model, after_batch=lambda: None):
     """Loss and accuracy on plain images, as a meter; `after_batch` is called after every batch."""
     model.eval()
     meter = utils.Evaluation()
-    for input, target in progress.counted(batches, "test"):
+    for input, target in progress.counted(batches, "evaluation"):
         meter.add(model(input)[0], target)
         after_batch()
     return meter
 
 
 def load_data(args, device):
-    """Augmented batches of the training images, plain batches of the test images, what a checkpoint keeps of them."""
-    images, test_images = (data.load_as(args, train, device) for train in (True, False))
-    data.check_classes(test_images, images.classes)
-    if args.batch_size > len(images):
-        raise utils.UserError(f"--batch_size {args.batch_size} is larger than the {len(images)} training images")
-    size, smallest = data.image_size(args), NETWORKS[args.network].smallest_image(args.layers, args.auxiliary)
+    """Augmented batches of the training images, plain ones of those that are measured, what a checkpoint keeps.
+
+    Measured are the test images; with --train_portion, the rest of the training images, and no test image is read.
+    """
+    images = train_images = data.load_as(args, True, device)
+    fingerprints = {"train": data.fingerprint(images)}
+    if args.train_portion < 1:
+        train_images, measured = data.split(images, args.train_portion, args.seed)
+    else:
+        measured = data.load_as(args, False, device)
+        data.check_classes(measured, images.classes)
+        fingerprints["test"] = data.fingerprint(measured)
+    size, count = data.image_size(args), len(train_images)
+    if args.batch_size > count:
+        raise utils.UserError(f"--batch_size {args.batch_size} is larger than the {count} training images")
+    smallest = NETWORKS[args.network].smallest_image(args.layers, args.auxiliary)
     if args.auxiliary and size < smallest:
         raise utils.UserError(
             f"--auxiliary needs images of at least {smallest} pixels with --network {args.network} and --layers "
@@ -73,11 +84,10 @@ def load_data(args, device):
         )
     normalization = data.Normalization.of(args.dataset, lambda: images)
     augmentation = data.Augmentation.of_flags(args)
-    train_batches = data.Batches(images, args.batch_size, normalization, augmentation, key=(args.seed, 0))
-    test_batches = data.Batches(test_images, args.batch_size, normalization, augmentation=None)
-    fingerprints = {"train": data.fingerprint(images), "test": data.fingerprint(test_images)}
+    train_batches = data.Batches(train_images, args.batch_size, normalization, augmentation, key=(args.seed, 0))
+    batches = data.Batches(measured, args.batch_size, normalization, augmentation=None)
     facts = dict(normalization=tuple(normalization), classes=images.classes, data=fingerprints)
-    return train_batches, test_batches, facts
+    return train_batches, batches, facts
 
 
 def make_network(args, classes):
@@ -160,7 +170,14 @@ def parse_args(argv=None):
 
 def build_parser():
     parser = utils.ArgumentParser(description="Train a genotype from scratch.")
-    utils.add_data_arguments(parser)
+    group = utils.add_data_arguments(parser)
+    group.add_argument(
+        "--train_portion",
+        type=utils.number(float, above=0, high=1),
+        default=1.0,
+        help="share of the training images that trains; the rest is measured after every epoch in place of the test "
+        "images, which are then not read: for what chooses between genotypes or settings",
+    )
     group = parser.add_argument_group("augmentation and regularization")
     utils.add_augmentation_arguments(group)
     group.add_argument(
@@ -213,7 +230,7 @@ def main():
     args = parse_args()
     device = utils.pick_device(args)
     torch.manual_seed(args.seed)
-    train_batches, test_batches, facts = load_data(args, device)
+    train_batches, valid_batches, facts = load_data(args, device)
     classes = len(facts["classes"])
     model = make_network(args, classes).to(device, memory_format=torch.channels_last)
     criterion = make_criterion(args)
@@ -233,6 +250,7 @@ def main():
         logger.info("network of %.2f M weights", utils.count_parameters_in_MB(model))
         gc.freeze()  # what is there by now stays: looking through it for garbage takes 5 % of a small step
         while run.epoch < args.epochs:
+            report.update(run, build_parser())
             model.drop_path_prob = args.drop_path_prob * run.epoch / args.epochs
             if args.compile and args.drop_path_prob > 0:
                 model.drop_path_prob = torch.tensor(model.drop_path_prob, device=device)
@@ -240,8 +258,9 @@ def main():
                 train(run, train_batches, model, forward, criterion, optimizer, args)
             except RuntimeError as error:
                 raise (_not_compiled(error) if args.compile else error) from None
-            valid = infer(test_batches, model, run.stop_if_asked)  # as DARTS: the test images
+            valid = infer(valid_batches, model, run.stop_if_asked)  # as DARTS: the test images, if all others train
             run.end_epoch(valid, **({"valid_top5": valid.top5} if valid.has_top5 else {}))
+        logger.info("its page: %s", report.update(run, build_parser()))
         logger.info("trained; now: %s", run_folder.command("test.py", "--model_path", run.folder))
 
 

@@ -20,6 +20,7 @@ import torch.nn as nn
 import data
 import genotypes
 import progress
+import report
 import run_folder
 import schedule
 import settings
@@ -189,11 +190,13 @@ def main():
             run.report(genotypes.parse(run.history[-1]["genotype"]))  # a kill may have come before
         gc.freeze()  # as in train.py
         while run.epoch < args.epochs:
+            report.update(run, build_parser())
             train(run, train_batches, search_batches, architect, optimizer, args)
             valid = infer(run, search_batches, model)
             genotype = model.genotype()
             run.end_epoch(valid, skip_connects=count_skips(genotype), genotype=genotypes.format(genotype))
             run.report(genotype)
+        logger.info("its page: %s", report.update(run, build_parser()))
         logger.info("searched; now: %s", run_folder.command("train.py", "--arch", run.folder))
 
 

@@ -5,6 +5,7 @@ import logging
 import logging.handlers
 import math
 import os
+import platform
 import re
 import sys
 import time
@@ -212,6 +213,14 @@ def pick_device(args):
     return device
 
 
+def processor():
+    """The processor of this machine and the number of its cores, in words."""
+    info = Path("/proc/cpuinfo")  # of Linux, where `platform` does not know it
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
 def log_device(device):
     """Log what a script computes on: the numbers of a CPU depend on how many threads share it."""
     backend, count = involution.backend(device), torch.get_num_threads()
@@ -369,7 +378,7 @@ def replacing(path):
 def remove_temporaries(folder):
     """Remove what killed processes left below a folder while they were `replacing` files of it; none is at work now."""
     for path in Path(folder).rglob(".*"):
-        if re.fullmatch(r"\..+\.(pt|json|csv|png|gv)\.\d+", path.name) and path.is_file():
+        if re.fullmatch(r"\..+\.(pt|json|csv|png|gv|html)\.\d+", path.name) and path.is_file():
             path.unlink()
 
 

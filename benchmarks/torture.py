@@ -26,7 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import report
+import tables
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -352,7 +352,7 @@ def parse_args():
     for name, count in (("kills", 100), ("damages", 200), ("lines", 500)):
         parser.add_argument(f"--{name}", type=utils.number(int, low=0), default=count, help=f"(default: {count})")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
-    report.add_arguments(parser)
+    tables.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -379,8 +379,8 @@ def main():
         f"| random command lines, on damaged runs and images too | {args.lines} ({succeeded} succeeded) | "
         f"{len(of_lines)} tracebacks, hangs or unclear ends |",
     )
-    head = f"{report.machine()}; seed {args.seed}; {(time.monotonic() - began) / 60:.0f} minutes.\n"
-    report.save(
+    head = f"{tables.machine()}; seed {args.seed}; {(time.monotonic() - began) / 60:.0f} minutes.\n"
+    tables.save(
         "torture", "\n".join((head, "| what | drawn | failed |", "| --- | --- | --- |", *rows)), args.out, args.update
     )
     for failure in failures:

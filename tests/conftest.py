@@ -1,8 +1,6 @@
 """Scripts as subprocesses, and small sets of images."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+import scripts
 from involution import Involution2d
-
-ROOT = Path(__file__).parent.parent
 
 # tests are small: threads would spend their time waiting for each other, above all on a busy machine
 torch.set_num_threads(1)
@@ -28,14 +25,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def script(tmp_path):
-    """Call a script in an empty folder: `script("train.py", "--layers", 3)` -> CompletedProcess."""
-    return lambda *command: start_script(tmp_path, *command, run=subprocess.run)
-
-
-def start_script(folder, name, *arguments, run=subprocess.Popen):
-    command = [sys.executable, str(ROOT / name), *(str(argument) for argument in arguments)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return run(command, cwd=folder, **pipes)
+    """Call a script in an empty folder: `script("train.py", "--layers", 3)` -> what `scripts.run` returns."""
+    return lambda *command: scripts.run(tmp_path, *command)
 
 
 def vary_kernels(network):

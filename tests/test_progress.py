@@ -8,7 +8,7 @@ import time
 import pytest
 
 import progress
-from conftest import ROOT
+from scripts import ROOT
 
 
 @pytest.fixture

@@ -34,7 +34,8 @@ def working_folder(tmp_path, monkeypatch):
 
 
 def settings(**kwargs):
-    return argparse.Namespace(**(dict(save="EXP", resume=None, epochs=2, report_freq=1, learning_rate=0.1) | kwargs))
+    own = dict(save="EXP", folder=None, resume=None, epochs=2, report_freq=1, learning_rate=0.1, train_portion=1.0)
+    return argparse.Namespace(**own | kwargs)
 
 
 def make_run(kind="train", model=None, **kwargs):
@@ -92,6 +93,46 @@ def test_a_folder_and_its_files():
 def test_runs_of_the_same_second_get_folders_of_their_own(monkeypatch):
     monkeypatch.setattr("time.strftime", lambda *_: "NOW")
     assert [make_run().folder.name for _ in range(3)] == ["train-EXP-NOW", "train-EXP-NOW-2", "train-EXP-NOW-3"]
+
+
+def test_a_folder_of_ones_own(tmp_path):
+    own = str(tmp_path / "deep" / "mine")
+    run = make_run(folder=own)
+    assert run.folder == Path(own) and (run.folder / "checkpoint.pt").exists()
+    assert go_on(run, folder=own).folder == run.folder
+    with pytest.raises(utils.UserError, match="mine holds a run already: go on with it \\(--resume"):
+        make_run(folder=own)
+    assert (run.folder / "checkpoint.pt").exists()
+
+
+def test_a_folder_of_a_run_that_never_saved_is_taken_over():
+    run = make_run(folder="mine")
+    run.__exit__()
+    for name in ("checkpoint.pt", ".metrics.csv.17"):
+        Path("mine", name).touch()
+    Path("mine", "checkpoint.pt").unlink()
+    make_run(folder="mine").__exit__()
+    Path("mine", "checkpoint.pt").unlink()
+    Path("mine", "thesis.tex").touch()
+    with pytest.raises(utils.UserError, match="holds thesis.tex, which is not of a run: name a new or an empty folder"):
+        make_run(folder="mine")
+    with pytest.raises(utils.UserError, match="cannot make the run folder mine/thesis.tex"):
+        make_run(folder="mine/thesis.tex")
+    assert Path("mine", "thesis.tex").exists()
+
+
+@pytest.mark.skipif(run_folder.fcntl is None, reason="no locks on this system")
+def test_a_folder_that_another_run_is_at_work_in_is_left_alone():
+    run = make_run(folder="mine")
+    run.checkpoint.unlink()  # as before its first
+    with pytest.raises(utils.UserError, match="mine: another process is at work on this run"):
+        make_run(folder="mine")
+    assert (run.folder / "config.json").exists()
+
+
+def test_what_a_run_is_judged_by():
+    assert make_run().judged_by == "test"
+    assert make_run(train_portion=0.9).judged_by == make_run(kind="search").judged_by == "validation"
 
 
 def test_everything_is_restored():
@@ -313,7 +354,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing(working_folder):
     assert run.checkpoint.exists()
 
 
-@pytest.mark.parametrize("fails", ["os.fsync", "run_folder._config", "logging.FileHandler._open"])
+@pytest.mark.parametrize("fails", ["os.fsync", "run_folder.environment", "logging.FileHandler._open"])
 def test_a_full_disk_is_named_and_leaves_nothing(working_folder, monkeypatch, fails):
     def no_space(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,0 +1,401 @@
+"""The page of a run: report.html in its folder, one file that needs neither a server nor a network.
+
+python report.py runs/search-EXP-20250101-120000        # as the run stands, whatever its age; also of train.py
+python report.py FOLDER                                 # what test.py --output FOLDER wrote
+
+Everything in a page is read from the folder, and what a folder does not hold its page leaves out. What the page says
+is gathered here; how it looks is report.jinja, whose engine escapes every text that it is given.
+"""
+
+import base64
+import csv
+import hashlib
+import json
+import logging
+import math
+import shlex
+import time
+from pathlib import Path
+
+import jinja2
+
+import genotypes
+import settings
+import utils
+from run_folder import judged_by
+
+logger = logging.getLogger("darts.report")
+
+NAME = "report.html"
+TEST = "test"  # folder of a run in which test.py leaves its results
+RESULTS = "test.json"  # file of them that says what they are
+_TEMPLATE = Path(__file__).with_name("report.jinja")
+_MEDIA = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp", ".svg": "image/svg+xml"}
+_KINDS = {"train_search.py": "search", "train.py": "train", "test.py": "test"}
+_GROUPS = (  # sections of pictures: title, how the names of their files begin, in order
+    ("Curves", ("curves",)),
+    ("Cells", ("normal", "reduction")),
+    ("Alphas", ("alphas",)),
+    ("Sharpness", ("eigenvalue", "sharpness", "hessian")),
+    ("Evolution", ("evolution",)),
+)
+_CAPTIONS = {
+    "curves": "Accuracy and loss, epoch by epoch.",
+    "normal": "Normal cell: dashed lines are concatenated into its output.",
+    "reduction": "Reduction cell: halves height and width.",
+    "confusion": "Confusion: of the images of a class (row), the share that was taken for each class (column).",
+    "classes": "Accuracy of every class, with its 95% interval (Wilson).",
+    "calibration": "Calibration: how often the network is right when it is so sure.",
+    "mistakes": "The mistakes that the network was most sure of.",
+}
+_COLUMNS = {  # of metrics.csv, as people read them; {} is what the run is judged by
+    "epoch": "epoch",
+    "lr": "learning rate",
+    "train_loss": "training loss",
+    "train_acc": "training accuracy (%)",
+    "valid_loss": "{} loss",
+    "valid_acc": "{} accuracy (%)",
+    "skip_connects": "skip connections",
+    "eigenvalue": "eigenvalue",
+}
+_PAUSE = 60  # seconds without a line in the log: the run was not at work
+
+
+def write(folder, parser):
+    """Write the page of a folder and return its path.
+
+    Args:
+        parser: of the script that made the folder: knows the defaults.
+
+    Raises:
+        UserError: a folder that holds neither a run nor test results, or damaged ones.
+    """
+    folder = Path(folder)
+    path = folder / NAME
+    utils.write_text(path, render(describe(folder, parser)))
+    return path
+
+
+def update(run, parser):
+    """Write the page of a run that is at work, which goes on if it cannot be made."""
+    try:
+        return write(run.folder, parser)
+    except utils.UserError as error:
+        logger.warning("no page of this run: %s", error)
+
+
+def script_of(folder):
+    """The name of the script that made a folder."""
+    for name in ("config.json", RESULTS):
+        if (folder / name).is_file():
+            script = _read_json(folder / name).get("script")
+            if script not in _KINDS:
+                raise utils.UserError(f"{folder / name} is damaged: its script is {script!r}")
+            return script
+    raise utils.UserError(f"{folder} is no run folder (no config.json in it) and holds no test results ({RESULTS})")
+
+
+def render(page):
+    """The HTML of what `describe` returns."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["digest"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return environment.from_string(_TEMPLATE.read_text()).render(page)
+
+
+def describe(folder, parser):
+    """What the page of a folder says: a dict of plain values for the template."""
+    script = script_of(folder)
+    kind = _KINDS[script]
+    page = dict(kind=kind, name=folder.resolve().name, written=time.strftime("%Y-%m-%d %H:%M"), tests=None)
+    if kind == "test":
+        page |= _of_test(folder, parser)
+    else:
+        page |= _of_run(folder, parser, kind)
+    return page
+
+
+def _of_run(folder, parser, kind):
+    config = _read_json(folder / "config.json")
+    saved = _dict(config.get("args"), folder / "config.json")
+    history = _read_history(folder / "metrics.csv")
+    epochs, done = saved.get("epochs"), len(history)
+    tested = folder / TEST / RESULTS
+    tests = _results(folder / TEST) if kind == "train" and tested.is_file() else None
+    summary = _read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
+    seconds = _seconds_at_work(folder / "log.txt")
+    judge = judged_by(kind, saved)
+    return dict(
+        status=f"{done} of {epochs} epochs",
+        over=done == epochs,
+        tiles=_tiles(judge, history, tests, seconds),
+        command=_command(config["script"], parser, saved),
+        next=_next(folder, kind, done == epochs, tests is not None),
+        sections=_sections(folder / "figures", _genotype(folder)),
+        tests=tests,
+        settings=[(name, *map(_value, pair)) for name, *pair in settings.differing(saved, parser)],
+        rest=_rest(saved, parser),
+        data=_data(saved, config.get("data", {})),
+        machine=_machine(config),
+        cost=_pairs(summary) or ([("time at work, from the log", duration(seconds))] if seconds else []),
+        table=_table(history, judge),
+    )
+
+
+def _of_test(folder, parser):
+    tests = _results(folder)
+    saved = _dict(tests.get("args"), folder / RESULTS)
+    return dict(
+        status=f"{tests['images']:,} test images",
+        over=True,
+        tiles=tests["tiles"],
+        command=_command(tests["script"], parser, saved),
+        next=None,
+        sections=_sections(folder / "figures", saved.get("arch")),
+        tests=tests,
+        settings=[(name, *map(_value, pair)) for name, *pair in settings.differing(saved, parser)],
+        rest=_rest(saved, parser),
+        data=_data(saved, tests.get("data", {})),
+        machine=_machine(tests),
+        cost=[],
+        table=None,
+    )
+
+
+# ------------------------------------------------------------------------------------------ what the folder holds
+
+
+def _read_json(path):
+    try:
+        return _dict(json.loads(path.read_text()), path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise utils.UserError(f"{path} is missing or damaged ({error})") from None
+
+
+def _dict(value, path):
+    if not isinstance(value, dict):
+        raise utils.UserError(f"{path} is damaged: it should hold names and values")
+    return value
+
+
+def _read_history(path):
+    """The rows of metrics.csv; a run that has ended no epoch has none."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for name in ("epoch", "train_acc", "train_loss", "valid_acc", "valid_loss"):
+            if _number(row.get(name)) is None:
+                raise utils.UserError(f"{path} is damaged: {name} is {row.get(name)!r}")
+    return rows
+
+
+def _number(text):
+    """A float, or None for what is no number; NaN and infinities are numbers."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def _genotype(folder):
+    path = folder / "genotype.json"
+    return genotypes.format(genotypes.parse(str(path))) if path.is_file() else None
+
+
+def _seconds_at_work(log):
+    """How long a run has worked, by the times of its log; the pauses between an interruption and a resume are none."""
+    if not log.is_file():
+        return 0
+    times = []
+    for line in log.read_text(errors="replace").splitlines():
+        try:
+            times.append(time.mktime(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S")))
+        except ValueError:  # a further line of a message
+            continue
+    steps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    return sum(step for step in steps if 0 <= step <= _PAUSE)
+
+
+def _picture(path):
+    """A picture as the template shows it: its data as a URL, its caption."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    stem = path.stem.replace("_", " ")
+    return dict(url=f"data:{_MEDIA[path.suffix]};base64,{data}", name=stem, caption=_CAPTIONS.get(path.stem, stem))
+
+
+def _sections(folder, genotype):
+    """The pictures of a folder by subject, those of no known subject last; the genotype is with its cells."""
+    paths = sorted(path for path in folder.glob("*") if path.suffix in _MEDIA and path.name[0] != ".")
+    groups = {}
+    for title, stems in _GROUPS:
+        groups[title] = [path for stem in stems for path in paths if path.name.startswith(stem)]
+        paths = [path for path in paths if path not in groups[title]]
+    groups["More pictures"] = paths
+    sections = [
+        dict(title=title, pictures=[_picture(path) for path in own], genotype=genotype if title == "Cells" else None)
+        for title, own in groups.items()
+    ]
+    return [section for section in sections if section["pictures"] or section["genotype"]]
+
+
+# ------------------------------------------------------------------------------------------------ what it says of it
+
+
+def _tiles(judge, history, tests, seconds):
+    """The figures that a reader wants first: (what, value)."""
+    tiles = list(tests["tiles"]) if tests else []
+    if history:
+        last = history[-1]
+        if not tests:
+            tiles.append((f"{judge} accuracy", f"{float(last['valid_acc']):.2f}%"))
+            tiles.append((f"{judge} loss", f"{float(last['valid_loss']):.3f}"))
+        tiles.append(("training accuracy", f"{float(last['train_acc']):.2f}%"))
+        for name in ("skip_connects", "eigenvalue"):
+            value = _number(last.get(name))
+            if value is not None:
+                tiles.append((_COLUMNS[name], f"{value:.4g}"))
+    if seconds:
+        tiles.append(("time at work", duration(seconds)))
+    return tiles
+
+
+def duration(seconds):
+    """Seconds as people say them: 42 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def _command(script, parser, saved):
+    """The line that begins the same run, for anyone who has the images."""
+    words = settings.flags(saved | {"folder": None}, parser)  # a folder that holds a run is no place for another
+    return _line(["python", script, *words])
+
+
+def _next(folder, kind, over, tested):
+    """What to do now: (why, command)."""
+    path = f"./{folder}" if len(folder.parts) == 1 else str(folder)  # it may have the name of a genotype
+    script = {"search": "train_search.py", "train": "train.py"}[kind]
+    if not over:
+        why, words = "Go on, if nothing is at work on it", [script, "--resume", path]
+    elif kind == "search":
+        why, words = "Train what was found", ["train.py", "--arch", path]
+    elif not tested:
+        why, words = "Test it", ["test.py", "--model_path", path]
+    else:
+        why, words = "Try it on pictures of your own", ["test.py", "--model_path", path, "--images", "PICTURES"]
+    return why, _line(["python", *words])
+
+
+def _line(words):
+    """A command line; genotypes are full of single quotes, and stay readable in double ones."""
+    plain = {word for word in words if "'" in word and not set(word) & set('"$`\\!')}
+    return " ".join(f'"{word}"' if word in plain else shlex.quote(word) for word in words)
+
+
+def _rest(saved, parser):
+    differing = {name for name, _, _ in settings.differing(saved, parser)}
+    names = [name for name in saved if name not in differing and name != "resume"]
+    return [(f"--{name}", _value(saved[name])) for name in names]
+
+
+def _value(setting):
+    if isinstance(setting, bool):
+        return "yes" if setting else "no"
+    return "–" if setting is None else setting
+
+
+def _data(saved, fingerprints):
+    """What the images are: (what, value)."""
+    pairs = [("data set", saved.get("dataset"))]
+    if saved.get("dataset") == "folder":
+        pairs.append(("folder", saved.get("data")))
+    for part, of in fingerprints.items():
+        least, most = min(of["counts"]), max(of["counts"])
+        each = f"{least}" if least == most else f"{least} to {most}"
+        pairs.append((f"{part} images", f"{sum(of['counts']):,}, {each} of each class"))
+        if "sha256" in of:
+            pairs.append((f"{part} images, SHA-256", of["sha256"]))
+        if "files" in of:
+            pairs.append((f"{part} files, SHA-256 of names, lengths and ends", of["files"]))
+    if fingerprints:
+        names = next(iter(fingerprints.values()))["classes"]
+        pairs.append((f"{len(names)} classes", ", ".join(names)))
+    return pairs + [(name.replace("_", " "), saved[name]) for name in ("image_size", "subset") if saved.get(name)]
+
+
+def _machine(config):
+    pairs = [("device", config.get("device")), ("processor", config.get("processor"))]
+    pairs += [("CPU threads", config.get("threads")), ("involution backend", config.get("involution_backend"))]
+    pairs += list(config.get("versions", {}).items())
+    pairs.append(("git commit", config.get("git_commit")))
+    return [(name, value) for name, value in pairs if value is not None]
+
+
+def _pairs(values):
+    """A dict for a table of two columns: names in words, numbers that can be read."""
+    return [(name.replace("_", " "), _shown(value)) for name, value in values.items()]
+
+
+def _shown(value):
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _table(history, judge):
+    """The epochs: titles and rows of texts; genotypes, which are too long for a table, are left to metrics.csv."""
+    if not history:
+        return None
+    names = [name for name in history[0] if name != "genotype"]
+    titles = [_COLUMNS.get(name, name.replace("_", " ")).format(judge) for name in names]
+    return dict(titles=titles, rows=[[_cell(row[name]) for name in names] for row in history])
+
+
+def _cell(text):
+    value = _number(text)
+    if value is None:
+        return text or ""
+    return text if not math.isfinite(value) or value == int(value) else f"{value:.4g}"
+
+
+def _results(folder):
+    """What test.py has left in a folder: its numbers, and its pictures."""
+    results = _read_json(folder / RESULTS)
+    pictures = [folder / f"{name}.png" for name in ("classes", "confusion", "calibration", "mistakes")]
+    tiles = [("test accuracy", f"{results['top1']:.2f}%"), ("test loss", f"{results['loss']:.3f}")]
+    return results | dict(tiles=tiles, pictures=[_picture(path) for path in pictures if path.is_file()])
+
+
+# ------------------------------------------------------------------------------------------------------- as a script
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(description="Write report.html, the page of a run, into its folder.")
+    parser.add_argument("folder", type=Path, help="a run folder, or one that test.py --output wrote")
+    return parser.parse_args(argv)
+
+
+def main():
+    import test  # these import this module
+    import train
+    import train_search
+
+    folder = parse_args().folder
+    if not folder.is_dir():
+        raise utils.UserError(f"{folder}: no such folder")
+    script = script_of(folder)
+    scripts = {"train_search.py": train_search, "train.py": train, "test.py": test}
+    print(write(folder, scripts[script].build_parser()))
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
