@@ -27,7 +27,7 @@ logger = logging.getLogger("darts.data")
 
 IN_MEMORY = 2**31  # bytes of pixels that a set in a folder may have to be kept in memory, unless that is asked for
 _SAMPLE = 2**16  # images that statistics are taken of at most
-_NATIVE_SIZE = {"cifar10": 32, "cifar100": 32, "folder": 32, "digits": 8}  # pixels
+NATIVE_SIZE = {"cifar10": 32, "cifar100": 32, "folder": 32, "digits": 8}  # pixels
 _STATISTICS = {  # mean and standard deviation of the training images, as the original DARTS code has them
     "cifar10": ((0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)),
     "cifar100": ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
@@ -342,7 +342,7 @@ def load(dataset, root, train, image_size=None, subset=None, seed=0, device="cpu
     Raises:
         UserError: images that are missing, broken or not downloadable.
     """
-    size, part, device = image_size or _NATIVE_SIZE[dataset], "train" if train else "test", torch.device(device)
+    size, part, device = image_size or NATIVE_SIZE[dataset], "train" if train else "test", torch.device(device)
     what = "%s: %d of %d images, %d classes (%s)"
     if dataset == "folder":
         folder, classes, samples = image_folder.scan(Path(root), train)
@@ -366,7 +366,7 @@ def load(dataset, root, train, image_size=None, subset=None, seed=0, device="cpu
 
 def image_size(args):
     """The pixels that the flags of a script ask for: by default the data set's own, 8 for digits, else 32."""
-    return args.image_size or _NATIVE_SIZE[args.dataset]
+    return args.image_size or NATIVE_SIZE[args.dataset]
 
 
 def load_as(args, train, device):
@@ -398,6 +398,19 @@ def _load_folder(
     if in_memory:
         return Images(torch.from_numpy(pixels).to(device), labels.to(device), classes, names, marks)
     return StreamedImages(names, labels, classes, marks, device, size, fit, workers)
+
+
+def load_pictures(places, args, classes, device):
+    """Pictures of a user's own, files or folders of them, as images without labels (all of class 0).
+
+    They are resized as those of the data set of `args`, the flags of a script.
+
+    Raises:
+        UserError: a place that is not there, a folder without pictures, a file that is none.
+    """
+    samples = [(path, 0) for path in image_folder.find(places)]
+    reading = {name: getattr(args, name) for name in ("skip_broken", "fit", "data_in", "workers")}
+    return _load_folder("", classes, samples, image_size(args), "given", device, **reading)
 
 
 def split(images, train_portion, seed):

@@ -32,6 +32,7 @@ _BEFORE = {
     "label_smooth": 0.0,
     "lr_scheduler": "cosine",
     "warmup_epochs": 0,
+    "eigenvalue_every": 0,
 }
 
 
@@ -144,8 +145,13 @@ def differing(saved, parser):
     return [
         (action.dest, saved[action.dest], action.default)
         for action in parser._actions
-        if action.dest in saved and action.dest not in ("help", "resume") and saved[action.dest] != action.default
+        if action.dest in saved and action.dest not in ("help", "resume") and saved[action.dest] != _default(action)
     ]
+
+
+def _default(action):
+    """What a command line without this flag has; texts are converted, as argparse does it."""
+    return action.type(action.default) if isinstance(action.default, str) and action.type else action.default
 
 
 def flags(saved, parser):

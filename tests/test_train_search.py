@@ -11,7 +11,7 @@ import torch
 
 import genotypes
 import scripts
-from conftest import assert_one_clear_line, only_run
+from conftest import assert_one_clear_line, assert_same_curves, only_run
 
 TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 3 --epochs 2 --report_freq 1".split()
 
@@ -47,7 +47,9 @@ def test_piped_output_is_plain_lines(uninterrupted):
 
 def assert_same_run(folder, expected):
     assert (folder / "metrics.csv").read_bytes() == (expected / "metrics.csv").read_bytes()
-    assert (folder / "genotype.json").read_bytes() == (expected / "genotype.json").read_bytes()
+    for name in ("genotype.json", "alphas.csv", "winners.csv"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes()
+    assert_same_curves(folder, expected)
     states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, expected)]
     for a, b in zip(states[0]["model"].items(), states[1]["model"].items(), strict=True):
         assert a[0] == b[0] and torch.equal(a[1], b[1])
