@@ -11,6 +11,7 @@ import torch
 
 import alphas
 import checkpoint
+import cost
 import genotypes
 import run_folder
 from conftest import assert_same_curves, read_curves
@@ -188,6 +189,16 @@ def test_the_estimate_is_said_once(watched):
     text = (watched[0] / "log.txt").read_text()
     assert text.count("an epoch takes about") == 1 and "what is left of 2 epochs" in text
     assert text.index("an epoch takes about") < text.index("epoch 1/2 lr")
+
+
+def test_the_bar_has_the_time_that_is_left_of_the_run(monkeypatch):
+    seen = []
+    monkeypatch.setattr(run_folder.tqdm, "set_postfix_str", lambda bar, text, **_: seen.append(text))
+    monkeypatch.setattr(cost.Pace, "remaining", lambda pace, step, epochs: 100 * epochs + step)
+    with make_run() as run:
+        for _ in run.steps(make_batches()):
+            record(run)
+    assert [text.split(", ")[1] for text in seen] == [f"whole run {100 + step} s left" for step in range(1, 5)]
 
 
 def test_without_tensorboard_a_run_goes_on(tmp_path, monkeypatch, caplog):
