@@ -246,6 +246,7 @@ class Batches:
 
     def __init__(self, images, batch_size, normalization, augmentation, key=(0, 0), steps=None):
         self.augmentation, self.labels, self.size = augmentation, images.labels, images.size
+        self.batch_size = batch_size
         self._device, S = images.device, images.size
         if augmentation and len(images) < 2:
             raise ValueError("training needs two images or more, for batch norm's sake")

@@ -11,7 +11,7 @@ import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from utils import replacing
+from utils import readable, replacing
 
 MISTAKES = 24  # on a contact sheet
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#6b7680"
@@ -26,6 +26,7 @@ def save(figure, path):
 
 
 def _short(name, length=_LONG):
+    name = readable(name)
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 

@@ -38,13 +38,19 @@ _GROUPS = (  # sections of pictures: title, how the names of their files begin, 
     ("Curves", ("curves",)),
     ("Cells", ("normal", "reduction")),
     ("Alphas", ("alphas",)),
-    ("Sharpness", ("eigenvalue", "sharpness", "hessian")),
+    ("Sharpness", ("eigenvalue",)),
     ("Evolution", ("evolution",)),
 )
 _CAPTIONS = {
     "curves": "Accuracy and loss, epoch by epoch.",
     "normal": "Normal cell: dashed lines are concatenated into its output.",
     "reduction": "Reduction cell: halves height and width.",
+    "alphas_normal": "Normal cell: the weight of every primitive on every edge, over the epochs.",
+    "alphas_reduction": "Reduction cell: the weight of every primitive on every edge, over the epochs.",
+    "alphas_heat_map": "The weights of the last epoch.",
+    "evolution": "The cells from epoch to epoch, a picture wherever they changed.",
+    "eigenvalue": "The dominant eigenvalue of the Hessian of the validation loss by the alphas: where it rises, and "
+    "skip connections with it, the search may be collapsing (arXiv 1909.09656).",
     "confusion": "Confusion: of the images of a class (row), the share that was taken for each class (column).",
     "classes": "Accuracy of every class, with its 95% interval (Wilson).",
     "calibration": "Calibration: how often the network is right when it is so sure.",
@@ -61,6 +67,8 @@ _COLUMNS = {  # of metrics.csv, as people read them; {} is what the run is judge
     "valid_top5": "{} top-5 accuracy (%)",
     "skip_connects": "skip connections",
     "eigenvalue": "eigenvalue",
+    "entropy_normal": "entropy, normal cell (nats)",
+    "entropy_reduce": "entropy, reduction cell (nats)",
 }
 _PAUSE = 60  # seconds without a line in the log: the run was not at work
 
@@ -105,7 +113,7 @@ def render(page):
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["digest"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return environment.from_string(_TEMPLATE.read_text()).render(page)
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(page)
 
 
 def describe(folder, parser):
@@ -124,18 +132,18 @@ def _of_run(folder, parser, kind):
     config = _read_config(folder / "config.json")
     saved = _settings(config, "args", parser, folder / "config.json")
     history = _read_history(folder / "metrics.csv")
-    epochs, done = saved.get("epochs"), len(history)
     tests = _results(folder / TEST) if (folder / TEST / RESULTS).is_file() else None
     summary = _read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
     hours = summary.get("hours")
     seconds = 3600 * hours if isinstance(hours, (int, float)) else seconds_at_work(folder / "log.txt")
-    judge = judged_by(kind, saved)
+    judge, done, epochs = judged_by(kind, saved), len(history), saved["epochs"]
+    over = done == epochs or bool(summary.get("ended"))
     return dict(
-        status=f"{done} of {epochs} epochs",
-        over=done == epochs,
+        status=f"{done} of {epochs} epochs{', stopped early' if over and done < epochs else ''}",
+        over=over,
         tiles=_tiles(judge, history, tests, seconds),
         command=_command(config["script"], parser, saved),
-        next=_next(folder, kind, done == epochs, tests is not None),
+        next=_next(folder, kind, over, tests is not None),
         sections=_sections(folder / "figures", _genotype(folder)),
         tests=tests,
         settings=[(name, *map(_value, pair)) for name, *pair in settings.differing(saved, parser)],
@@ -300,9 +308,9 @@ def _tiles(judge, history, tests, seconds):
             tiles.append((f"{judge} loss", f"{float(last['valid_loss']):.3f}"))
         tiles.append(("training accuracy", f"{float(last['train_acc']):.2f}%"))
         for name in ("skip_connects", "eigenvalue"):
-            value = _number(last.get(name))
-            if value is not None:
-                tiles.append((_COLUMNS[name], f"{value:.4g}"))
+            values = [value for row in history if (value := _number(row.get(name))) is not None]
+            if values:  # not every epoch measures an eigenvalue
+                tiles.append((_COLUMNS[name], f"{values[-1]:.4g}"))
     if seconds:
         tiles.append(("time at work", utils.duration(seconds)))
     return tiles

@@ -7,7 +7,7 @@ runs/search-NAME-TIMESTAMP/      or train-…
     genotype.json                readable by genotypes.parse
     checkpoint.pt                weights, alphas, optimizers, scheduler, epoch, step, random states
     checkpoint.previous.pt       the checkpoint before it
-    figures/                     curves.png, normal.png, reduction.png, and the .gv sources
+    figures/                     curves.png, eigenvalue.png, normal.png, reduction.png, and the .gv sources
     summary.json, events/        what it cost, TensorBoard's events, and what a search has of its alphas: observer.py
     report.html                  the page of the run (report.py)
 """
@@ -38,7 +38,7 @@ import involution
 import progress
 import schedule
 import visualize
-from curves import plot_curves
+from curves import plot_curves, plot_eigenvalue
 from data import check_unchanged
 from observer import Observer
 from operations import KERNEL_NORM
@@ -272,6 +272,8 @@ class Run:
         writer.writerows(self.history)
         write_text(self.folder / "metrics.csv", text.getvalue())
         plot_curves(self.history, self.judged_by, self.figures() / "curves.png")
+        if any("eigenvalue" in row for row in self.history):
+            plot_eigenvalue(self.history, self.figures() / "eigenvalue.png")
 
     def save(self):
         """Replace checkpoint.pt.

@@ -142,7 +142,7 @@ def print_predictions(args, weights, state, device):
             ranked = logits.softmax(0).sort(descending=True, stable=True)
             pairs = zip(ranked.values.tolist()[:_TOP], ranked.indices.tolist(), strict=False)
             found = ", ".join(f"{classes[k]} {100 * share:.1f}%" for share, k in pairs)
-            print(f"{name}: {found if logits.isfinite().all() else 'its logits are not finite'}")
+            print(f"{utils.readable(name)}: {found if logits.isfinite().all() else 'its logits are not finite'}")
 
 
 def log_results(meter, images):
@@ -154,12 +154,12 @@ def log_results(meter, images):
         what = "%d of %d test images have logits that are not finite, and count as misses:"
         logger.warning(what, len(lost), meter.images)
         for k in lost[:_WORST]:
-            logger.info("  %s", images.names[k])
+            logger.info("  %s", utils.readable(images.names[k]))
     explosion = meter.explosion("test")
     if explosion:
         logger.warning("%s; the worst:", explosion)
         for k in meter.extreme()[:_WORST]:
-            logger.info("  loss %.4g  %s", meter.losses[k], images.names[k])
+            logger.info("  loss %.4g  %s", meter.losses[k], utils.readable(images.names[k]))
 
 
 def results_folder(args):

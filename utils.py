@@ -417,4 +417,9 @@ def remove_temporaries(folder):
 
 def write_text(path, text):
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # of file names that are no UTF-8
+
+
+def readable(name):
+    """The name of a file as it can be printed, whatever its bytes are."""
+    return name.encode(errors="replace").decode()

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -133,6 +134,13 @@ def test_the_files_hold_the_numbers(tmp_path):
     for name in ("classes", "confusion", "calibration", "mistakes"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(2**24)) > 10
+
+
+def test_names_that_are_no_utf_8(tmp_path):
+    targets, name = np.arange(4) % 2, os.fsdecode(b"\xff.png")
+    images = Images(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.tensor(targets), ["a", "b"], [name] * 4)
+    evaluation.write(tmp_path, measured(50 * np.eye(2)[1 - targets], targets), images, {})
+    assert (tmp_path / "predictions.csv").read_bytes().count(b"\xff.png") == 4
 
 
 def test_nothing_is_wrong_with_a_network_that_is_always_right(tmp_path):
