@@ -244,7 +244,8 @@ def parse_args(argv=None):
     parser.add_argument(
         "genotype",
         type=utils.user_value(_parse_with_name),
-        help=f"a name ({', '.join(genotypes.NAMED)}), a Genotype(...) expression, a run folder or a genotype file; "
+        help=f"a name ({', '.join(genotypes.NAMED)}), a Genotype(...) expression, a run folder (RUN@EPOCH: as it was "
+        "after that epoch) or a genotype file; "
         f"{genotypes.WHICH_DARTS}",
     )
     parser.add_argument(
