@@ -178,6 +178,14 @@ def test_costs_add_up_over_sessions(watched, tmp_path, monkeypatch, caplog):
     assert "it took" in caplog.text and "in 2 sessions for 16 training images" in caplog.text
 
 
+def test_a_summary_has_the_epoch_that_an_early_stop_kept(watched, tmp_path):
+    with make_run("search", Supernet(), resume=kill(watched, "the end", "the end", tmp_path / "stopped")) as run:
+        run.history[-1]["kept_epoch"] = 1
+        run.observer.write()
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert (summary["epochs"], summary["result_of_epoch"], summary["genotype"]) == (2, 1, run.history[0]["genotype"])
+
+
 def test_an_ended_run_that_is_resumed_costs_nothing_more(watched, tmp_path, monkeypatch):
     before = json.loads((watched[0] / "summary.json").read_text())
     folder = go_on(kill(watched, "the end", "the end", tmp_path / "again"), monkeypatch)
