@@ -308,20 +308,21 @@ def plot_heat_map(trajectory):
         names = [f"{_label(start)} → {end}" for start, end in _ends(len(array))]
         axes.set_yticks(range(len(array)), names if k == 0 else [], fontsize=8)
         axes.tick_params(length=0)
-        _mark_winners(axes, array, primitives, dark=low + 0.6 * (high - low))
+        _mark_winners(axes, array, primitives, low, high)
     bar = figure.colorbar(image, ax=panels, aspect=30, fraction=0.75 / size[0], pad=0.1 / size[0])
     bar.set_label("weight (softmax of the alphas)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     return figure
 
 
-def _mark_winners(axes, weights, primitives, dark):
+def _mark_winners(axes, weights, primitives, low, high):
     kept, ends = _kept(weights, primitives), _ends(len(weights))
+    digits = 2 if high - low > 0.1 else 3
     allowed = np.array([name != "none" for name in primitives])
     for edge, row in enumerate(weights):
         best = int(np.argmax(np.where(allowed, row, -1)))
-        color = "black" if row[best] > dark else "white"
-        axes.text(best, edge, f"{row[best]:.2f}", ha="center", va="center", fontsize=7.5, color=color)
+        color = "black" if row[best] > low + 0.6 * (high - low) else "white"
+        axes.text(best, edge, f"{row[best]:.{digits}f}", ha="center", va="center", fontsize=7.5, color=color)
         if edge in kept:
             box = dict(fill=False, edgecolor="#d55e00", linewidth=1.8)
             axes.add_patch(Rectangle((best - 0.47, edge - 0.45), 0.94, 0.9, **box))

@@ -76,12 +76,12 @@ class Cost:
     """What a run has cost so far, over all processes that worked on it (a session each).
 
     Args:
-        command: the command line that started the run.
+        command, started: the command line that started the run, and when.
         since_epoch: epochs that were over when counting began: not zero in a run from before there was a count.
     """
 
-    def __init__(self, command, since_epoch=0):
-        texts = dict(command=command, started=_now(), updated=_now())
+    def __init__(self, command, started=None, since_epoch=0):
+        texts = dict(command=command, started=started or _now(), updated=_now())
         counts = dict(since_epoch=since_epoch, sessions=0, images=0)
         self._state = texts | counts | dict(seconds=0.0, memory=0.0, cuda_memory=0.0)
         self._clock = None

@@ -41,9 +41,9 @@ class Events:
         self.folder, self._resumed, self._writers = folder.resolve() / FOLDER, resumed, {}
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
+        except Exception as error:  # versions that do not fit each other raise further kinds
             what = "no TensorBoard events are written (%s): pip install tensorboard"
-            logger.warning(what, str(error).splitlines()[0])
+            logger.warning(what, " ".join(str(error).split())[:200])
             SummaryWriter = None
         self._make = SummaryWriter
 

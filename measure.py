@@ -92,10 +92,8 @@ def _parameters_of(form, steps, concats, edge):
 
 @torch.no_grad()
 def count(genotype, args, classes=10):
-    """The `Count` of an evaluation network; computes nothing, on the device `meta`."""
-    image_size = data.image_size(args)
-    with torch.device("meta"):
-        net, image = build(genotype, args, classes).eval(), torch.empty(1, 3, image_size, image_size)
+    """The `Count` of an evaluation network, by one image that goes through it."""
+    net, size = build(genotype, args, classes).eval(), data.image_size(args)
     net.fast = False  # module by module, so that every layer is seen
     kernels = {layer.conv2.conv for layer in net.modules() if isinstance(layer, Involution2d)}
     sizes = []
@@ -103,7 +101,7 @@ def count(genotype, args, classes=10):
         if isinstance(layer, (nn.Conv2d, nn.Linear, Involution2d)) and layer not in kernels:
             layer.register_forward_hook(lambda layer, inputs, output: sizes.append(output.numel()))
     with FlopCounterMode(display=False) as counter:
-        net(image)
+        net(torch.zeros(1, 3, size, size))
     return Count(utils.count_parameters(net), counter.get_total_flops() // 2, sum(sizes))
 
 

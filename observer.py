@@ -8,6 +8,7 @@ are drawn.
 import contextlib
 import json
 import logging
+import math
 import shlex
 import sys
 import time
@@ -69,7 +70,7 @@ class Observer:
         if self.trajectory is not None:
             self.trajectory = alphas.Trajectory(self.model.primitives)
         if state is None:
-            self.cost = cost.Cost("unknown", since_epoch=self.run.epoch)
+            self.cost = cost.Cost("unknown", "unknown", since_epoch=self.run.epoch)
             self._reported = list(self.run.meter.sums)
             if self.trajectory is not None and self.run.step == 0:
                 self.trajectory.add(self.run.epoch, self._weights())
@@ -82,7 +83,7 @@ class Observer:
     def begin(self, resumed):
         """The run stands where it begins or goes on: make its files again, and those of TensorBoard what they were."""
         self.events = Events(self.run.folder, resumed)
-        self._drawn_at = 0.0 if resumed else self._drawn_at
+        self._drawn_at = -math.inf if resumed else self._drawn_at
         self.write()
 
     def begin_epoch(self, steps):

@@ -11,6 +11,7 @@ import csv
 import io
 import itertools
 import logging
+import os
 from pathlib import Path
 
 import graphviz
@@ -222,7 +223,7 @@ def read_history(run):
             rows = list(csv.DictReader(file))
         for row in rows:
             int(row["epoch"]), float(row["valid_acc"]), genotypes.parse(row["genotype"])
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         rows = []
     except KeyError as error:
         raise utils.UserError(f"{path} has no column {error}: not a search, whose cells change") from None
@@ -247,7 +248,8 @@ def parse_args(argv=None):
     parser.add_argument(
         "genotype",
         type=utils.user_value(_parse_with_name),
-        help=f"a name ({', '.join(genotypes.NAMED)}), a Genotype(...) expression, a run folder or a genotype file; "
+        help=f"a name ({', '.join(genotypes.NAMED)}), a Genotype(...) expression, a run folder (RUN@EPOCH: as it was "
+        "after that epoch) or a genotype file; "
         f"{genotypes.WHICH_DARTS}",
     )
     parser.add_argument(
@@ -268,6 +270,8 @@ def main():
     args = parse_args()
     genotype, name = args.genotype
     folder, format = Path(args.output), args.format or "pdf"
+    if args.what != "cells" and not os.path.isdir(name):
+        raise utils.UserError(f"--what {args.what} needs the run folder of a search, got {name[:80]!r}")
     history = read_history(name) if args.what == "evolution" else None
     trajectory = alphas.read(Path(name) / alphas.NAME) if args.what == "alphas" else None
     try:

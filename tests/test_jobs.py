@@ -1,9 +1,11 @@
 """Jobs: what of one is done, as its files say; starting, resuming, failing, diverging, waiting for others."""
 
 import json
+import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ import genotypes
 import jobs
 import plan
 import run_folder
+import scripts
 import utils
 
 TINY = """
@@ -55,6 +58,25 @@ def short_job(**flags):
     return job
 
 
+class Forked(jobs.Children):
+    """Scripts that are forked from a process that has imported PyTorch; one that says `kill_at` is killed there."""
+
+    def __init__(self, kill_at=None):
+        super().__init__()
+        self.kill_at = kill_at
+
+    def call(self, command, output, environment):
+        script = scripts.Script(Path.cwd(), command[1].name, *command[2:])
+        for line in script.stdout:
+            output.write(line.encode())
+            if self.kill_at and self.kill_at in line:
+                script.send_signal(signal.SIGKILL)
+                break
+        out, err = script.communicate()
+        output.write((out + err).encode())
+        return script.returncode
+
+
 def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -68,28 +90,16 @@ def test_a_job_that_was_killed_goes_on(folder, short):
     """It is killed in its second epoch, by a signal, as by a machine that runs out of memory."""
     assert jobs.look(short, folder).status == "waiting"
 
-    class KillsOnce(jobs.Children):
-        def call(self, command, output, environment):
-            watcher = threading.Thread(target=self._kill)
-            watcher.start()
-            return super().call(command, output, environment)
-
-        def _kill(self):
-            while "epoch 2/2 step 1/3" not in log_of(short, folder):
-                time.sleep(0.02)
-            for process in self._processes:
-                process.kill()
-
-    jobs.run(short, folder, KillsOnce())
+    jobs.run(short, folder, Forked(kill_at="epoch 2/2 step 1/3"))
     assert jobs.look(short, folder).status == "begun" and jobs.look(short, folder).epochs == 1
-    jobs.run(short, folder, jobs.Children())
+    jobs.run(short, folder, Forked())
     state = jobs.look(short, folder)
     assert state.status == "finished" and 0 <= state.value("valid_acc") <= 100
     first, second = (line for line in log_of(short, folder).splitlines() if line[:2] == "$ ")
     assert "--arch DARTS_V2" in first and first.endswith(f"--folder {folder / short.name}")
     assert second.endswith(f"train.py --resume {folder / short.name}")
-    assert 0 < jobs.seconds(short, folder) < 600
-    jobs.run(short, folder, jobs.Children())
+    assert 0 <= jobs.seconds(short, folder) < 600
+    jobs.run(short, folder, Forked())
     assert log_of(short, folder).count("$ ") == 2  # what is finished is not started again
 
 
@@ -105,10 +115,10 @@ def test_a_search_without_the_genotype_of_its_last_epoch_is_not_finished(folder,
 
 def test_a_failed_job_has_its_last_line_and_is_retried_on_request(folder):
     job = short_job(dataset='"folder"', data='"missing"')
-    jobs.run(job, folder, jobs.Children())
+    jobs.run(job, folder, Forked())
     state = jobs.look(job, folder)
     assert state.status == "failed" and "--data missing: no such folder" in state.line
-    jobs.run(job, folder, jobs.Children())
+    jobs.run(job, folder, Forked())
     assert log_of(job, folder).count("$ ") == 1
     jobs.retry(job, folder)
     assert jobs.look(job, folder).status == "waiting"
@@ -116,7 +126,7 @@ def test_a_failed_job_has_its_last_line_and_is_retried_on_request(folder):
 
 def test_a_job_that_diverges_has_a_result(folder):
     job = short_job(learning_rate=1e30)
-    jobs.run(job, folder, jobs.Children())
+    jobs.run(job, folder, Forked())
     state = jobs.look(job, folder)
     assert state.status == "diverged" and "became" in state.line and "learning rate 1e+30" in state.line
     jobs.retry(job, folder)

@@ -15,6 +15,8 @@ from conftest import assert_one_clear_line, assert_same_curves, only_run
 
 TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 3 --epochs 2 --report_freq 1".split()
 
+ALPHAS = {f"alphas_{what}.png" for what in ("normal", "reduction", "heat_map")}
+
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
@@ -35,8 +37,11 @@ def test_a_search_leaves_everything_in_its_folder(uninterrupted):
     assert genotypes.parse(rows[-1]["genotype"]) == genotype
     for name in ("curves.png", "normal.gv", "reduction.gv"):
         assert (folder / "figures" / name).stat().st_size > 0
+    for name in ALPHAS:
+        assert (folder / "figures" / name).read_bytes()[:4] == b"\x89PNG"
     if shutil.which("dot"):
         assert (folder / "figures" / "normal.png").read_bytes()[:4] == b"\x89PNG"
+        assert (folder / "figures" / "evolution.gif").read_bytes()[:3] == b"GIF"
     assert "involution backend" in (folder / "log.txt").read_text()
 
 
@@ -141,7 +146,7 @@ def test_without_dot_the_search_goes_on_and_says_so_once(tmp_path, monkeypatch):
     assert "searched" in result.stdout
     assert "Genotype(" in (only_run(tmp_path, "search") / "report.html").read_text()  # without its drawings
     figures = {path.name for path in (only_run(tmp_path, "search") / "figures").iterdir()}
-    assert figures == {"curves.png", "normal.gv", "reduction.gv"}
+    assert figures == {"curves.png", "normal.gv", "reduction.gv", *ALPHAS}
 
 
 @pytest.mark.parametrize(
