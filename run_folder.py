@@ -7,7 +7,8 @@ runs/search-NAME-TIMESTAMP/      or train-…
     genotype.json                readable by genotypes.parse
     checkpoint.pt                weights, alphas, optimizers, scheduler, epoch, step, random states
     checkpoint.previous.pt       the checkpoint before it
-    figures/                     curves.png, normal.png, reduction.png, and the .gv sources
+    figures/                     curves.png, eigenvalue.png, normal.png, reduction.png, and the .gv sources
+    summary.json, events/        what it cost, TensorBoard's events, and what a search has of its alphas: observer.py
     report.html                  the page of the run (report.py)
 """
 
@@ -37,10 +38,12 @@ import involution
 import progress
 import schedule
 import visualize
-from curves import plot_curves
+from curves import plot_curves, plot_eigenvalue
 from data import check_unchanged
+from observer import Observer
 from operations import KERNEL_NORM
-from utils import AverageMeter, UserError, log_device, processor, remove_temporaries, write_text
+from stream import ReadError
+from utils import AverageMeter, Diverged, UserError, log_device, processor, remove_temporaries, write_text
 
 try:
     import fcntl
@@ -49,7 +52,9 @@ except ImportError:  # Windows: runs are not locked
 
 logger = logging.getLogger("darts.run")
 
+BUSY = "another process is at work on this run"
 _SAVE_EVERY = 300  # seconds between two checkpoints within an epoch
+_TOO_LONG = 0.1  # of an epoch, to wait for images
 
 
 class Run:
@@ -76,7 +81,7 @@ class Run:
         self._said_why_no_drawing = self._said_not_finite = False
         self.folder = _folder(kind, args)
         self.checkpoint = self.folder / checkpoint.NAME
-        self._log = None
+        self._log, self.observer = None, Observer(self)
         try:
             self._log = _LogFile(self.folder / "log.txt")
             if args.resume is not None:
@@ -86,6 +91,7 @@ class Run:
                 config["data"] = facts.get("data", {})
                 write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
                 self.save()
+            self.observer.begin(resumed=args.resume is not None)
         except Exception as error:
             self.__exit__(type(error))
             raise
@@ -101,12 +107,21 @@ class Run:
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, kind=None, *_):
-        """End the log, so that another process may go on; a run that failed before its first step leaves nothing."""
-        for number_, handler in self._handlers.items():
-            signal.signal(number_, handler)
-        if self._log:
-            self._log.close()
+    def __exit__(self, kind=None, error=None, *_):
+        """End the log, so that another process may go on; a run that failed before its first step leaves nothing.
+
+        Images that cannot be read any more stop a run where a signal does, between two steps: it is saved.
+        """
+        try:
+            if isinstance(error, ReadError) and self._begun:
+                self.stop_if_asked()  # a signal to all processes may have ended those that read
+                self._save_and_say_how_to_go_on()
+        finally:
+            for number_, handler in self._handlers.items():
+                signal.signal(number_, handler)
+            if self._log:
+                self._log.close()
+            self.observer.close()
         if kind is not None and issubclass(kind, Exception) and not self._begun:
             if self._log:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -130,41 +145,54 @@ class Run:
         self._signal = number_
         tqdm.write("finishing this step, then saving (once more stops at once)", file=sys.stderr)
 
-    def steps(self, batches):
-        """Yield the augmented batches that are left of this epoch, with a progress bar or report lines."""
+    def steps(self, batches, *others):
+        """Yield the augmented batches that are left of this epoch, with a progress bar or report lines.
+
+        Args:
+            others: further batches that a step takes, whose waiting for images counts too.
+        """
+        start, waited = time.monotonic(), -sum(each.waited for each in (batches, *others))
         label = f"epoch {self.epoch + 1}/{self.args.epochs}"
         if self.step > len(batches):
             raise UserError(f"{self.checkpoint} is damaged: step {self.step} of an epoch of {len(batches)} steps")
         bar = tqdm(total=len(batches), initial=self.step, desc=label, disable=not sys.stdout.isatty(), leave=False)
+        self.observer.begin_epoch(len(batches))
         with bar:
             while self.step < len(batches):
                 progress.doing(f"{label} step {self.step + 1}/{len(batches)}")
                 yield batches.batch(self.epoch, self.step)
                 self.step += 1
-                bar.set_postfix_str(str(self.meter), refresh=False)
+                self.observer.step()
+                bar.set_postfix_str(f"{self.meter}, {self.observer.remaining()}", refresh=False)
                 bar.update()
                 if self.step % self.args.report_freq == 0 or self.step == len(batches):
                     logger.debug("%s step %d/%d %s", label, self.step, len(batches), self.meter)
                 self.stop_if_asked()
                 if time.monotonic() - self._saved_at > _SAVE_EVERY:
                     self.save()
+        waited += sum(each.waited for each in (batches, *others))
+        if waited > 0:
+            share = waited / (time.monotonic() - start)
+            level, advice = (logging.WARNING, "; more --workers may help") if share > _TOO_LONG else (logging.DEBUG, "")
+            logger.log(level, "%s: %.1f%% of the time spent waiting for images%s", label, 100 * share, advice)
 
-    def record(self, loss, logits, target):
-        """Add a training batch to the averages of the epoch.
+    def record(self, loss, logits, target, grad_norm=None):
+        """Add a training batch to the averages of the epoch; the norm of its gradient is for the curves alone.
 
         Raises:
-            UserError: the loss is not finite: names the step, the learning rate and the last good checkpoint.
+            Diverged: the loss is not finite: names the step, the learning rate and the last good checkpoint.
         """
         loss = loss.item()
         if not math.isfinite(loss):
             raise self.diverged(f"the loss became {loss}", self.step + 1)
         self.meter.update(loss, logits, target)
+        self.observer.batch(len(target), grad_norm)
 
     def diverged(self, what, step):
-        """The UserError that says what is no longer finite, where, and where to go on from."""
+        """The Diverged that says what is no longer finite, where, and where to go on from."""
         lr = self.parts["optimizer"].param_groups[0]["lr"]
         good = f"the last good checkpoint is {self.checkpoint}; " if self._begun else ""
-        return UserError(
+        return Diverged(
             f"{what} in epoch {self.epoch + 1}, step {step}, at learning rate {lr:.3g}; {good}{self._cure()}"
         )
 
@@ -178,10 +206,13 @@ class Run:
     def stop_if_asked(self):
         """After SIGINT or SIGTERM: save, say how to go on, exit with 128 + signal."""
         if self._signal is not None:
-            self.save()
-            logger.info("stopped in epoch %d after step %d; go on with:", self.epoch + 1, self.step)
-            logger.info("  %s", command(Path(sys.argv[0]).name, "--resume", self.folder))
+            self._save_and_say_how_to_go_on()
             sys.exit(128 + self._signal)
+
+    def _save_and_say_how_to_go_on(self):
+        self.save()
+        logger.info("stopped in epoch %d after step %d; go on with:", self.epoch + 1, self.step)
+        logger.info("  %s", command(Path(sys.argv[0]).name, "--resume", self.folder))
 
     def end_epoch(self, valid, **more):
         """Log and keep an epoch's numbers, step the scheduler, save, and write metrics.csv and the curves.
@@ -191,7 +222,7 @@ class Run:
             more: further columns of metrics.csv.
 
         Raises:
-            UserError: not one validation image has finite logits; the old checkpoint stays.
+            Diverged: not one validation image has finite logits; the old checkpoint stays.
         """
         lr = self.parts["optimizer"].param_groups[0]["lr"]
         logger.info(
@@ -211,21 +242,24 @@ class Run:
         self.history.append(row | dict(valid_loss=valid.loss, valid_acc=valid.top1) | more)
         self.parts["scheduler"].step()
         self.epoch, self.step, self.meter = self.epoch + 1, 0, AverageMeter()
+        self.observer.end_epoch()
         self.save()
         self.write_history()
+        self.observer.write()
 
     def report(self, genotype):
         """Log the genotype as a line that --arch takes; write genotype.json and the drawings of the two cells."""
         logger.info("genotype = %s", genotypes.format(genotype))
         write_text(self.folder / "genotype.json", genotypes.to_json(genotype))
         try:
-            visualize.draw(genotype, self._figures(), name=self.folder.name)
+            self.observer.cells(visualize.draw(genotype, self.figures(), name=self.folder.name))
         except visualize.DrawingError as error:
             if not self._said_why_no_drawing:
                 logger.warning("%s", error)
             self._said_why_no_drawing = True
 
-    def _figures(self):
+    def figures(self):
+        """The folder of its pictures."""
         folder = self.folder / "figures"
         folder.mkdir(exist_ok=True)
         return folder
@@ -237,13 +271,15 @@ class Run:
         writer.writeheader()
         writer.writerows(self.history)
         write_text(self.folder / "metrics.csv", text.getvalue())
-        plot_curves(self.history, self.judged_by, self._figures() / "curves.png")
+        plot_curves(self.history, self.judged_by, self.figures() / "curves.png")
+        if any("eigenvalue" in row for row in self.history):
+            plot_eigenvalue(self.history, self.figures() / "eigenvalue.png")
 
     def save(self):
         """Replace checkpoint.pt.
 
         Raises:
-            UserError: the weights are not finite; the old checkpoint stays.
+            Diverged: the weights are not finite; the old checkpoint stays.
         """
         weights = [*self.parts["model"].state_dict().values()]
         if not all(w.isfinite().all() for w in weights):
@@ -256,6 +292,7 @@ class Run:
             sums=self.meter.sums,
             history=self.history,
             threads=torch.get_num_threads(),
+            observed=self.observer.state_dict(),
             random=torch.get_rng_state(),
             cuda_random=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         )
@@ -289,6 +326,8 @@ class Run:
             for name in sorted({*self.parts} - {"model", "scheduler"}):
                 checkpoint.load_optimizer(self.parts[name], state[name])
             self.parts["optimizer"].step()  # without gradients, moves nothing; the scheduler wants one before its own
+            name = "observed"
+            self.observer.load_state_dict(state.get(name))  # not kept by runs of before
             name = "random"
             torch.set_rng_state(state["random"])
             if self.device.type == "cuda" and state["cuda_random"]:
@@ -335,7 +374,7 @@ class _LogFile(logging.FileHandler):
                 fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise UserError(f"{path.parent}: another process is at work on this run; stop it first") from None
+            raise UserError(f"{path.parent}: {BUSY}; stop it first") from None
         except OSError:  # a file system without locks
             pass
 
@@ -358,6 +397,19 @@ class _LogFile(logging.FileHandler):
         logging.getLogger().removeHandler(self)
         with contextlib.suppress(OSError):  # of a full disk, which has been told
             super().close()
+
+
+def is_busy(folder):
+    """Whether a process, on any machine that shares the folder, is at work on the run in it."""
+    try:
+        with open(Path(folder) / "log.txt") as log:
+            if fcntl:
+                fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no run yet, or a file system without locks
+        pass
+    return False
 
 
 def _folder(kind, args):

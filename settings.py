@@ -11,11 +11,14 @@ import checkpoint
 from utils import UserError, number, user_value
 
 # settings that may differ between a run and its continuation: they do not change what is computed
-PORTABLE = ("data", "device", "gpu", "report_freq", "cuda_graph")
+PORTABLE = ("data", "data_in", "workers", "device", "gpu", "report_freq", "cuda_graph")
 # what runs did that are older than the setting
 _BEFORE = {
     "kernel_norm": "none",
     "skip_broken": False,
+    "fit": "squeeze",
+    "data_in": None,
+    "workers": None,
     "amp": False,
     "cuda_graph": False,
     "compile": False,
@@ -29,6 +32,7 @@ _BEFORE = {
     "label_smooth": 0.0,
     "lr_scheduler": "cosine",
     "warmup_epochs": 0,
+    "eigenvalue_every": 0,
 }
 
 
@@ -141,8 +145,13 @@ def differing(saved, parser):
     return [
         (action.dest, saved[action.dest], action.default)
         for action in parser._actions
-        if action.dest in saved and action.dest not in ("help", "resume") and saved[action.dest] != action.default
+        if action.dest in saved and action.dest not in ("help", "resume") and saved[action.dest] != _default(action)
     ]
+
+
+def _default(action):
+    """What a command line without this flag has; texts are converted, as argparse does it."""
+    return action.type(action.default) if isinstance(action.default, str) and action.type else action.default
 
 
 def flags(saved, parser):

@@ -44,16 +44,16 @@ def train(run, batches, model, forward, criterion, optimizer, args):
         if args.auxiliary:
             loss = loss + args.auxiliary_weight * criterion(logits_aux.float(), target)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
-        run.record(loss.detach(), logits.detach(), target)
+        run.record(loss.detach(), logits.detach(), target, norm)
 
 
 @torch.no_grad()
-def infer(batches, model, after_batch=lambda: None):
+def infer(batches, model, after_batch=lambda: None, meter=None):
     """Loss and accuracy on plain images, as a meter; `after_batch` is called after every batch."""
     model.eval()
-    meter = utils.Evaluation()
+    meter = meter or utils.Evaluation()
     for input, target in progress.counted(batches, "evaluation"):
         meter.add(model(input)[0], target)
         after_batch()
@@ -73,21 +73,26 @@ def load_data(args, device):
         measured = data.load_as(args, False, device)
         data.check_classes(measured, images.classes)
         fingerprints["test"] = data.fingerprint(measured)
-    size, count = data.image_size(args), len(train_images)
+    count = len(train_images)
     if args.batch_size > count:
         raise utils.UserError(f"--batch_size {args.batch_size} is larger than the {count} training images")
-    smallest = NETWORKS[args.network].smallest_image(args.layers, args.auxiliary)
-    if args.auxiliary and size < smallest:
-        raise utils.UserError(
-            f"--auxiliary needs images of at least {smallest} pixels with --network {args.network} and --layers "
-            f"{args.layers}, got {size}; leave --auxiliary out or use --image_size {smallest}"
-        )
+    check_auxiliary(args)
     normalization = data.Normalization.of(args.dataset, lambda: images)
     augmentation = data.Augmentation.of_flags(args)
     train_batches = data.Batches(train_images, args.batch_size, normalization, augmentation, key=(args.seed, 0))
     batches = data.Batches(measured, args.batch_size, normalization, augmentation=None)
     facts = dict(normalization=tuple(normalization), classes=images.classes, data=fingerprints)
     return train_batches, batches, facts
+
+
+def check_auxiliary(args):
+    """Raise UserError if the images are too small for the auxiliary head that is asked for."""
+    size, smallest = data.image_size(args), NETWORKS[args.network].smallest_image(args.layers, args.auxiliary)
+    if args.auxiliary and size < smallest:
+        raise utils.UserError(
+            f"--auxiliary needs images of at least {smallest} pixels with --network {args.network} and --layers "
+            f"{args.layers}, got {size}; leave --auxiliary out or use --image_size {smallest}"
+        )
 
 
 def make_network(args, classes):
@@ -120,7 +125,7 @@ def choose_network(args):
 
 def add_network_arguments(parser):
     """The arguments that say which network; returns their group."""
-    group = parser.add_argument_group("network")
+    group = add_form_arguments(parser)
     group.add_argument(
         "--arch",
         type=utils.user_value(lambda text: genotypes.format(genotypes.parse(text))),
@@ -128,6 +133,12 @@ def add_network_arguments(parser):
         help=f"a name ({', '.join(genotypes.NAMED)}), a Genotype(...) expression, a run folder or a genotype file; "
         f"{genotypes.WHICH_DARTS}",
     )
+    return group
+
+
+def add_form_arguments(parser):
+    """The arguments that say what network is made of a genotype; returns their group."""
+    group = parser.add_argument_group("network")
     group.add_argument(
         "--init_channels", type=utils.number(int, low=1, high=4096), default=36, help="channels of the first cells"
     )
@@ -248,9 +259,10 @@ def main():
             logger.info(genotypes.WHICH_DARTS)
         run.report(genotype)
         logger.info("network of %.2f M weights", utils.count_parameters_in_MB(model))
+        run.observer.pace.validation_steps = len(valid_batches) / 3  # a step passes forward, and back in twice the time
         gc.freeze()  # what is there by now stays: looking through it for garbage takes 5 % of a small step
         while run.epoch < args.epochs:
-            report.update(run, build_parser())
+            report.update(run.folder, build_parser())
             model.drop_path_prob = args.drop_path_prob * run.epoch / args.epochs
             if args.compile and args.drop_path_prob > 0:
                 model.drop_path_prob = torch.tensor(model.drop_path_prob, device=device)
@@ -260,7 +272,8 @@ def main():
                 raise (_not_compiled(error) if args.compile else error) from None
             valid = infer(valid_batches, model, run.stop_if_asked)  # as DARTS: the test images, if all others train
             run.end_epoch(valid, **({"valid_top5": valid.top5} if valid.has_top5 else {}))
-        logger.info("its page: %s", report.update(run, build_parser()))
+        run.observer.finish()
+        logger.info("its page: %s", report.update(run.folder, build_parser()))
         logger.info("trained; now: %s", run_folder.command("test.py", "--model_path", run.folder))
 
 

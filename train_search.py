@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 
 import data
+import diagnostics
 import genotypes
 import progress
 import report
@@ -38,7 +39,7 @@ def train(run, train_batches, search_batches, architect, optimizer, args):
     gradients, weights = architect.gradients, architect.gradients.weights
     architect.model.train()
     lr = optimizer.param_groups[0]["lr"]
-    for input, target in run.steps(train_batches):
+    for input, target in run.steps(train_batches, search_batches):
         input_search, target_search = search_batches.batch(run.epoch, run.step)
         try:
             architect.step(input, target, input_search, target_search, lr, optimizer, args.unrolled)
@@ -48,9 +49,9 @@ def train(run, train_batches, search_batches, architect, optimizer, args):
         loss, logits, grads = gradients("weights", input, target)
         for w, grad in zip(weights, grads, strict=True):
             w.grad = grad
-        nn.utils.clip_grad_norm_(weights, args.grad_clip)
+        norm = nn.utils.clip_grad_norm_(weights, args.grad_clip)
         optimizer.step()
-        run.record(loss, logits, target)
+        run.record(loss, logits, target, norm)
 
 
 @torch.no_grad()
@@ -76,11 +77,18 @@ def load_data(args, device):
     for part, of in zip(parts, ("train_portion", "rest of the training images"), strict=True):
         if args.batch_size > len(part):
             raise utils.UserError(f"--batch_size {args.batch_size} is larger than the {of}: {len(part)} images")
-    train_batches, search_batches = (
-        data.Batches(part, args.batch_size, normalization, augmentation, key=(args.seed, stream))
-        for stream, part in enumerate(parts)
-    )
+    of_all = (args.batch_size, normalization, augmentation)
+    train_batches = data.Batches(parts[0], *of_all, key=(args.seed, 0))
+    search_batches = data.Batches(parts[1], *of_all, key=(args.seed, 1), steps=len(train_batches))
     return train_batches, search_batches, images.classes, data.fingerprint(images)
+
+
+def measure_sharpness(run, search_batches, gradients):
+    """The dominant eigenvalue of the Hessian of the alphas, as a column of metrics.csv."""
+    groups = diagnostics.take_groups(search_batches)
+    eigenvalue = diagnostics.dominant_eigenvalue(gradients, groups, run.stop_if_asked)
+    logger.info("dominant eigenvalue of the Hessian of the validation loss by the alphas: %s", eigenvalue)
+    return {"eigenvalue": eigenvalue.value}
 
 
 def count_skips(genotype):
@@ -138,6 +146,14 @@ def build_parser():
     group.add_argument("--unrolled", action="store_true", help="second order: look one step of the weights ahead")
     group.add_argument("--arch_learning_rate", type=utils.number(float, above=0), default=3e-4, help="of Adam")
     group.add_argument("--arch_weight_decay", type=utils.number(float, low=0), default=1e-3, help="of Adam")
+    group = parser.add_argument_group("watching")
+    group.add_argument(
+        "--eigenvalue_every",
+        metavar="EPOCHS",
+        type=utils.number(int, low=0),
+        help="measure the sharpness of the minimum in the alphas after every so many epochs, 0: never (default: as "
+        "often as takes about 5%% of the time; at the sizes of the paper 1, and 2 in first order)",
+    )
     group = utils.add_device_arguments(parser)
     group.add_argument("--amp", action="store_true", help="bfloat16 but for the finite differences and validation")
     group.add_argument("--cuda_graph", action="store_true", help="replay a step as CUDA graphs: no launch overhead")
@@ -183,21 +199,30 @@ def main():
     )
     scheduler = schedule.make(optimizer, args.epochs, lowest=args.learning_rate_min)
     architect = Architect(model, args, Gradients(model, args.amp, args.cuda_graph))
+    every = args.eigenvalue_every
+    if every is None:
+        every = diagnostics.usual_interval(len(train_batches), args.unrolled)
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, arch_optimizer=architect.optimizer)
 
     with run_folder.Run("search", args, device, parts, data={"train": fingerprint}) as run:
         logger.info("supernet of %.2f M weights, %s space", utils.count_parameters_in_MB(model), args.search_space)
         if run.history:
             run.report(genotypes.parse(run.history[-1]["genotype"]))  # a kill may have come before
+        # a step passes 13 batches forward or back if unrolled, else 5; a validation passes each batch forward
+        run.observer.pace.validation_steps = len(search_batches) / (13 if args.unrolled else 5)
         gc.freeze()  # as in train.py
         while run.epoch < args.epochs:
-            report.update(run, build_parser())
+            report.update(run.folder, build_parser())
             train(run, train_batches, search_batches, architect, optimizer, args)
             valid = infer(run, search_batches, model)
             genotype = model.genotype()
-            run.end_epoch(valid, skip_connects=count_skips(genotype), genotype=genotypes.format(genotype))
+            more = dict(skip_connects=count_skips(genotype), **run.observer.entropies())
+            if every and (run.epoch + 1) % every == 0:
+                more |= measure_sharpness(run, search_batches, architect.gradients)
+            run.end_epoch(valid, **more, genotype=genotypes.format(genotype))
             run.report(genotype)
-        logger.info("its page: %s", report.update(run, build_parser()))
+        run.observer.finish()
+        logger.info("its page: %s", report.update(run.folder, build_parser()))
         logger.info("searched; now: %s", run_folder.command("train.py", "--arch", run.folder))
 
 

@@ -24,7 +24,15 @@ logger = logging.getLogger("darts")
 
 
 class UserError(ValueError):
-    """Something the user can mend; scripts show it as one line and exit with code 2."""
+    """Something the user can mend; scripts show it as one line and exit with its code."""
+
+    exit_code = 2
+
+
+class Diverged(UserError):
+    """Numbers of a run are no longer finite: a result of its settings, which has an exit code of its own."""
+
+    exit_code = 3
 
 
 # --------------------------------------------------------------------------------------------- command lines
@@ -104,7 +112,24 @@ def add_data_arguments(parser):
         help="pixels; images are resized to it (default: 8 for digits, else 32)",
     )
     group.add_argument("--subset", metavar="N", type=number(int, low=2), help="use at most N images of each set")
+    group.add_argument(
+        "--fit",
+        choices=("crop", "squeeze"),
+        default="crop",
+        help="of images in a folder that are not square: keep their middle, or distort them",
+    )
     group.add_argument("--skip_broken", action="store_true", help="leave out image files that cannot be read")
+    group.add_argument(
+        "--data_in",
+        choices=("memory", "disk"),
+        help="where images in a folder are kept; disk: decoded as they are needed (default: memory, up to 2 GiB)",
+    )
+    group.add_argument(
+        "--workers",
+        metavar="N",
+        type=number(int, low=1, high=256),
+        help="processes that decode images in a folder (default: one for each core but one, at most 8)",
+    )
     return group
 
 
@@ -142,7 +167,7 @@ def add_device_arguments(parser):
 
 
 def run_script(main):
-    """Call a script's `main`; what the user can mend ends in one line and exit code 2."""
+    """Call a script's `main`; what the user can mend ends in one line and exit code 2 (3: a run diverged)."""
     handler = _ConsoleHandler()
     handler.setLevel(logging.INFO if sys.stdout.isatty() else logging.DEBUG)
     # what is said before a run has a log.txt is kept for it
@@ -154,7 +179,7 @@ def run_script(main):
         main()
     except UserError as error:
         message = " ".join(str(error).split())
-        sys.exit(_fail(f"{script}: error: {message}", 2))
+        sys.exit(_fail(f"{script}: error: {message}", error.exit_code))
     except OSError as error:
         sys.exit(_fail(f"{script}: error: {error.filename or 'a file'}: {error.strerror or error}", 2))
     except (MemoryError, RuntimeError) as error:
@@ -202,6 +227,14 @@ def processor():
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def synchronize(device):
+    """Wait until a device has done what it was asked to, so that a clock may be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def log_device(device):
@@ -335,9 +368,26 @@ def accuracy(logits, target, topk=(1,)):
     return [100 * hits[:, :k].any(dim=1).double().mean().item() for k in topk]
 
 
+def count_parameters(model):
+    """The number of weights, without the auxiliary head."""
+    return sum(p.numel() for name, p in model.named_parameters() if "auxiliary" not in name)
+
+
+def duration(seconds):
+    """Seconds as people say them: 42 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
 def count_parameters_in_MB(model):
     """Millions of weights, without the auxiliary head."""
-    return sum(p.numel() for name, p in model.named_parameters() if "auxiliary" not in name) / 1e6
+    return count_parameters(model) / 1e6
 
 
 @contextmanager
@@ -361,10 +411,15 @@ def replacing(path):
 def remove_temporaries(folder):
     """Remove what killed processes left below a folder while they were `replacing` files of it; none is at work now."""
     for path in Path(folder).rglob(".*"):
-        if re.fullmatch(r"\..+\.(pt|json|csv|png|gv|html)\.\d+", path.name) and path.is_file():
+        if re.fullmatch(r"\..+\.(pt|json|csv|png|gv|gif|html)\.\d+", path.name) and path.is_file():
             path.unlink()
 
 
 def write_text(path, text):
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # of file names that are no UTF-8
+
+
+def readable(name):
+    """The name of a file as it can be printed, whatever its bytes are."""
+    return name.encode(errors="replace").decode()

@@ -87,3 +87,63 @@ def image_folder(tmp_path_factory):
                 pixels[..., label] += 190
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{k:03d}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """What a folder of one's own looks like: 60 training and 15 test images of many sizes, formats and modes."""
+    root = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: to be turned clockwise
+    kinds = (  # mode, extension, how it is saved
+        ("RGB", "jpg", dict(quality=90)),
+        ("RGB", "JPEG", dict(exif=turned)),
+        ("RGBA", "png", {}),
+        ("CMYK", "jpg", {}),
+        ("P", "gif", {}),
+        ("L", "webp", {}),
+        ("I;16", "png", {}),
+        ("LA", "png", {}),
+        ("1", "bmp", {}),
+        ("RGB", "tiff", {}),
+    )
+    for part, count in (("train", 20), ("test", 5)):
+        for hue, name in enumerate(("dawn", "noon", "dusk")):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for k in range(count):
+                mode, extension, options = kinds[k % len(kinds)]
+                width, height = rng.integers(9, 70, 2)
+                scene = rng.integers(0, 256, (3, 4, 3)) // 2 + 127 * (np.arange(3) == hue)
+                scene = Image.fromarray(scene.astype(np.uint8)).resize((int(width), int(height)), Image.BICUBIC)
+                if mode == "I;16":
+                    scene = Image.fromarray(np.asarray(scene.convert("L")).astype(np.uint16) * 257)
+                (scene if mode == "I;16" else scene.convert(mode)).save(folder / f"{k:03d}.{extension}", **options)
+    return root
+
+
+def read_curves(folder):
+    """TensorBoard's scalars and histograms of a run folder: (writer, tag) -> [(step, value), …], but for speeds."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = {}
+    for name in ("steps", "epochs"):
+        events = EventAccumulator(str(folder / "events" / name), size_guidance=dict(scalars=0, histograms=0, images=0))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            curves[name, tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["histograms"]:
+            curves[name, tag] = [(event.step, event.histogram_value) for event in events.Histograms(tag)]
+        for tag in events.Tags()["images"]:
+            curves[name, tag] = [event.step for event in events.Images(tag)]
+    curves.pop(("steps", "images_per_second"), None)
+    return curves
+
+
+def assert_same_curves(folder, expected):
+    """But for the heat map, which is drawn now and then."""
+    curves, as_expected = read_curves(folder), read_curves(expected)
+    for each in (curves, as_expected):
+        each.pop(("epochs", "alphas/heat_map"), None)
+    assert curves == as_expected

@@ -238,5 +238,75 @@ def test_test_classes_must_be_the_training_classes(image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "test" / "red").rename(tmp_path / "test" / "rot")
     train, test = (data.load("folder", tmp_path, part) for part in (True, False))
-    with pytest.raises(UserError, match="differ in 'red'"):
+    with pytest.raises(UserError, match="they lack 'red'"):
         data.check_classes(test, train.classes)
+    with pytest.raises(UserError, match="'rot' is not one of those"):
+        data.check_classes(test, ["blue", "green"])
+
+
+def same(batch, other):
+    return all(map(torch.equal, batch, other))
+
+
+@pytest.mark.parametrize("fit", ["crop", "squeeze"])
+def test_batches_from_the_disk_are_those_from_memory(photographs, fit):
+    kept, streamed = (
+        data.load("folder", photographs, True, 16, subset=41, seed=2, fit=fit, data_in=where, workers=2)
+        for where in ("memory", "disk")
+    )
+    assert kept.names == streamed.names and kept.classes == streamed.classes
+    normalization = data.Normalization.of("folder", lambda: kept)
+    assert normalization == data.Normalization.of("folder", lambda: streamed)
+    augmentation = data.Augmentation(pad=2, flip=True, cutout_length=6)
+    for part, other in zip(data.split(kept, 0.4, 2), data.split(streamed, 0.4, 2), strict=True):
+        batches, ahead = (data.Batches(p, 6, normalization, augmentation, (2, 0), steps=5) for p in (part, other))
+        assert len(batches) == len(ahead) < 5  # the last steps of an epoch begin another pass
+        for epoch, step in [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (7, 3), (7, 4), (8, 0), (0, 0)]:
+            assert same(batches.batch(epoch, step), ahead.batch(epoch, step))
+        for _ in range(2):
+            assert all(same(*pair) for pair in zip(batches, ahead, strict=True))
+        assert same(batches.batch(3, 1), ahead.batch(3, 1))
+
+
+def test_an_epoch_from_the_disk_waits_for_nothing_at_its_end(photographs):
+    """What is read ahead is what is asked for, from epoch to epoch and from validation to validation."""
+    images = data.load("folder", photographs, True, 8, data_in="disk", workers=1)
+    batches = data.Batches(images, 25, PLAIN, BARE, steps=4)
+    batches.batch(0, 0)
+    started = batches._reader._results._sampler_iter
+    for epoch, step in [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]:
+        batches.batch(epoch, step)
+    assert batches._reader._results._sampler_iter is started
+    plain = data.Batches(images, 25, PLAIN, None)
+    assert len([*plain]) == 3
+    started = plain._reader._results._sampler_iter
+    assert len([*plain]) == 3 and plain._reader._results._sampler_iter is started
+
+
+def test_large_sets_stay_on_the_disk(photographs, monkeypatch):
+    kinds = []
+    for limit in (60 * 8 * 8 * 3, 60 * 8 * 8 * 3 - 1):
+        monkeypatch.setattr(data, "IN_MEMORY", limit)
+        kinds.append(type(data.load("folder", photographs, True, 8)))
+    assert kinds == [data.Images, data.StreamedImages]
+    assert type(data.load("folder", photographs, True, 8, data_in="memory")) is data.Images
+    with pytest.raises(UserError, match="--data_in disk is for --dataset folder"):
+        data.load("digits", "unused", True, data_in="disk")
+
+
+def test_statistics_of_many_images_are_those_of_some(monkeypatch):
+    images = numbered_images(100)
+    monkeypatch.setattr(data, "_SAMPLE", 20)
+    expected = images.pixels[::5].float().mean((0, 1, 2)) / 255
+    assert torch.allclose(torch.tensor(data.Normalization.of("folder", lambda: images).mean), expected)
+
+
+@pytest.mark.parametrize("before, now", [("memory", "disk"), ("disk", "memory"), ("disk", "disk")])
+def test_images_may_move_between_memory_and_disk_but_not_change(photographs, tmp_path, before, now):
+    root = shutil.copytree(photographs, tmp_path / "elsewhere")
+    first = data.fingerprint(data.load("folder", photographs, True, 8, data_in=before))
+    data.check_unchanged("train", first, data.fingerprint(data.load("folder", root, True, 8, data_in=now)))
+    path = root / "train" / "dawn" / "000.jpg"
+    path.write_bytes((root / "train" / "dawn" / "010.jpg").read_bytes())
+    with pytest.raises(UserError, match="as many images, but other"):
+        data.check_unchanged("train", first, data.fingerprint(data.load("folder", root, True, 8, data_in=now)))

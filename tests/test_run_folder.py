@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import data
 import progress
 import run_folder
 import schedule
+import stream
 import utils
 from involution import Involution2d
 
@@ -55,10 +57,10 @@ def go_on(run, **kwargs):
     return make_run(resume=run.folder, **kwargs)
 
 
-def make_batches():
+def make_batches(kind=data.Batches):
     images = data.Images(torch.zeros(8, 4, 4, 3, dtype=torch.uint8), torch.tensor([0, 1] * 4), ["a", "b"])
     plain = data.Normalization((0.0,) * 3, (1.0,) * 3)
-    return data.Batches(images, 2, plain, data.Augmentation(0, False, 0))
+    return kind(images, 2, plain, data.Augmentation(0, False, 0))
 
 
 def meter(images=10, loss=1.0, top1=40.0, finite=10):
@@ -77,7 +79,8 @@ def test_a_folder_and_its_files():
     run.meter = meter(3, 1 / 3, 50.0)
     run.end_epoch(meter(), note="x")
     names = {path.name for path in run.folder.iterdir()}
-    assert names == {"config.json", "log.txt", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "figures"}
+    expected = "config.json log.txt metrics.csv summary.json checkpoint.pt checkpoint.previous.pt figures events"
+    assert names == set(expected.split())
     config = json.loads((run.folder / "config.json").read_text())
     assert config["args"]["epochs"] == 2 and config["versions"]["torch"] == torch.__version__
     assert config["device"] == "cpu" and config["involution_backend"]
@@ -209,6 +212,51 @@ def test_a_signal_finishes_the_step_and_saves(number, caplog):
     assert f"--resume {run.folder}" in caplog.text
     assert caplog.text.index("stopped in epoch 1 after step 2") < caplog.text.index("--resume")
     assert signal.getsignal(number) != run._on_signal
+
+
+def test_images_that_cannot_be_read_any_more_stop_the_run_after_a_whole_step(caplog):
+    caplog.set_level(logging.INFO, "darts")
+
+    class Lost(data.Batches):
+        def batch(self, epoch, step):
+            if step == 2:
+                raise stream.ReadError("cannot read a.jpg any more")
+            return super().batch(epoch, step)
+
+    with pytest.raises(stream.ReadError), make_run() as run:
+        for _ in run.steps(make_batches(Lost)):
+            record(run)
+    assert checkpoint.load(run.checkpoint)["step"] == 2
+    assert "stopped in epoch 1 after step 2" in caplog.text and f"--resume {run.folder}" in caplog.text
+    assert f"--resume {run.folder}" in (run.folder / "log.txt").read_text()
+    with pytest.raises(SystemExit) as caught, go_on(run) as again:
+        os.kill(os.getpid(), signal.SIGTERM)  # which may have reached the processes that read
+        raise stream.ReadError("a process was killed")
+    assert caught.value.code == 143 and again._log.stream is None
+
+
+@pytest.mark.parametrize("seconds, level", [(0, None), (0.001, logging.DEBUG), (1000, logging.WARNING)])
+def test_time_spent_waiting_for_images_is_logged(seconds, level, caplog):
+    caplog.set_level(logging.DEBUG, "darts")
+
+    class Slow(data.Batches):
+        waited = 0.0
+
+        def batch(self, epoch, step):
+            self.waited += seconds
+            return super().batch(epoch, step)
+
+    for _ in make_run().steps(make_batches(Slow), make_batches()):
+        time.sleep(0.03)
+    lines = [record for record in caplog.records if "waiting for images" in record.getMessage()]
+    assert [line.levelno for line in lines] == ([level] if level else [])
+    assert all(("more --workers" in line.getMessage()) == (level == logging.WARNING) for line in lines)
+
+
+def test_a_run_that_cannot_read_its_first_images_leaves_nothing():
+    with pytest.raises(stream.ReadError), make_run():
+        raise stream.ReadError("a process was killed")
+    assert not os.path.exists("runs")
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
