@@ -286,7 +286,8 @@ def load_network(parser, argv=None):
 
 def main():
     args, network, state = load_network(build_parser())
-    images = data.load(args.dataset, args.data, False, args.image_size, args.images, args.seed, "cpu", args.skip_broken)
+    reading = dict(skip_broken=args.skip_broken, fit=args.fit, workers=args.workers, data_in="memory")
+    images = data.load(args.dataset, args.data, False, args.image_size, args.images, args.seed, "cpu", **reading)
     data.check_classes(images, state["classes"])
     normalization, size = data.Normalization(*state["normalization"]), data.image_size(args)
     prepared = normalization if args.with_preprocessing else None
@@ -294,7 +295,7 @@ def main():
     eager.to(memory_format=torch.channels_last)
     batches = make_batches(images, normalization, args.with_preprocessing)
     metadata = dict(classes=list(images.classes), image_size=size, **normalization._asdict())
-    metadata |= dict(with_preprocessing=args.with_preprocessing, genotype=args.arch)
+    metadata |= dict(fit=args.fit, with_preprocessing=args.with_preprocessing, genotype=args.arch)
     write, load, _ = FORMATS[args.format]
     progress.doing("writing the graph of the network")
     with torch.no_grad(), utils.replacing(args.output) as temporary:
