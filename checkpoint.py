@@ -122,10 +122,13 @@ def _normalization(value):
     return _list(value, lambda of: _list(of, _number, 3), 2) and min(value[1]) > 0
 
 
-def _fingerprints(value):
+def are_fingerprints(value):
+    """Whether a value is what a run keeps of its sets of images: `data.fingerprint` of each, by name."""
     return isinstance(value, dict) and all(
-        {"classes", "counts"} < set(of) <= {"classes", "counts", "sha256", "files"}
+        isinstance(of, dict)
+        and {"classes", "counts"} < set(of) <= {"classes", "counts", "sha256", "files"}
         and _list(of["classes"], _name)
+        and len(of["classes"]) > 0
         and _list(of["counts"], _count, len(of["classes"]))
         and all(_name(of[name]) for name in {*of} - {"classes", "counts"})
         for of in value.values()
@@ -152,8 +155,9 @@ _MORE_RULES = {  # of what not every run keeps
     "arch_optimizer": _is(dict),
     "normalization": _normalization,
     "classes": lambda value: _list(value, _name) and len(value) > 0,
-    "data": _fingerprints,
+    "data": are_fingerprints,
     "threads": _count,
+    "observed": lambda value: isinstance(value, dict) and _list(value.get("reported"), lambda of: _number(of, 0), 5),
 }
 
 

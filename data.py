@@ -246,6 +246,7 @@ class Batches:
 
     def __init__(self, images, batch_size, normalization, augmentation, key=(0, 0), steps=None):
         self.augmentation, self.labels, self.size = augmentation, images.labels, images.size
+        self.batch_size = batch_size
         self._device, S = images.device, images.size
         if augmentation and len(images) < 2:
             raise ValueError("training needs two images or more, for batch norm's sake")
@@ -398,6 +399,19 @@ def _load_folder(
     if in_memory:
         return Images(torch.from_numpy(pixels).to(device), labels.to(device), classes, names, marks)
     return StreamedImages(names, labels, classes, marks, device, size, fit, workers)
+
+
+def load_pictures(places, args, classes, device):
+    """Pictures of a user's own, files or folders of them, as images without labels (all of class 0).
+
+    They are resized as those of the data set of `args`, the flags of a script.
+
+    Raises:
+        UserError: a place that is not there, a folder without pictures, a file that is none.
+    """
+    samples = [(path, 0) for path in image_folder.find(places)]
+    reading = {name: getattr(args, name) for name in ("skip_broken", "fit", "data_in", "workers")}
+    return _load_folder("", classes, samples, image_size(args), "given", device, **reading)
 
 
 def split(images, train_portion, seed):

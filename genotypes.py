@@ -177,7 +177,28 @@ DARTS = DARTS_L10
 WHICH_DARTS = "DARTS is DARTS_L10, of involutions; the convolutional result of the DARTS paper is DARTS_V2"
 NAMED = {name: value for name, value in list(globals().items()) if isinstance(value, Genotype)}
 
-# -------------------------------------------------------------------------------------------- random genotypes
+# --------------------------------------------------------------------------- derived and random genotypes
+
+
+def derive(weights, primitives):
+    """The cell that a softmax of the alphas stands for: (primitive, input node) pairs (arXiv 1806.09055, section 2.4).
+
+    Every node keeps the two incoming edges whose best primitive weighs most, and on each the best primitive; `none`
+    takes part in neither choice.
+
+    Args:
+        weights: a list of numbers for every edge, one a primitive.
+    """
+    candidates = [k for k, primitive in enumerate(primitives) if primitive != "none"]
+    best = [max(candidates, key=row.__getitem__) for row in weights]  # of equal ones, the first
+    gene, offset = [], 0
+    while offset < len(weights):
+        inputs = 2 + len(gene) // 2
+        edges = range(offset, offset + inputs)
+        for edge in sorted(edges, key=lambda edge: -weights[edge][best[edge]])[:2]:
+            gene.append((primitives[best[edge]], edge - offset))
+        offset += inputs
+    return gene
 
 
 def sample(primitives, seed, steps=4):

@@ -84,6 +84,30 @@ def _walk(root, places, left_out):
         yield sorted(images, key=os.path.split)
 
 
+def find(places):
+    """The paths of image files: those given, and those in and below given folders, sorted.
+
+    Raises:
+        UserError: a place that is not there, or a folder without an image file.
+    """
+    paths = []
+    for place in places:
+        if not os.path.isdir(place):
+            if not os.path.isfile(place):
+                raise UserError(f"{place}: no such file or folder")
+            paths.append(place)
+            continue
+        below = []
+        for folder, folders, files in os.walk(place, onerror=_fail):
+            folders[:] = [name for name in folders if name[0] != "."]
+            below += [os.path.join(folder, name) for name in files if name[0] != "."]
+        images = sorted(filter(_is_image, below), key=os.path.split)
+        if not images:
+            raise UserError(f"{place} holds no image file ({', '.join(EXTENSIONS)})")
+        paths += images
+    return paths
+
+
 def _identity(folder):
     status = os.stat(folder)
     return status.st_dev, status.st_ino

@@ -5,7 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import fast_cell
-from genotypes import PRIMITIVES, Genotype
+from genotypes import PRIMITIVES, Genotype, derive
 from involution import Involution2d, all_are_watched, is_watched, set_kernel_norm
 from operations import KERNEL_NORM, OPS, FactorizedReduce, ReLUConvBN, halving
 
@@ -147,6 +147,11 @@ class Network(nn.Module):
     def _loss(self, input, target):
         return self._criterion(self(input), target)
 
+    @property
+    def primitives(self):
+        """Their names, in the order of the alphas' columns."""
+        return self._primitives
+
     def arch_parameters(self):
         """The alphas: [normal, reduce], each (edges, primitives)."""
         return [self.alphas_normal, self.alphas_reduce]
@@ -179,26 +184,15 @@ class Network(nn.Module):
         return net
 
     def genotype(self):
-        """The discrete architecture that the alphas stand for (arXiv 1806.09055, section 2.4).
-
-        Every node keeps the two incoming edges whose best primitive weighs most, and on each the best primitive;
-        `none` takes part in neither choice.
-        """
+        """The discrete architecture that the alphas stand for (`genotypes.derive`)."""
         concat = range(2 + self._steps - self._multiplier, 2 + self._steps)
-        normal, reduce = (self._derive(F.softmax(alpha.detach(), dim=-1)) for alpha in self.arch_parameters())
-        return Genotype(normal=normal, normal_concat=concat, reduce=reduce, reduce_concat=concat)
-
-    def _derive(self, weights):
-        candidates = [k for k, primitive in enumerate(self._primitives) if primitive != "none"]
-        weights = weights.tolist()
-        best = [max(candidates, key=row.__getitem__) for row in weights]  # of equal ones, the first
-        gene, offset = [], 0
-        for inputs in range(2, 2 + self._steps):
-            edges = range(offset, offset + inputs)
-            for edge in sorted(edges, key=lambda edge: -weights[edge][best[edge]])[:2]:
-                gene.append((self._primitives[best[edge]], edge - offset))
-            offset += inputs
-        return gene
+        normal, reduce = (F.softmax(alpha.detach(), dim=-1).tolist() for alpha in self.arch_parameters())
+        return Genotype(
+            normal=derive(normal, self._primitives),
+            normal_concat=concat,
+            reduce=derive(reduce, self._primitives),
+            reduce_concat=concat,
+        )
 
 
 def _make_stem(C, stride):

@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 
 import jinja2
+from PIL import Image
 
+import checkpoint
 import genotypes
 import settings
 import utils
@@ -36,18 +38,25 @@ _GROUPS = (  # sections of pictures: title, how the names of their files begin, 
     ("Curves", ("curves",)),
     ("Cells", ("normal", "reduction")),
     ("Alphas", ("alphas",)),
-    ("Sharpness", ("eigenvalue", "sharpness", "hessian")),
+    ("Sharpness", ("eigenvalue",)),
     ("Evolution", ("evolution",)),
 )
 _CAPTIONS = {
     "curves": "Accuracy and loss, epoch by epoch.",
     "normal": "Normal cell: dashed lines are concatenated into its output.",
     "reduction": "Reduction cell: halves height and width.",
+    "alphas_normal": "Normal cell: the weight of every primitive on every edge, over the epochs.",
+    "alphas_reduction": "Reduction cell: the weight of every primitive on every edge, over the epochs.",
+    "alphas_heat_map": "The weights of the last epoch.",
+    "evolution": "The cells from epoch to epoch, a picture wherever they changed.",
+    "eigenvalue": "The dominant eigenvalue of the Hessian of the validation loss by the alphas: where it rises, and "
+    "skip connections with it, the search may be collapsing (arXiv 1909.09656).",
     "confusion": "Confusion: of the images of a class (row), the share that was taken for each class (column).",
     "classes": "Accuracy of every class, with its 95% interval (Wilson).",
     "calibration": "Calibration: how often the network is right when it is so sure.",
     "mistakes": "The mistakes that the network was most sure of.",
 }
+_TESTED = ("classes", "confusion", "calibration", "mistakes")  # pictures of a test
 _COLUMNS = {  # of metrics.csv, as people read them; {} is what the run is judged by
     "epoch": "epoch",
     "lr": "learning rate",
@@ -55,8 +64,11 @@ _COLUMNS = {  # of metrics.csv, as people read them; {} is what the run is judge
     "train_acc": "training accuracy (%)",
     "valid_loss": "{} loss",
     "valid_acc": "{} accuracy (%)",
+    "valid_top5": "{} top-5 accuracy (%)",
     "skip_connects": "skip connections",
     "eigenvalue": "eigenvalue",
+    "entropy_normal": "entropy, normal cell (nats)",
+    "entropy_reduce": "entropy, reduction cell (nats)",
 }
 _PAUSE = 60  # seconds without a line in the log: the run was not at work
 
@@ -76,12 +88,12 @@ def write(folder, parser):
     return path
 
 
-def update(run, parser):
-    """Write the page of a run that is at work, which goes on if it cannot be made."""
+def update(folder, parser):
+    """`write` for a script at work, which goes on if the page cannot be made."""
     try:
-        return write(run.folder, parser)
+        return write(folder, parser)
     except utils.UserError as error:
-        logger.warning("no page of this run: %s", error)
+        logger.warning("no page of %s: %s", folder, error)
 
 
 def script_of(folder):
@@ -89,8 +101,8 @@ def script_of(folder):
     for name in ("config.json", RESULTS):
         if (folder / name).is_file():
             script = _read_json(folder / name).get("script")
-            if script not in _KINDS:
-                raise utils.UserError(f"{folder / name} is damaged: its script is {script!r}")
+            if not isinstance(script, str) or script not in _KINDS:
+                raise utils.UserError(f"{folder / name} is damaged: its script is {checkpoint.shown(script)}")
             return script
     raise utils.UserError(f"{folder} is no run folder (no config.json in it) and holds no test results ({RESULTS})")
 
@@ -101,7 +113,7 @@ def render(page):
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["digest"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return environment.from_string(_TEMPLATE.read_text()).render(page)
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(page)
 
 
 def describe(folder, parser):
@@ -117,46 +129,46 @@ def describe(folder, parser):
 
 
 def _of_run(folder, parser, kind):
-    config = _read_json(folder / "config.json")
-    saved = _dict(config.get("args"), folder / "config.json")
+    config = _read_config(folder / "config.json")
+    saved = _settings(config, "args", parser, folder / "config.json")
     history = _read_history(folder / "metrics.csv")
-    epochs, done = saved.get("epochs"), len(history)
-    tested = folder / TEST / RESULTS
-    tests = _results(folder / TEST) if kind == "train" and tested.is_file() else None
+    tests = _results(folder / TEST) if (folder / TEST / RESULTS).is_file() else None
     summary = _read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
-    seconds = seconds_at_work(folder / "log.txt")
-    judge = judged_by(kind, saved)
+    hours = summary.get("hours")
+    seconds = 3600 * hours if isinstance(hours, (int, float)) else seconds_at_work(folder / "log.txt")
+    judge, done, epochs = judged_by(kind, saved), len(history), saved["epochs"]
+    over = done == epochs or bool(summary.get("ended"))
     return dict(
-        status=f"{done} of {epochs} epochs",
-        over=done == epochs,
+        status=f"{done} of {epochs} epochs{', stopped early' if over and done < epochs else ''}",
+        over=over,
         tiles=_tiles(judge, history, tests, seconds),
         command=_command(config["script"], parser, saved),
-        next=_next(folder, kind, done == epochs, tests is not None),
+        next=_next(folder, kind, over, tests is not None),
         sections=_sections(folder / "figures", _genotype(folder)),
         tests=tests,
         settings=[(name, *map(_value, pair)) for name, *pair in settings.differing(saved, parser)],
         rest=_rest(saved, parser),
         data=_data(saved, config.get("data", {})),
         machine=_machine(config),
-        cost=_pairs(summary) or ([("time at work, from the log", duration(seconds))] if seconds else []),
+        cost=_cost(summary) or ([("time at work, from the log", utils.duration(seconds))] if seconds else []),
         table=_table(history, judge),
     )
 
 
 def _of_test(folder, parser):
     tests = _results(folder)
-    saved = _dict(tests.get("args"), folder / RESULTS)
+    saved, used = (_settings(tests, name, parser, folder / RESULTS) for name in ("args", "settings"))
     return dict(
         status=f"{tests['images']:,} test images",
         over=True,
         tiles=tests["tiles"],
         command=_command(tests["script"], parser, saved),
         next=None,
-        sections=_sections(folder / "figures", saved.get("arch")),
+        sections=_sections(folder / "figures", used["arch"]),
         tests=tests,
         settings=[(name, *map(_value, pair)) for name, *pair in settings.differing(saved, parser)],
         rest=_rest(saved, parser),
-        data=_data(saved, tests.get("data", {})),
+        data=_data(used, tests.get("data", {})),
         machine=_machine(tests),
         cost=[],
         table=None,
@@ -175,17 +187,38 @@ def _read_json(path):
 
 def _dict(value, path):
     if not isinstance(value, dict):
-        raise utils.UserError(f"{path} is damaged: it should hold names and values")
+        raise utils.UserError(f"{path} is damaged: it should hold names and values, not {checkpoint.shown(value)}")
     return value
+
+
+def _read_config(path):
+    """What config.json or test.json says of a run, its images and its machine."""
+    config = _read_json(path)
+    _dict(config.get("versions", {}), path)
+    if not checkpoint.are_fingerprints(config.get("data", {})):
+        raise utils.UserError(f"{path} is damaged: its data is {checkpoint.shown(config['data'])}")
+    return config
+
+
+def _settings(config, name, parser, path):
+    """The settings of a run that this version knows; older ones had others as well."""
+    known = {action.dest for action in parser._actions}
+    saved = {key: value for key, value in _dict(config.get(name), path).items() if key in known}
+    return settings.check(saved, parser, path)
 
 
 def _read_history(path):
     """The rows of metrics.csv; a run that has ended no epoch has none."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (ValueError, csv.Error) as error:
+        raise utils.UserError(f"{path} is damaged ({error})") from None
     for row in rows:
+        if None in row or None in row.values():
+            raise utils.UserError(f"{path} is damaged: its rows have not all one length")
         for name in ("epoch", "train_acc", "train_loss", "valid_acc", "valid_loss"):
             if _number(row.get(name)) is None:
                 raise utils.UserError(f"{path} is damaged: {name} is {row.get(name)!r}")
@@ -202,7 +235,12 @@ def _number(text):
 
 def _genotype(folder):
     path = folder / "genotype.json"
-    return genotypes.format(genotypes.parse(str(path))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return genotypes.format(genotypes.parse(str(path)))
+    except ValueError as error:
+        raise utils.UserError(str(error)) from None
 
 
 def seconds_at_work(log):
@@ -213,17 +251,32 @@ def seconds_at_work(log):
     for line in log.read_text(errors="replace").splitlines():
         try:
             times.append(time.mktime(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S")))
-        except ValueError:  # a further line of a message
+        except (ValueError, OverflowError):  # a further line of a message
             continue
     steps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
     return sum(step for step in steps if 0 <= step <= _PAUSE)
 
 
-def _picture(path):
-    """A picture as the template shows it: its data as a URL, its caption."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    stem = path.stem.replace("_", " ")
-    return dict(url=f"data:{_MEDIA[path.suffix]};base64,{data}", name=stem, caption=_CAPTIONS.get(path.stem, stem))
+def _pictures(paths):
+    """Pictures as the template shows them: data as a URL, width in CSS pixels, caption; what is none is left out."""
+    found = []
+    for path in paths:
+        try:
+            width = None if path.suffix == ".svg" else _width(path)
+        except OSError as error:
+            logger.warning("left out of the page: %s (%s)", path, error)
+            continue
+        data = base64.b64encode(path.read_bytes()).decode()
+        name = path.stem.replace("_", " ")
+        url = f"data:{_MEDIA[path.suffix]};base64,{data}"
+        found.append(dict(url=url, width=width, name=name, caption=_CAPTIONS.get(path.stem, name)))
+    return found
+
+
+def _width(path):
+    """Pixels of 1/96 inch: pictures have their sizes beside each other that they have on paper."""
+    with Image.open(path) as image:
+        return round(image.width * 96 / (image.info.get("dpi", (96,))[0] or 96))
 
 
 def _sections(folder, genotype):
@@ -235,7 +288,7 @@ def _sections(folder, genotype):
         paths = [path for path in paths if path not in groups[title]]
     groups["More pictures"] = paths
     sections = [
-        dict(title=title, pictures=[_picture(path) for path in own], genotype=genotype if title == "Cells" else None)
+        dict(title=title, pictures=_pictures(own), genotype=genotype if title == "Cells" else None)
         for title, own in groups.items()
     ]
     return [section for section in sections if section["pictures"] or section["genotype"]]
@@ -246,32 +299,21 @@ def _sections(folder, genotype):
 
 def _tiles(judge, history, tests, seconds):
     """The figures that a reader wants first: (what, value)."""
-    tiles = list(tests["tiles"]) if tests else []
+    tested = tests and tests["epoch"] == len(history)  # and not extended since
+    tiles = list(tests["tiles"]) if tested else []
     if history:
         last = history[-1]
-        if not tests:
+        if not tested:
             tiles.append((f"{judge} accuracy", f"{float(last['valid_acc']):.2f}%"))
             tiles.append((f"{judge} loss", f"{float(last['valid_loss']):.3f}"))
         tiles.append(("training accuracy", f"{float(last['train_acc']):.2f}%"))
         for name in ("skip_connects", "eigenvalue"):
-            value = _number(last.get(name))
-            if value is not None:
-                tiles.append((_COLUMNS[name], f"{value:.4g}"))
+            values = [value for row in history if (value := _number(row.get(name))) is not None]
+            if values:  # not every epoch measures an eigenvalue
+                tiles.append((_COLUMNS[name], f"{values[-1]:.4g}"))
     if seconds:
-        tiles.append(("time at work", duration(seconds)))
+        tiles.append(("time at work", utils.duration(seconds)))
     return tiles
-
-
-def duration(seconds):
-    """Seconds as people say them: 42 s, 12 min, 3 h 05 min, 2 d 4 h."""
-    minutes = round(seconds / 60)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
 def _command(script, parser, saved):
@@ -338,9 +380,14 @@ def _machine(config):
     return [(name, value) for name, value in pairs if value is not None]
 
 
-def _pairs(values):
-    """A dict for a table of two columns: names in words, numbers that can be read."""
-    return [(name.replace("_", " "), _shown(value)) for name, value in values.items()]
+def _cost(summary):
+    """What summary.json has besides what the page says elsewhere: names in words, numbers that can be read."""
+    elsewhere = ("kind", "epochs", "command", "genotype")
+    return [
+        (name.replace("_GB", " (GB)").replace("_", " "), _shown(value))
+        for name, value in summary.items()
+        if value is not None and name not in elsewhere and not name.endswith("_accuracy")
+    ]
 
 
 def _shown(value):
@@ -366,11 +413,24 @@ def _cell(text):
 
 
 def _results(folder):
-    """What test.py has left in a folder: its numbers, and its pictures."""
-    results = _read_json(folder / RESULTS)
-    pictures = [folder / f"{name}.png" for name in ("classes", "confusion", "calibration", "mistakes")]
-    tiles = [("test accuracy", f"{results['top1']:.2f}%"), ("test loss", f"{results['loss']:.3f}")]
-    return results | dict(tiles=tiles, pictures=[_picture(path) for path in pictures if path.is_file()])
+    """What test.py has left in a folder: its numbers, what they say, and its pictures."""
+    found = _read_config(folder / RESULTS)
+    try:
+        if not isinstance(found["epoch"], (int, type(None))):
+            raise TypeError(f"epoch is {checkpoint.shown(found['epoch'])}")
+        error, bins = found["expected_calibration_error"], found["calibration_bins"]
+        tiles = [("test accuracy", f"{found['top1']:.2f}%"), ("test loss", f"{found['loss']:.3f}")]
+        tiles.append(("calibration error", f"{100 * error:.1f}%"))
+        facts = [("images", f"{found['images']:,}"), ("accuracy", f"{found['top1']:.2f}%")]
+        facts += [("among the five likeliest", f"{found['top5']:.2f}%")] if found["top5"] is not None else []
+        facts += [("loss (cross-entropy)", f"{found['loss']:.4f}")]
+        facts += [("expected calibration error", f"{100 * error:.2f}%, {bins} bins (arXiv 1706.04599)")]
+        facts += [("without finite logits", f"{found['without_finite_logits']:,} images, counted as mistakes")]
+        pairs = [(*pair[:2], f"{pair[2]:,}", f"{100 * pair[3]:.1f}%") for pair in found["most_confused"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise utils.UserError(f"{folder / RESULTS} is damaged ({error!r})") from None
+    pictures = _pictures(path for name in _TESTED if (path := folder / f"{name}.png").is_file())
+    return found | dict(tiles=tiles, facts=facts, pictures=pictures, pairs=pairs)
 
 
 # ------------------------------------------------------------------------------------------------------- as a script

@@ -7,7 +7,8 @@ runs/search-NAME-TIMESTAMP/      or train-…
     genotype.json                readable by genotypes.parse
     checkpoint.pt                weights, alphas, optimizers, scheduler, epoch, step, random states
     checkpoint.previous.pt       the checkpoint before it
-    figures/                     curves.png, normal.png, reduction.png, and the .gv sources
+    figures/                     curves.png, eigenvalue.png, normal.png, reduction.png, and the .gv sources
+    summary.json, events/        what it cost, TensorBoard's events, and what a search has of its alphas: observer.py
     report.html                  the page of the run (report.py)
 """
 
@@ -37,8 +38,9 @@ import involution
 import progress
 import schedule
 import visualize
-from curves import plot_curves
+from curves import plot_curves, plot_eigenvalue
 from data import check_unchanged
+from observer import Observer
 from operations import KERNEL_NORM
 from stream import ReadError
 from utils import AverageMeter, Diverged, UserError, log_device, processor, remove_temporaries, write_text
@@ -79,7 +81,7 @@ class Run:
         self._said_why_no_drawing = self._said_not_finite = False
         self.folder = _folder(kind, args)
         self.checkpoint = self.folder / checkpoint.NAME
-        self._log = None
+        self._log, self.observer = None, Observer(self)
         try:
             self._log = _LogFile(self.folder / "log.txt")
             if args.resume is not None:
@@ -89,6 +91,7 @@ class Run:
                 config["data"] = facts.get("data", {})
                 write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
                 self.save()
+            self.observer.begin(resumed=args.resume is not None)
         except Exception as error:
             self.__exit__(type(error))
             raise
@@ -118,6 +121,7 @@ class Run:
                 signal.signal(number_, handler)
             if self._log:
                 self._log.close()
+            self.observer.close()
         if kind is not None and issubclass(kind, Exception) and not self._begun:
             if self._log:
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -152,12 +156,14 @@ class Run:
         if self.step > len(batches):
             raise UserError(f"{self.checkpoint} is damaged: step {self.step} of an epoch of {len(batches)} steps")
         bar = tqdm(total=len(batches), initial=self.step, desc=label, disable=not sys.stdout.isatty(), leave=False)
+        self.observer.begin_epoch(len(batches))
         with bar:
             while self.step < len(batches):
                 progress.doing(f"{label} step {self.step + 1}/{len(batches)}")
                 yield batches.batch(self.epoch, self.step)
                 self.step += 1
-                bar.set_postfix_str(str(self.meter), refresh=False)
+                self.observer.step()
+                bar.set_postfix_str(f"{self.meter}, {self.observer.remaining()}", refresh=False)
                 bar.update()
                 if self.step % self.args.report_freq == 0 or self.step == len(batches):
                     logger.debug("%s step %d/%d %s", label, self.step, len(batches), self.meter)
@@ -170,8 +176,8 @@ class Run:
             level, advice = (logging.WARNING, "; more --workers may help") if share > _TOO_LONG else (logging.DEBUG, "")
             logger.log(level, "%s: %.1f%% of the time spent waiting for images%s", label, 100 * share, advice)
 
-    def record(self, loss, logits, target):
-        """Add a training batch to the averages of the epoch.
+    def record(self, loss, logits, target, grad_norm=None):
+        """Add a training batch to the averages of the epoch; the norm of its gradient is for the curves alone.
 
         Raises:
             Diverged: the loss is not finite: names the step, the learning rate and the last good checkpoint.
@@ -180,6 +186,7 @@ class Run:
         if not math.isfinite(loss):
             raise self.diverged(f"the loss became {loss}", self.step + 1)
         self.meter.update(loss, logits, target)
+        self.observer.batch(len(target), grad_norm)
 
     def diverged(self, what, step):
         """The Diverged that says what is no longer finite, where, and where to go on from."""
@@ -235,21 +242,24 @@ class Run:
         self.history.append(row | dict(valid_loss=valid.loss, valid_acc=valid.top1) | more)
         self.parts["scheduler"].step()
         self.epoch, self.step, self.meter = self.epoch + 1, 0, AverageMeter()
+        self.observer.end_epoch()
         self.save()
         self.write_history()
+        self.observer.write()
 
     def report(self, genotype):
         """Log the genotype as a line that --arch takes; write genotype.json and the drawings of the two cells."""
         logger.info("genotype = %s", genotypes.format(genotype))
         write_text(self.folder / "genotype.json", genotypes.to_json(genotype))
         try:
-            visualize.draw(genotype, self._figures(), name=self.folder.name)
+            self.observer.cells(visualize.draw(genotype, self.figures(), name=self.folder.name))
         except visualize.DrawingError as error:
             if not self._said_why_no_drawing:
                 logger.warning("%s", error)
             self._said_why_no_drawing = True
 
-    def _figures(self):
+    def figures(self):
+        """The folder of its pictures."""
         folder = self.folder / "figures"
         folder.mkdir(exist_ok=True)
         return folder
@@ -261,7 +271,9 @@ class Run:
         writer.writeheader()
         writer.writerows(self.history)
         write_text(self.folder / "metrics.csv", text.getvalue())
-        plot_curves(self.history, self.judged_by, self._figures() / "curves.png")
+        plot_curves(self.history, self.judged_by, self.figures() / "curves.png")
+        if any("eigenvalue" in row for row in self.history):
+            plot_eigenvalue(self.history, self.figures() / "eigenvalue.png")
 
     def save(self):
         """Replace checkpoint.pt.
@@ -280,6 +292,7 @@ class Run:
             sums=self.meter.sums,
             history=self.history,
             threads=torch.get_num_threads(),
+            observed=self.observer.state_dict(),
             random=torch.get_rng_state(),
             cuda_random=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         )
@@ -313,6 +326,8 @@ class Run:
             for name in sorted({*self.parts} - {"model", "scheduler"}):
                 checkpoint.load_optimizer(self.parts[name], state[name])
             self.parts["optimizer"].step()  # without gradients, moves nothing; the scheduler wants one before its own
+            name = "observed"
+            self.observer.load_state_dict(state.get(name))  # not kept by runs of before
             name = "random"
             torch.set_rng_state(state["random"])
             if self.device.type == "cuda" and state["cuda_random"]:

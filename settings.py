@@ -145,8 +145,13 @@ def differing(saved, parser):
     return [
         (action.dest, saved[action.dest], action.default)
         for action in parser._actions
-        if action.dest in saved and action.dest not in ("help", "resume") and saved[action.dest] != action.default
+        if action.dest in saved and action.dest not in ("help", "resume") and saved[action.dest] != _default(action)
     ]
+
+
+def _default(action):
+    """What a command line without this flag has; texts are converted, as argparse does it."""
+    return action.type(action.default) if isinstance(action.default, str) and action.type else action.default
 
 
 def flags(saved, parser):

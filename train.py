@@ -44,16 +44,16 @@ def train(run, batches, model, forward, criterion, optimizer, args):
         if args.auxiliary:
             loss = loss + args.auxiliary_weight * criterion(logits_aux.float(), target)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
-        run.record(loss.detach(), logits.detach(), target)
+        run.record(loss.detach(), logits.detach(), target, norm)
 
 
 @torch.no_grad()
-def infer(batches, model, after_batch=lambda: None):
+def infer(batches, model, after_batch=lambda: None, meter=None):
     """Loss and accuracy on plain images, as a meter; `after_batch` is called after every batch."""
     model.eval()
-    meter = utils.Evaluation()
+    meter = meter or utils.Evaluation()
     for input, target in progress.counted(batches, "evaluation"):
         meter.add(model(input)[0], target)
         after_batch()
@@ -259,9 +259,10 @@ def main():
             logger.info(genotypes.WHICH_DARTS)
         run.report(genotype)
         logger.info("network of %.2f M weights", utils.count_parameters_in_MB(model))
+        run.observer.pace.validation_steps = len(valid_batches) / 3  # a step passes forward, and back in twice the time
         gc.freeze()  # what is there by now stays: looking through it for garbage takes 5 % of a small step
         while run.epoch < args.epochs:
-            report.update(run, build_parser())
+            report.update(run.folder, build_parser())
             model.drop_path_prob = args.drop_path_prob * run.epoch / args.epochs
             if args.compile and args.drop_path_prob > 0:
                 model.drop_path_prob = torch.tensor(model.drop_path_prob, device=device)
@@ -271,7 +272,8 @@ def main():
                 raise (_not_compiled(error) if args.compile else error) from None
             valid = infer(valid_batches, model, run.stop_if_asked)  # as DARTS: the test images, if all others train
             run.end_epoch(valid, **({"valid_top5": valid.top5} if valid.has_top5 else {}))
-        logger.info("its page: %s", report.update(run, build_parser()))
+        run.observer.finish()
+        logger.info("its page: %s", report.update(run.folder, build_parser()))
         logger.info("trained; now: %s", run_folder.command("test.py", "--model_path", run.folder))
 
 

@@ -49,9 +49,9 @@ def train(run, train_batches, search_batches, architect, optimizer, args):
         loss, logits, grads = gradients("weights", input, target)
         for w, grad in zip(weights, grads, strict=True):
             w.grad = grad
-        nn.utils.clip_grad_norm_(weights, args.grad_clip)
+        norm = nn.utils.clip_grad_norm_(weights, args.grad_clip)
         optimizer.step()
-        run.record(loss, logits, target)
+        run.record(loss, logits, target, norm)
 
 
 @torch.no_grad()
@@ -208,18 +208,21 @@ def main():
         logger.info("supernet of %.2f M weights, %s space", utils.count_parameters_in_MB(model), args.search_space)
         if run.history:
             run.report(genotypes.parse(run.history[-1]["genotype"]))  # a kill may have come before
+        # a step passes 13 batches forward or back if unrolled, else 5; a validation passes each batch forward
+        run.observer.pace.validation_steps = len(search_batches) / (13 if args.unrolled else 5)
         gc.freeze()  # as in train.py
         while run.epoch < args.epochs:
-            report.update(run, build_parser())
+            report.update(run.folder, build_parser())
             train(run, train_batches, search_batches, architect, optimizer, args)
             valid = infer(run, search_batches, model)
             genotype = model.genotype()
-            more = dict(skip_connects=count_skips(genotype), genotype=genotypes.format(genotype))
+            more = dict(skip_connects=count_skips(genotype), **run.observer.entropies())
             if every and (run.epoch + 1) % every == 0:
                 more |= measure_sharpness(run, search_batches, architect.gradients)
-            run.end_epoch(valid, **more)
+            run.end_epoch(valid, **more, genotype=genotypes.format(genotype))
             run.report(genotype)
-        logger.info("its page: %s", report.update(run, build_parser()))
+        run.observer.finish()
+        logger.info("its page: %s", report.update(run.folder, build_parser()))
         logger.info("searched; now: %s", run_folder.command("train.py", "--arch", run.folder))
 
 

@@ -373,6 +373,18 @@ def count_parameters(model):
     return sum(p.numel() for name, p in model.named_parameters() if "auxiliary" not in name)
 
 
+def duration(seconds):
+    """Seconds as people say them: 42 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
 def count_parameters_in_MB(model):
     """Millions of weights, without the auxiliary head."""
     return count_parameters(model) / 1e6
@@ -399,10 +411,15 @@ def replacing(path):
 def remove_temporaries(folder):
     """Remove what killed processes left below a folder while they were `replacing` files of it; none is at work now."""
     for path in Path(folder).rglob(".*"):
-        if re.fullmatch(r"\..+\.(pt|json|csv|png|gv|html)\.\d+", path.name) and path.is_file():
+        if re.fullmatch(r"\..+\.(pt|json|csv|png|gv|gif|html)\.\d+", path.name) and path.is_file():
             path.unlink()
 
 
 def write_text(path, text):
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # of file names that are no UTF-8
+
+
+def readable(name):
+    """The name of a file as it can be printed, whatever its bytes are."""
+    return name.encode(errors="replace").decode()

@@ -121,3 +121,29 @@ def photographs(tmp_path_factory):
                     scene = Image.fromarray(np.asarray(scene.convert("L")).astype(np.uint16) * 257)
                 (scene if mode == "I;16" else scene.convert(mode)).save(folder / f"{k:03d}.{extension}", **options)
     return root
+
+
+def read_curves(folder):
+    """TensorBoard's scalars and histograms of a run folder: (writer, tag) -> [(step, value), …], but for speeds."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = {}
+    for name in ("steps", "epochs"):
+        events = EventAccumulator(str(folder / "events" / name), size_guidance=dict(scalars=0, histograms=0, images=0))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            curves[name, tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["histograms"]:
+            curves[name, tag] = [(event.step, event.histogram_value) for event in events.Histograms(tag)]
+        for tag in events.Tags()["images"]:
+            curves[name, tag] = [event.step for event in events.Images(tag)]
+    curves.pop(("steps", "images_per_second"), None)
+    return curves
+
+
+def assert_same_curves(folder, expected):
+    """But for the heat map, which is drawn now and then."""
+    curves, as_expected = read_curves(folder), read_curves(expected)
+    for each in (curves, as_expected):
+        each.pop(("epochs", "alphas/heat_map"), None)
+    assert curves == as_expected

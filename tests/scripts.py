@@ -16,7 +16,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
-_PRELOADED = ["torchvision", "torch._dynamo", "sklearn.datasets", "matplotlib.figure", "graphviz", "tqdm", "scipy"]
+_PRELOADED = [
+    "torchvision",
+    "torch._dynamo",
+    "sklearn.datasets",
+    "matplotlib.figure",
+    "graphviz",
+    "tqdm",
+    "scipy",
+    "torch.utils.tensorboard",
+]
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(_PRELOADED)

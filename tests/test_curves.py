@@ -71,3 +71,22 @@ def test_epochs_are_whole_numbers(epochs):
         left, right = axes.get_xlim()
         ticks = [tick for tick in axes.get_xticks() if left <= tick <= right]
         assert ticks and all(tick == round(tick) for tick in ticks)
+
+
+def test_the_eigenvalue_is_shown_where_it_was_measured():
+    values = {1: 0.5, 3: 50.0, 4: math.nan, 6: 0.7}
+    history = [dict(epoch=k, skip_connects=k // 2) for k in range(1, 7)]
+    for k, value in values.items():
+        history[k - 1]["eigenvalue"] = value
+    top, bottom = curves.make_eigenvalue_figure(history).axes
+    line, mark = top.lines
+    assert line.get_xydata().tolist() == [[1, 0.5], [3, 50.0], [6, 0.7]] and list(mark.get_xdata()) == [4]
+    assert top.get_yscale() == "log" and bottom.lines[0].get_ydata().tolist() == [0, 1, 1, 2, 2, 3]
+    assert bottom.get_xlim()[0] < 1 and bottom.get_xlim()[1] > 6
+
+
+@pytest.mark.parametrize("values", [[-0.5], [math.nan], [0.0, -3.0, 40.0]])
+def test_any_eigenvalues_can_be_drawn(values, tmp_path):
+    history = [dict(epoch=k, skip_connects=0, eigenvalue=value) for k, value in enumerate(values, 1)]
+    curves.plot_eigenvalue(history, tmp_path / "eigenvalue.png")
+    assert (tmp_path / "eigenvalue.png").stat().st_size > 1000

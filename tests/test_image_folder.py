@@ -246,3 +246,21 @@ def test_a_file_that_broke_since_is_named(photographs, tmp_path):
     assert image_folder.decode(8, "crop", [os.fsencode(good)] * 2).shape == (2, 8, 8, 3)
     failure = image_folder.decode(8, "crop", [os.fsencode(good), os.fsencode(path)])
     assert failure == f"cannot read {path} (No such file or directory) any more"
+
+
+def test_what_is_found_of_pictures(root, tmp_path):
+    """Files as they are given, whatever their names; of folders, the images in and below them."""
+    notes = tmp_path / "notes.txt"
+    notes.touch()
+    hidden, empty = root / "train" / "red" / ".hidden", tmp_path / "empty"
+    empty.mkdir()
+    hidden.mkdir()
+    (hidden / "000.png").touch()
+    (root / "train" / "red" / "list.txt").touch()
+    found = image_folder.find([str(notes), str(root / "train" / "red")])
+    assert found == [str(notes), *(str(root / "train" / "red" / f"{k:03d}.png") for k in range(8))]
+    assert len(image_folder.find([str(root)])) == 36
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        image_folder.find(["nowhere"])
+    with pytest.raises(UserError, match="holds no image file"):
+        image_folder.find([str(empty)])

@@ -1,6 +1,5 @@
 """The page of a run: what it says, that it escapes what it is given, and that a browser shows it whole."""
 
-import argparse
 import html
 import json
 import re
@@ -10,9 +9,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+import data
+import evaluation
 import genotypes
 import report
+import test as test_script
 import train
 import train_search
 import utils
@@ -93,17 +96,26 @@ def test_what_to_do_next(tmp_path, kind, done, words):
     assert f"{done} of 3 epochs" in page
 
 
+def test_a_search_that_stopped_early_is_over(tmp_path):
+    folder = make_run(tmp_path / "run", "search", done=2)
+    (folder / "summary.json").write_text('{"ended": "2026-01-01 00:00:00"}')
+    page = page_of(folder, "search")
+    assert "2 of 3 epochs, stopped early" in page and "train.py --arch" in copied(page)[1]
+
+
 def test_it_holds_what_the_folder_holds(tmp_path):
     folder = make_run(tmp_path / "run", "search", "--unrolled", data={"train": fingerprint("cat", "dog")})
     picture = folder / "figures" / "curves.png"
     for name in ("alphas_normal.png", "evolution.gif", "something_new.png"):
         shutil.copy(picture, picture.with_name(name))
-    (folder / "summary.json").write_text('{"hours": 1.98765, "peak_memory_GB": 3}')
+    (folder / "summary.json").write_text('{"hours": 1.98765, "peak_memory_GB": 3, "ended": null, "kind": "search"}')
     page = page_of(folder, "search")
     assert copied(page)[-1] == genotypes.format(genotypes.DARTS_L20)
     text = " ".join(html.unescape(re.sub("<[^>]*>", " ", re.sub("<style>.*</style>", "", page, flags=re.S))).split())
-    for said in ("--unrolled yes no", "37.50%", "skip connections 2", "hours 1.988", "peak memory GB 3", "cat, dog"):
-        assert said in text, said
+    said = ("--unrolled yes no", "37.50%", "skip connections 2", "cat, dog")
+    costs = ("hours 1.988", "time at work 1 h 59 min", "peak memory (GB) 3")
+    for words in said + costs:
+        assert words in text, words
     assert re.findall("<h2>(.*?)</h2>", page)[1:6] == ["Curves", "Cells", "Alphas", "Evolution", "More pictures"]
     assert page.count('src="data:image/') == page.count("<img ") == 4
 
@@ -144,6 +156,52 @@ def test_a_run_that_has_no_epoch_yet(tmp_path):
     assert "0 of 3 epochs" in page and "<img" not in page
 
 
+def test_a_picture_that_is_none_is_left_out(tmp_path, caplog):
+    folder = make_run(tmp_path / "run")
+    (folder / "figures" / "normal.png").write_bytes(b"")
+    assert page_of(folder, "search").count("<img ") == 1 and "normal.png" in caplog.text
+
+
+def make_test(folder, *classes, epoch=None, right=5):
+    """What test.py leaves in a folder, of six images; `right` of them are taken for what they are."""
+    folder.mkdir()
+    targets = torch.arange(6) % len(classes)
+    meter = evaluation.Meter()
+    logits = 2 * torch.eye(len(classes))[targets]
+    logits[right:] = logits[right:].roll(1, dims=1)
+    meter.add(logits, targets)
+    pixels = torch.randint(256, (6, 8, 8, 3), dtype=torch.uint8)
+    names = [f"{NASTY}{k}.png" for k in range(6)]
+    args = vars(test_script.build_parser().parse_args(["--model_path", "weights.pt"]))
+    facts = dict(script="test.py", args=args, settings=args, epoch=epoch, data={"test": fingerprint(*classes)})
+    evaluation.write(folder, meter, data.Images(pixels, targets, list(classes), names), facts)
+    return folder
+
+
+def test_the_page_of_a_training_has_its_test(tmp_path):
+    folder = make_run(tmp_path / "run", "train")
+    make_test(folder / "test", NASTY, "dog", epoch=3)
+    page = page_of(folder, "train")
+    assert "<dt>test accuracy</dt><dd>83.33%</dd>" in page and "Test after 3 epochs" in page
+    assert page.count("<img ") == 5 and "python test.py" in " ".join(copied(page)) and "--images" in copied(page)[1]
+    assert page.count("<script>") == 1  # class names are text
+
+
+def test_the_test_of_a_training_that_went_on_is_not_its_result(tmp_path):
+    folder = make_run(tmp_path / "run", "train", epochs=5, done=4)
+    make_test(folder / "test", "cat", "dog", epoch=3)
+    page = page_of(folder, "train")
+    assert "<dt>test accuracy</dt><dd>37.50%</dd>" in page and "Test after 3 epochs" in page
+
+
+def test_the_page_of_a_test_alone(tmp_path):
+    folder = make_test(tmp_path / "results", "cat", "dog", right=4)
+    page = report.write(folder, test_script.build_parser()).read_text()
+    assert "<dt>test accuracy</dt><dd>66.67%</dd>" in page and "6 test images" in page
+    assert copied(page)[0] == "python test.py --model_path weights.pt"
+    assert "<td>cat</td><td>dog</td><td>1</td><td>33.3%</td>" in page
+
+
 def test_time_at_work_leaves_out_the_pauses(tmp_path):
     folder = make_run(tmp_path / "run")
     times = ("00:00:00", "00:00:40", "00:01:20", "09:00:00", "09:00:10")
@@ -152,17 +210,10 @@ def test_time_at_work_leaves_out_the_pauses(tmp_path):
     assert "<dt>time at work</dt><dd>90 s</dd>" in page_of(folder, "search")
 
 
-@pytest.mark.parametrize(
-    "seconds, words", [(0.4, "0 s"), (119, "119 s"), (150, "2 min"), (3700, "1 h 02 min"), (200_000, "2 d 7 h")]
-)
-def test_duration(seconds, words):
-    assert report.duration(seconds) == words
-
-
 def test_a_page_that_cannot_be_made_does_not_stop_a_run(tmp_path, caplog):
     folder = make_run(tmp_path / "run")
     (folder / "summary.json").write_text("{")
-    report.update(argparse.Namespace(folder=folder), train_search.build_parser())
+    report.update(folder, train_search.build_parser())
     assert "summary.json is missing or damaged" in caplog.text and not (folder / report.NAME).exists()
 
 
@@ -174,11 +225,19 @@ def test_a_page_that_cannot_be_made_does_not_stop_a_run(tmp_path, caplog):
         ("config.json", "{", "config.json is missing or damaged"),
         ("config.json", '{"script": "rm.py"}', "its script is 'rm.py'"),
         ("config.json", '{"script": "train.py", "args": 3}', "config.json is damaged"),
-        ("metrics.csv", "epoch,lr\n1,2\n", "metrics.csv is damaged"),
+        ("config.json", '{"script": ["train.py"]}', "its script is"),
+        ("config.json", '{"script": "train.py", "args": {}}', "config.json is damaged: it has no setting"),
+        ("config.json", '{"script": "train.py", "versions": 3}', "should hold names and values, not 3"),
+        ("config.json", '{"script": "train.py", "data": {"train": 3}}', "config.json is damaged: its data"),
+        ("test.json", '{"script": "test.py"}', "test.json is damaged"),
+        ("metrics.csv", "epoch,lr\n1,2\n", "metrics.csv is damaged: train_acc is None"),
+        ("metrics.csv", "epoch,lr\n1\n", "metrics.csv is damaged: its rows"),
+        ("metrics.csv", "epoch\n\0\n", "metrics.csv is damaged"),
+        ("genotype.json", "{", "genotype"),
     ],
 )
 def test_bad_input(tmp_path, monkeypatch, name, content, says):
-    if name == "metrics.csv":
+    if name in ("metrics.csv", "genotype.json"):
         make_run(tmp_path / "run")
     if name:
         (tmp_path / "run").mkdir(exist_ok=True)
@@ -235,7 +294,10 @@ def make_pages(folder):
             draw(genotypes.DARTS_L20, run / "figures")
         except DrawingError:  # no dot here
             pass
+        if kind == "train":
+            make_test(run / "test", NASTY, "dog", epoch=3)
         yield report.write(run, SCRIPTS[kind].build_parser())
+    yield report.write(make_test(folder / f"test {name}", NASTY, "dog"), test_script.build_parser())
 
 
 @pytest.mark.parametrize("width", [1000, 360])

@@ -79,7 +79,8 @@ def test_a_folder_and_its_files():
     run.meter = meter(3, 1 / 3, 50.0)
     run.end_epoch(meter(), note="x")
     names = {path.name for path in run.folder.iterdir()}
-    assert names == {"config.json", "log.txt", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "figures"}
+    expected = "config.json log.txt metrics.csv summary.json checkpoint.pt checkpoint.previous.pt figures events"
+    assert names == set(expected.split())
     config = json.loads((run.folder / "config.json").read_text())
     assert config["args"]["epochs"] == 2 and config["versions"]["torch"] == torch.__version__
     assert config["device"] == "cpu" and config["involution_backend"]

@@ -1,6 +1,7 @@
 """train.py and test.py as people run them: retraining, evaluation, exact resume, bad input."""
 
 import csv
+import json
 import shutil
 import signal
 import subprocess
@@ -8,14 +9,17 @@ import sys
 from argparse import Namespace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 
 import genotypes
 import original_darts
 import scripts
 import test as test_script
-from conftest import assert_one_clear_line, only_run
+from conftest import assert_one_clear_line, assert_same_curves, only_run
 from model import NetworkCIFAR
 from train import infer, load_data, make_criterion, parse_args, train
 from utils import UserError
@@ -60,6 +64,7 @@ def test_a_killed_training_resumes_exactly(uninterrupted, tmp_path):
     result = scripts.run(tmp_path, "train.py", "--resume", folder)
     assert result.returncode == 0, result.stderr
     assert (folder / "metrics.csv").read_bytes() == (uninterrupted / "metrics.csv").read_bytes()
+    assert_same_curves(folder, uninterrupted)
     states = [torch.load(f / "checkpoint.pt", weights_only=True)["model"] for f in (folder, uninterrupted)]
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
 
@@ -209,6 +214,7 @@ def test_a_trained_network_is_tested_as_it_was_in_training(script, uninterrupted
         expected = f"test loss {float(last['valid_loss']):.4f}, top-1 {float(last['valid_acc']):.2f}%"
         assert expected in result.stdout
         assert ", top-5 " in result.stdout and "on 96 images" in result.stdout
+        assert ("tables and pictures: " in result.stdout) == path.is_dir()
 
 
 def test_a_run_keeps_what_bounds_its_kernels(script, tmp_path):
@@ -253,6 +259,69 @@ def test_images_that_make_the_loss_are_named(script, image_folder, tmp_path):
 def test_a_run_has_its_page(uninterrupted):
     page = (uninterrupted / "report.html").read_text()
     assert "2 of 2 epochs" in page and page.count('src="data:image/png') >= 1 and "test images, SHA-256" in page
+
+
+def test_results_go_to_the_run_and_its_page(script, uninterrupted, tmp_path):
+    run = tmp_path / "runs" / "train-tested"
+    shutil.copytree(uninterrupted, run)
+    result = script("test.py", "--model_path", run)
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads((run / "test" / "test.json").read_text())
+    assert f"top-1 {numbers['top1']:.2f}%" in result.stdout and numbers["epoch"] == 2
+    assert {path.suffix for path in (run / "test").iterdir()} == {".csv", ".json", ".png"}
+    page = (run / "report.html").read_text()
+    assert "Test after 2 epochs" in page and page.count('src="data:image/png') >= 5
+    assert script("report.py", run / "test").returncode == 0  # a page of the test alone
+    assert f'test.py <span class="flag">--model_path</span> {run}' in (run / "test" / "report.html").read_text()
+
+
+def test_results_go_where_output_says(script, uninterrupted, tmp_path):
+    result = script("test.py", "--model_path", uninterrupted / "checkpoint.pt", "--output", "mine")
+    assert result.returncode == 0 and "tables and pictures: mine; page: mine/report.html" in result.stdout
+    assert (tmp_path / "mine" / "test.json").exists()
+    (tmp_path / "taken").touch()
+    assert_one_clear_line(script("test.py", "--model_path", uninterrupted, "--output", "taken"), "taken is no folder")
+
+
+def test_pictures_of_ones_own(script, uninterrupted, tmp_path):
+    """A photograph that is turned by its EXIF, a palette, one with transparency: as if they were plain."""
+    digit = Image.fromarray(np.kron(load_digits().images[0] * 15, np.ones((4, 4))).astype(np.uint8)).convert("RGB")
+    (tmp_path / "own" / "below").mkdir(parents=True)
+    digit.save(tmp_path / "own" / "a.png")
+    turned, exif = digit.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # as it is shown: turned by 270 degrees
+    turned.save(tmp_path / "own" / "b.png", exif=exif)
+    digit.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "own" / "below" / "c.gif")
+    digit.convert("RGBA").save(tmp_path / "d.webp", lossless=True)
+    result = script("test.py", "--model_path", uninterrupted, "--images", "d.webp", "own")
+    assert result.returncode == 0, result.stderr
+    lines = [line.split(": ") for line in result.stdout.splitlines() if "%" in line]
+    assert [name for name, _ in lines] == ["d.webp", "own/a.png", "own/b.png", "own/below/c.gif"]
+    assert len({found for _, found in lines}) == 1
+    shares = [part.split() for part in lines[0][1].split(", ")]
+    assert len(shares) == 5 and {name for name, _ in shares} < set("0123456789")
+    values = [float(share.rstrip("%")) for _, share in shares]
+    assert values == sorted(values, reverse=True) and sum(values) <= 100.3
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["notes.txt"], "broken image notes.txt"),
+        (["missing.png"], "missing.png: no such file or folder"),
+        (["empty"], "empty holds no image file"),
+        (["notes.txt", "--output", "there"], "--output is for the results of a test"),
+    ],
+)
+def test_what_is_no_picture(script, uninterrupted, tmp_path, arguments, says):
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    assert_one_clear_line(script("test.py", "--model_path", uninterrupted, "--images", *arguments), says)
+
+
+def test_pictures_need_a_run_that_knows_its_classes(script, tmp_path):
+    torch.save(NetworkCIFAR(4, 10, 3, False, genotypes.DARTS).state_dict(), tmp_path / "weights.pt")
+    assert_one_clear_line(script("test.py", "--model_path", "weights.pt", "--images", "."), "--images needs a run")
 
 
 def test_settings_given_to_test_win(script, uninterrupted):

@@ -11,9 +11,11 @@ import torch
 
 import genotypes
 import scripts
-from conftest import assert_one_clear_line, only_run
+from conftest import assert_one_clear_line, assert_same_curves, only_run
 
 TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 3 --epochs 2 --report_freq 1".split()
+
+ALPHAS = {f"alphas_{what}.png" for what in ("normal", "reduction", "heat_map")}
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +37,11 @@ def test_a_search_leaves_everything_in_its_folder(uninterrupted):
     assert genotypes.parse(rows[-1]["genotype"]) == genotype
     for name in ("curves.png", "normal.gv", "reduction.gv"):
         assert (folder / "figures" / name).stat().st_size > 0
+    for name in ALPHAS:
+        assert (folder / "figures" / name).read_bytes()[:4] == b"\x89PNG"
     if shutil.which("dot"):
         assert (folder / "figures" / "normal.png").read_bytes()[:4] == b"\x89PNG"
+        assert (folder / "figures" / "evolution.gif").read_bytes()[:3] == b"GIF"
     assert "involution backend" in (folder / "log.txt").read_text()
 
 
@@ -47,7 +52,9 @@ def test_piped_output_is_plain_lines(uninterrupted):
 
 def assert_same_run(folder, expected):
     assert (folder / "metrics.csv").read_bytes() == (expected / "metrics.csv").read_bytes()
-    assert (folder / "genotype.json").read_bytes() == (expected / "genotype.json").read_bytes()
+    for name in ("genotype.json", "alphas.csv", "winners.csv"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes()
+    assert_same_curves(folder, expected)
     states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, expected)]
     for a, b in zip(states[0]["model"].items(), states[1]["model"].items(), strict=True):
         assert a[0] == b[0] and torch.equal(a[1], b[1])
@@ -139,7 +146,7 @@ def test_without_dot_the_search_goes_on_and_says_so_once(tmp_path, monkeypatch):
     assert "searched" in result.stdout
     assert "Genotype(" in (only_run(tmp_path, "search") / "report.html").read_text()  # without its drawings
     figures = {path.name for path in (only_run(tmp_path, "search") / "figures").iterdir()}
-    assert figures == {"curves.png", "normal.gv", "reduction.gv"}
+    assert figures == {"curves.png", "normal.gv", "reduction.gv", *ALPHAS}
 
 
 @pytest.mark.parametrize(
