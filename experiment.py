@@ -32,7 +32,6 @@ import jobs
 import measure
 import plan
 import progress
-import report
 import run_folder
 import utils
 
@@ -260,7 +259,7 @@ class Report:
                 left += max(0, epochs - done[stage]) * spent[stage] / done[stage]
             elif epochs:
                 unknown.append(stage)
-        words = f"about {report.duration(left / self.at_once)} left"
+        words = f"about {utils.duration(left / self.at_once)} left"
         return words + f", and what is not known yet: {' and '.join(unknown)}" * bool(unknown)
 
 
@@ -270,7 +269,7 @@ def tell(job, state, folder):
         return f"{state.status}: {state.line}"
     if state.status != "finished":
         return f"{state.status}, {state.epochs} of {job.args.epochs} epochs"
-    return f"{state.value('valid_acc'):.2f} % {job.measured_on} accuracy, {report.duration(jobs.seconds(job, folder))}"
+    return f"{state.value('valid_acc'):.2f} % {job.measured_on} accuracy, {utils.duration(jobs.seconds(job, folder))}"
 
 
 # ------------------------------------------------------------------------------------------------- the script

@@ -54,7 +54,8 @@ def look(job, folder):
     with contextlib.suppress(OSError), (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     state = State("begun" if (run / checkpoint.NAME).exists() else "waiting", rows)
-    if state.epochs >= job.args.epochs and (job.stage != "search" or _has_its_genotype(run, rows)):
+    over = state.epochs >= job.args.epochs or (rows and _stopped_early(run))
+    if over and (job.stage != "search" or _has_its_genotype(run, rows)):
         return state._replace(status="finished")
     try:
         failure = json.loads(_failure(job, folder).read_text())
@@ -62,6 +63,14 @@ def look(job, folder):
         return state
     status = "diverged" if failure["exit_code"] == Diverged.exit_code else "failed"
     return state._replace(status=status, line=failure["line"])
+
+
+def _stopped_early(run):
+    """Whether a run has come to its end before its last epoch, as its summary says."""
+    try:
+        return bool(json.loads((run / "summary.json").read_text())["ended"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _has_its_genotype(run, rows):
