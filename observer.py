@@ -179,8 +179,9 @@ class Observer:
 
     def _write_summary(self, ended):
         run = self.run
-        row = run.history[-1] if run.history else {}
+        row = diagnostics.final_row(run.history) if run.history else {}
         summary = dict(kind=run.kind, epochs=run.epoch) | self.cost.summary(ended)
+        summary["result_of_epoch"] = row.get("epoch")  # an early stop keeps an earlier one than the last
         for column, images in (("train_acc", "training"), ("valid_acc", run.judged_by)):
             summary[f"{images}_accuracy"] = row.get(column)
         summary["parameters"] = sum(w.numel() for w in self.model.parameters())

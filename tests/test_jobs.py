@@ -113,6 +113,14 @@ def test_a_search_without_the_genotype_of_its_last_epoch_is_not_finished(folder,
     assert jobs.look(search, folder).status == "finished"
 
 
+def test_a_run_that_ended_before_its_last_epoch_is_finished(folder, short):
+    write(folder / short.name / "checkpoint.pt", "")
+    write(folder / short.name / "metrics.csv", "epoch\n1\n")
+    for ended, status in (("null", "begun"), ("false", "begun"), ('"2026-01-01 10:00:00"', "finished")):
+        write(folder / short.name / "summary.json", f'{{"ended": {ended}}}')
+        assert jobs.look(short, folder).status == status
+
+
 def test_a_failed_job_has_its_last_line_and_is_retried_on_request(folder):
     job = short_job(dataset='"folder"', data='"missing"')
     jobs.run(job, folder, Forked())
