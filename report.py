@@ -67,6 +67,7 @@ _COLUMNS = {  # of metrics.csv, as people read them; {} is what the run is judge
     "valid_top5": "{} top-5 accuracy (%)",
     "skip_connects": "skip connections",
     "eigenvalue": "dominant eigenvalue",
+    "eigenvalue_largest": "largest eigenvalue",
     "kept_epoch": "genotype of epoch",
     "entropy_normal": "entropy, normal cell (nats)",
     "entropy_reduce": "entropy, reduction cell (nats)",
