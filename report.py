@@ -69,6 +69,7 @@ _COLUMNS = {  # of metrics.csv, as people read them; {} is what the run is judge
     "eigenvalue": "eigenvalue",
     "entropy_normal": "entropy, normal cell (nats)",
     "entropy_reduce": "entropy, reduction cell (nats)",
+    "kept_epoch": "genotype of epoch",
 }
 _PAUSE = 60  # seconds without a line in the log: the run was not at work
 
