@@ -66,10 +66,10 @@ _COLUMNS = {  # of metrics.csv, as people read them; {} is what the run is judge
     "valid_acc": "{} accuracy (%)",
     "valid_top5": "{} top-5 accuracy (%)",
     "skip_connects": "skip connections",
-    "eigenvalue": "eigenvalue",
+    "eigenvalue": "dominant eigenvalue",
+    "kept_epoch": "genotype of epoch",
     "entropy_normal": "entropy, normal cell (nats)",
     "entropy_reduce": "entropy, reduction cell (nats)",
-    "kept_epoch": "genotype of epoch",
 }
 _PAUSE = 60  # seconds without a line in the log: the run was not at work
 
