@@ -106,7 +106,7 @@ def test_a_search_that_stopped_early_is_over(tmp_path):
 def test_it_holds_what_the_folder_holds(tmp_path):
     folder = make_run(tmp_path / "run", "search", "--unrolled", data={"train": fingerprint("cat", "dog")})
     picture = folder / "figures" / "curves.png"
-    for name in ("alphas_normal.png", "evolution.gif", "something_new.png"):
+    for name in ("alphas_heat_map.png", "alphas_normal.png", "evolution.gif", "something_new.png"):
         shutil.copy(picture, picture.with_name(name))
     (folder / "summary.json").write_text('{"hours": 1.98765, "peak_memory_GB": 3, "ended": null, "kind": "search"}')
     page = page_of(folder, "search")
@@ -117,7 +117,9 @@ def test_it_holds_what_the_folder_holds(tmp_path):
     for words in said + costs:
         assert words in text, words
     assert re.findall("<h2>(.*?)</h2>", page)[1:6] == ["Curves", "Cells", "Alphas", "Evolution", "More pictures"]
-    assert page.count('src="data:image/') == page.count("<img ") == 4
+    assert page.count('src="data:image/') == page.count("<img ") == 5
+    captions = re.findall("<figcaption>(.*?)</figcaption>", page)
+    assert captions[1].startswith("Normal cell: the weight") and captions[2] == "The weights of the last epoch."
 
 
 def fingerprint(*classes):
