@@ -64,7 +64,7 @@ def usual_interval(steps, unrolled):
 def take_groups(batches):
     """[(input, target)] of the same images at every call: groups of an eighth of a batch, half a batch in all."""
     input, target = next(iter(batches))
-    size = max(_SMALLEST_GROUP, batches.batch_size // 8)
+    size = max(_SMALLEST_GROUP, len(target) // 8)
     groups = list(zip(input.split(size), target.split(size), strict=True))[:_GROUPS]
     return [group for group in groups if len(group[1]) > 1]  # batch norm has nothing to normalise in one image
 

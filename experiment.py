@@ -379,6 +379,7 @@ def run_one(args, the_plan, folder, children):
     if args.job not in known:
         raise utils.UserError(f"--job {args.job}: no job of this plan, or not yet; --list says which there are")
     jobs.check(known[args.job], folder)
+    progress.doing(args.job)
     jobs.run(known[args.job], folder, children, args.threads)
 
 
