@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import checkpoint
+import diagnostics
 import genotypes
 import progress
 import report
@@ -57,8 +58,8 @@ def look(job, folder):
     with contextlib.suppress(OSError), (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     state = State("begun" if (run / checkpoint.NAME).exists() else "waiting", rows)
-    over = state.epochs >= job.args.epochs or (rows and _stopped_early(run))
-    if over and (job.stage != "search" or _has_its_genotype(run, rows)):
+    ended = state.epochs >= job.args.epochs or (rows and rows[-1].get("kept_epoch"))
+    if ended and (job.stage != "search" or _has_its_genotype(run, rows)):
         return state._replace(status="finished")
     try:
         failure = json.loads(_failure(job, folder).read_text())
@@ -68,18 +69,11 @@ def look(job, folder):
     return state._replace(status=status, line=failure["line"])
 
 
-def _stopped_early(run):
-    """Whether a run has come to its end before its last epoch, as its summary says."""
-    try:
-        return bool(json.loads((run / "summary.json").read_text())["ended"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def _has_its_genotype(run, rows):
-    """Whether genotype.json is that of the last epoch: a kill may have come between."""
+    """Whether genotype.json is that which the search ends with: a kill may have come between."""
     try:
-        of_folder, of_last = (genotypes.to_json(genotypes.parse(text)) for text in (run, rows[-1]["genotype"]))
+        texts = run, diagnostics.final_row(rows)["genotype"]
+        of_folder, of_last = (genotypes.to_json(genotypes.parse(text)) for text in texts)
         return of_folder == of_last
     except ValueError:
         return False

@@ -113,11 +113,10 @@ def test_a_search_without_the_genotype_of_its_last_epoch_is_not_finished(folder,
     assert jobs.look(search, folder).status == "finished"
 
 
-def test_a_run_that_ended_before_its_last_epoch_is_finished(folder, short):
+def test_a_run_that_an_early_stop_has_ended_is_finished(folder, short):
     write(folder / short.name / "checkpoint.pt", "")
-    write(folder / short.name / "metrics.csv", "epoch\n1\n")
-    for ended, status in (("null", "begun"), ("false", "begun"), ('"2026-01-01 10:00:00"', "finished")):
-        write(folder / short.name / "summary.json", f'{{"ended": {ended}}}')
+    for kept, status in (("", "begun"), ("1", "finished")):
+        write(folder / short.name / "metrics.csv", f"epoch,kept_epoch\n1,{kept}\n")
         assert jobs.look(short, folder).status == status
 
 
