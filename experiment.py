@@ -342,6 +342,7 @@ def listen(children):
 def main():
     args = parse_args()
     the_plan = plan.load(args.plan)
+    progress.doing("looks at what there is to do")
     folder, children = open_folder(args, the_plan), jobs.Children()
     if args.list:
         return list_jobs(the_plan, folder)
