@@ -342,6 +342,7 @@ def listen(children):
 def main():
     args = parse_args()
     the_plan = plan.load(args.plan)
+    progress.doing("looks at what there is to do")
     folder, children = open_folder(args, the_plan), jobs.Children()
     if args.list:
         return list_jobs(the_plan, folder)
@@ -379,6 +380,7 @@ def run_one(args, the_plan, folder, children):
     if args.job not in known:
         raise utils.UserError(f"--job {args.job}: no job of this plan, or not yet; --list says which there are")
     jobs.check(known[args.job], folder)
+    progress.doing(args.job)
     jobs.run(known[args.job], folder, children, args.threads)
 
 

@@ -68,7 +68,7 @@ _COLUMNS = {  # of metrics.csv, as people read them; {} is what the run is judge
     "skip_connects": "skip connections",
     "eigenvalue": "dominant eigenvalue",
     "eigenvalue_largest": "largest eigenvalue",
-    "kept_epoch": "genotype of epoch",
+    "kept_epoch": "stopped: genotype of epoch",
     "entropy_normal": "entropy, normal cell (nats)",
     "entropy_reduce": "entropy, reduction cell (nats)",
 }
@@ -139,9 +139,10 @@ def _of_run(folder, parser, kind):
     hours = summary.get("hours")
     seconds = 3600 * hours if isinstance(hours, (int, float)) else seconds_at_work(folder / "log.txt")
     judge, done, epochs = judged_by(kind, saved), len(history), saved["epochs"]
-    over = done == epochs or bool(summary.get("ended"))
+    kept = history[-1].get("kept_epoch") if history else None  # of an early stop
+    over = done == epochs or bool(kept)
     return dict(
-        status=f"{done} of {epochs} epochs{', stopped early' if over and done < epochs else ''}",
+        status=f"{done} of {epochs} epochs" + (f", stopped early with the genotype of epoch {kept}" if kept else ""),
         over=over,
         tiles=_tiles(judge, history, tests, seconds),
         command=_command(config["script"], parser, saved),

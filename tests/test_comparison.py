@@ -59,8 +59,8 @@ def test_the_ranking_holds_or_does_not():
     def tau(final):
         return comparison.compare([entry(f"a-{k}", "random", [60.0 + k], [value]) for k, value in enumerate(final)])
 
-    assert "Kendall's tau = 1.00, p = 0.0833, n = 4 genotypes" in tau([80.0, 81.0, 82.0, 83.0])[0]
-    assert "tau = -1.00" in tau([83.0, 82.0, 81.0, 80.0])[0]
+    assert "Kendall's τ = 1.00, p = 0.0833, n = 4 genotypes" in tau([80.0, 81.0, 82.0, 83.0])[0]
+    assert "τ = -1.00" in tau([83.0, 82.0, 81.0, 80.0])[0]
     assert tau([80.0, 81.0]) == []
 
 

@@ -92,11 +92,10 @@ def test_any_eigenvalues_can_be_drawn(values, tmp_path):
     assert (tmp_path / "eigenvalue.png").stat().st_size > 1000
 
 
-def test_the_epoch_that_an_early_stop_kept_is_marked():
-    history = [dict(epoch=k, skip_connects=k, eigenvalue=0.1 * k) for k in (1, 2, 3)]
-    history[-1]["kept_epoch"] = 2
+def test_the_epoch_that_an_early_stop_keeps_is_marked():
+    history = [dict(epoch=k, skip_connects=0, eigenvalue=value) for k, value in enumerate([0.1, math.nan, 0.3, 0.4], 1)]
+    history[-1]["kept_epoch"] = 3
     figure = curves.make_eigenvalue_figure(history)
-    for axes in figure.axes:
-        (line,) = (line for line in axes.lines if line.get_label() == "genotype kept by the early stop")
-        assert list(line.get_xdata()) == [2, 2]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["genotype kept by the early stop"]
+    marks = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines[1:]}
+    assert marks == {"not finite": [2], "genotype kept by the early stop": [3, 3]}
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == set(marks)

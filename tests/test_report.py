@@ -98,9 +98,11 @@ def test_what_to_do_next(tmp_path, kind, done, words):
 
 def test_a_search_that_stopped_early_is_over(tmp_path):
     folder = make_run(tmp_path / "run", "search", done=2)
-    (folder / "summary.json").write_text('{"ended": "2026-01-01 00:00:00"}')
+    path = folder / "metrics.csv"
+    head, first, last = path.read_text().splitlines()
+    path.write_text(f"{head},kept_epoch\n{first},\n{last},1\n")
     page = page_of(folder, "search")
-    assert "2 of 3 epochs, stopped early" in page and "train.py --arch" in copied(page)[1]
+    assert "2 of 3 epochs, stopped early with the genotype of epoch 1" in page and "train.py --arch" in copied(page)[1]
 
 
 def test_it_holds_what_the_folder_holds(tmp_path):
