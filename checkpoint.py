@@ -114,8 +114,14 @@ def _row(row):
         isinstance(row, dict)
         and all(type(row.get(name)) in (int, float) for name in columns)
         and all(type(name) is str and type(value) in (int, float, str) for name, value in row.items())
+        and all(type(row.get(name, 0)) in (int, float) for name in ("skip_connects", "eigenvalue"))
         and ("genotype" not in row or genotypes.format(genotypes.parse(row["genotype"])) == row["genotype"])
     )
+
+
+def _is_early_stop(row, epoch):
+    """Whether a row with the epoch that an early stop kept is the last one, and that epoch not after it."""
+    return row["epoch"] == epoch and type(row["kept_epoch"]) is int and 1 <= row["kept_epoch"] <= epoch
 
 
 def _normalization(value):
@@ -186,6 +192,7 @@ def check(state, path, needs=()):
             f"{step} steps of {shown(batch_size)} images are not {shown(images[0])} images",
         ),
         ("arch_optimizer" not in state or all("genotype" in row for row in history), "an epoch has no genotype"),
+        (all(_is_early_stop(row, epoch) for row in history if "kept_epoch" in row), "its early stop is none"),
     ):
         if not holds:
             raise UserError(f"{path} is damaged: {what}")

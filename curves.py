@@ -69,7 +69,8 @@ def make_eigenvalue_figure(history):
     They are below each other, since it is the question whether they rise together (arXiv 1909.09656).
 
     Args:
-        history: a dict for every epoch: `epoch`, `skip_connects`, and `eigenvalue` where it was measured.
+        history: a dict for every epoch: `epoch`, `skip_connects`, `eigenvalue` where it was measured, and
+            `kept_epoch` where an early stop has kept the genotype of that epoch.
     """
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -81,8 +82,10 @@ def make_eigenvalue_figure(history):
     if lost:
         place = dict(transform=top.get_xaxis_transform())  # as in make_figure
         top.plot(lost, [0.95] * len(lost), "^", color=_STYLES[0][0], ms=7, label="not finite", **place)
-        top.legend(frameon=False)
-    set_scale(top, values)
+    if values and min(values) <= 0:
+        top.axhline(0, color="#555555", lw=0.8)
+    else:
+        set_scale(top, values)
     top.set(ylabel="dominant eigenvalue of\n$\\nabla^2_\\alpha L_{val}$")
     epochs, skips = ([row[name] for row in history] for name in ("epoch", "skip_connects"))
     bottom.step(epochs, skips, where="mid", color=_STYLES[1][0])
@@ -92,8 +95,14 @@ def make_eigenvalue_figure(history):
     bottom.set_xlim(epochs[0] - margin, epochs[-1] + margin)
     for axis in (bottom.xaxis, bottom.yaxis):
         axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    kept = history[-1].get("kept_epoch")
     for axes in (top, bottom):
+        if kept is not None:
+            axes.axvline(kept, color="#009e73", ls=":", label="genotype kept by the early stop")
         axes.grid(alpha=0.3)
+    lines, labels = top.get_legend_handles_labels()
+    if lines:
+        figure.legend(lines, labels, loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 

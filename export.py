@@ -307,7 +307,7 @@ def load_network(parser, argv=None):
 
 def main():
     args, network, state = load_network(build_parser())
-    args.subset, args.data_in = args.check, None if args.dataset != "folder" else "memory"
+    args.subset, args.data_in = args.check, "memory"
     images = data.load_as(args, False, "cpu")
     data.check_classes(images, state["classes"])
     normalization, size = data.Normalization(*state["normalization"]), data.image_size(args)
@@ -318,7 +318,9 @@ def main():
     eager.to(memory_format=torch.channels_last)
     batches = make_batches(images, normalization, args.with_preprocessing)
     metadata = dict(classes=list(images.classes), image_size=size, **normalization._asdict())
-    metadata |= dict(with_preprocessing=args.with_preprocessing, genotype=args.arch)
+    metadata |= dict(fit=args.fit, with_preprocessing=args.with_preprocessing, genotype=args.arch)
+    if args.with_preprocessing and args.fit == "crop" and args.dataset == "folder":
+        logger.warning("the file squeezes images that are not square; this run kept their middle: give it squares")
     write, load, _ = FORMATS[args.format]
     progress.doing("writing the graph of the network")
     with torch.no_grad(), utils.replacing(args.output) as temporary:

@@ -54,13 +54,18 @@ class Term(NamedTuple):
     norm: nn.BatchNorm2d | None = None
 
 
-def forward(cell, s0, s1, weights):
-    """The forward of a `model_search.Cell`: two feature maps and (edges, primitives) -> (N, multiplier * C, H', W')."""
+def forward(cell, s0, s1, weights, factors=None):
+    """The forward of a `model_search.Cell`: two feature maps and (edges, primitives) -> (N, multiplier * C, H', W').
+
+    factors: of drop path, what each edge's sum is multiplied with, (N, 1, 1, 1) for each.
+    """
     states = [cell.preprocess0(s0), cell.preprocess1(s1)]
     backend = choose_backend(states[0])
     edges, alphas = iter(cell._ops), iter(weights.unbind())
     into = [[(next(edges), next(alphas).unbind()) for _ in range(2 + node)] for node in range(cell._steps)]
-    parts, linear = [[] for _ in into], [[] for _ in into]  # of each node: images, and (alpha, Term)
+    factors = iter(factors or [None] * len(cell._ops))
+    factors = [[next(factors) for _ in edges] for edges in into]
+    parts, linear = [[] for _ in into], [[] for _ in into]  # of each node: images, and (alpha, Term, factor)
     expected = {}  # shape and dtype of each node, and the operation that they come from
     for node in range(cell._steps):
         for j in range(len(states) - (1 if node else 2), len(states)):
@@ -75,9 +80,9 @@ def forward(cell, s0, s1, weights):
                 if term.weight is None:
                     plain.append((n, alpha, term.input))
                 else:
-                    linear[n].append((alpha, term))
+                    linear[n].append((alpha, term, factors[n][j]))
             for n, part in _spread(plain, backend):
-                parts[n].append(part)
+                parts[n].append(part if factors[n][j] is None else part * factors[n][j])
         states.append(_sum(parts[node], linear[node], backend))
         parts[node] = linear[node] = None  # what is not needed for backward is freed
     return torch.cat(states[-cell._multiplier :], dim=1)
@@ -138,12 +143,12 @@ def _spread(plain, backend):
 
 
 def _sum(parts, linear, backend):
-    """A node from its parts and from its linear terms (alpha, Term), which go by the width of their input."""
+    """A node from its parts and its linear terms (alpha, Term, factor), which go by the width of their input."""
     groups = defaultdict(list)
-    for alpha, term in linear:
-        groups[term.input.shape[1]].append((alpha, term))
-    alphas = [torch.stack([alpha for alpha, _ in group]) for group in groups.values()]
-    return backend.mix(parts, [[term for _, term in group] for group in groups.values()], alphas)
+    for alpha, term, factor in linear:
+        groups[term.input.shape[1]].append((alpha, term, factor))
+    alphas, terms, factors = ([[each[k] for each in group] for group in groups.values()] for k in range(3))
+    return backend.mix(parts, terms, list(map(torch.stack, alphas)), factors)
 
 
 # ------------------------------------------------------------------------------------------- cells of a genotype

@@ -94,6 +94,31 @@ class Gradients:
             return _Recording(function, [input, target], self._wanted(of), self._pool)
 
 
+def random_states(device):
+    """The states that a pass on a device draws from (for noise, for dropped paths)."""
+    return [generator.get_rng_state() for generator in _generators(device)]
+
+
+@contextmanager
+def from_random_states(device, states):
+    """Draw from these states; on leaving, the present ones are put back."""
+    before = random_states(device)
+    try:
+        _set_random_states(device, states)
+        yield
+    finally:
+        _set_random_states(device, before)
+
+
+def _set_random_states(device, states):
+    for generator, state in zip(_generators(device), states, strict=True):
+        generator.set_rng_state(state)
+
+
+def _generators(device):
+    return [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+
+
 def _grad(scalar, wanted, create_graph=False):
     """Gradients; a shallow supernet may have no normal cell: its alphas then have a zero gradient."""
     return torch.autograd.grad(scalar, wanted, create_graph=create_graph, allow_unused=True, materialize_grads=True)

@@ -11,6 +11,7 @@ are waited for by whoever wants to go on with them.
 import contextlib
 import csv
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -20,12 +21,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import checkpoint
+import diagnostics
 import genotypes
 import progress
 import report
 import run_folder
 import settings
 from utils import Diverged, UserError, write_text
+
+logger = logging.getLogger("darts.jobs")
 
 ENDED = ("finished", "diverged", "failed")
 _OWN = ("save", "folder", "resume", "search_space")  # settings that make no other run; what --arch random draws from
@@ -54,7 +58,8 @@ def look(job, folder):
     with contextlib.suppress(OSError), (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     state = State("begun" if (run / checkpoint.NAME).exists() else "waiting", rows)
-    if state.epochs >= job.args.epochs and (job.stage != "search" or _has_its_genotype(run, rows)):
+    ended = state.epochs >= job.args.epochs or (rows and rows[-1].get("kept_epoch"))
+    if ended and (job.stage != "search" or _has_its_genotype(run, rows)):
         return state._replace(status="finished")
     try:
         failure = json.loads(_failure(job, folder).read_text())
@@ -65,9 +70,10 @@ def look(job, folder):
 
 
 def _has_its_genotype(run, rows):
-    """Whether genotype.json is that of the last epoch: a kill may have come between."""
+    """Whether genotype.json is that which the search ends with: a kill may have come between."""
     try:
-        of_folder, of_last = (genotypes.to_json(genotypes.parse(text)) for text in (run, rows[-1]["genotype"]))
+        texts = run, diagnostics.final_row(rows)["genotype"]
+        of_folder, of_last = (genotypes.to_json(genotypes.parse(text)) for text in texts)
         return of_folder == of_last
     except ValueError:
         return False
@@ -159,9 +165,12 @@ def arguments(job, folder):
 
 def run(job, folder, children, threads=None, gpu=None):
     """Take a job to its end. What became of it is in the folder: its run folder, `logs/JOB.txt`, `logs/JOB.failed`."""
-    log = folder / "logs" / f"{job.name}.txt"
+    log, waits = folder / "logs" / f"{job.name}.txt", False
     while look(job, folder).status not in ENDED and not children.stopping:
         if run_folder.is_busy(folder / job.name):  # as after this experiment, or a worker of a cluster, was killed
+            if not waits:
+                logger.info("%s: %s: waiting for it", job.name, run_folder.BUSY)
+            waits = True
             time.sleep(_PROBE)
             continue
         line = [sys.executable, Path(__file__).with_name(job.script), *arguments(job, folder)]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import fast_cell
 from genotypes import PRIMITIVES, Genotype, derive
 from involution import Involution2d, all_are_watched, is_watched, set_kernel_norm
-from operations import KERNEL_NORM, OPS, FactorizedReduce, ReLUConvBN, halving
+from operations import KERNEL_NORM, OPS, FactorizedReduce, ReLUConvBN, drop_path_factors, halving
 
 STEM_STRIDES = (1, 4, 8)
 
@@ -50,20 +50,27 @@ class Cell(nn.Module):
             MixedOp(C, 2 if reduction and j < 2 else 1, primitives) for i in range(steps) for j in range(2 + i)
         )
 
-    def forward(self, s0, s1, weights, fast=False):
+    def forward(self, s0, s1, weights, fast=False, drop_prob=0.0):
         """Two feature maps and the softmax weights (edges, primitives) -> (N, multiplier * C, H', W').
 
         `fast` computes the same with the work shared that the edges have in common; where somebody watches an edge
-        by a hook, every edge is computed.
+        by a hook, every edge is computed. In training, `drop_prob` drops edges, each for each image.
         """
+        factors = None
+        if self.training and drop_prob > 0:
+            # in float32, so that a pass in mixed precision drops the same paths as one without
+            like = s0[:, :1, :1, :1].float()
+            factors = drop_path_factors(like, drop_prob, len(self._ops)).to(s0.dtype).unbind()
         if fast and not any(map(is_watched, self._ops)) and not all_are_watched():
-            return fast_cell.forward(self, s0, s1, weights)
+            return fast_cell.forward(self, s0, s1, weights, factors)
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         edge = 0
         for _ in range(self._steps):
-            node = sum(self._ops[edge + j](state, weights[edge + j]) for j, state in enumerate(states))
+            terms = [self._ops[edge + j](state, weights[edge + j]) for j, state in enumerate(states)]
+            if factors is not None:
+                terms = [factors[edge + j] * term for j, term in enumerate(terms)]
             edge += len(states)
-            states.append(node)
+            states.append(sum(terms))
         return torch.cat(states[-self._multiplier :], dim=1)
 
 
@@ -72,6 +79,9 @@ class Network(nn.Module):
 
     `parameters()` yields the weights alone; the alphas come from `arch_parameters()`, so that
     `SGD(net.parameters())` does what it should. `state_dict()` holds both.
+
+    `drop_path_prob`, which a search raises over the epochs, is the probability that an edge is dropped for an image in
+    training: the whole mixture, so that skip connections gain nothing by it, as in RobustDARTS (arXiv 1909.09656).
 
     Args:
         C: channels of the first cells; doubled at one third and at two thirds of the depth.
@@ -114,6 +124,7 @@ class Network(nn.Module):
         self._C, self._num_classes, self._layers, self._criterion = C, num_classes, layers, criterion
         self._steps, self._multiplier, self._stem_multiplier = steps, multiplier, stem_multiplier
         self._primitives, self.fast, self._stem_stride = list(primitives), fast, stem_stride
+        self.drop_path_prob = 0.0
 
         C_curr = stem_multiplier * C
         self.stem = _make_stem(C_curr, stem_stride)
@@ -141,7 +152,7 @@ class Network(nn.Module):
         s0 = s1 = self.stem(input)
         for cell in self.cells:
             weights = reduce if cell.reduction else normal
-            s0, s1 = s1, cell(s0, s1, weights, self.fast)
+            s0, s1 = s1, cell(s0, s1, weights, self.fast, self.drop_path_prob)
         return self.classifier(self.global_pooling(s1).flatten(1))
 
     def _loss(self, input, target):
@@ -175,6 +186,7 @@ class Network(nn.Module):
             self.fast,
             stem_stride=self._stem_stride,
         ).to(self.alphas_normal)
+        net.drop_path_prob = self.drop_path_prob
         for new, old in zip(net.modules(), self.modules(), strict=True):
             if isinstance(old, Involution2d):
                 new.kernel_norm = old.kernel_norm

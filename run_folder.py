@@ -136,6 +136,11 @@ class Run:
         return judged_by(self.kind, vars(self.args))
 
     @property
+    def stopped(self):
+        """Whether an early stop has ended the run, with the genotype of the epoch in the last column `kept_epoch`."""
+        return bool(self.history) and "kept_epoch" in self.history[-1]
+
+    @property
     def _begun(self):
         return self.args.resume is not None or self.epoch + self.step > 0
 
@@ -314,6 +319,11 @@ class Run:
         self._restore_parts(state)
         before = state["args"]["epochs"]
         if self.args.epochs != before:
+            if self.stopped:
+                what = (
+                    f"--resume {self.folder}: it was stopped early after epoch {self.epoch}, and more --epochs do not"
+                )
+                raise UserError(f"{what} change that; start a new run with --early_stop none")
             self._extend(before)
         if self.history:
             self.write_history()  # a kill may have come between the checkpoint and these

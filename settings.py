@@ -33,6 +33,8 @@ _BEFORE = {
     "lr_scheduler": "cosine",
     "warmup_epochs": 0,
     "eigenvalue_every": 0,
+    "early_stop": "none",
+    "drop_path_prob": 0.0,
 }
 
 

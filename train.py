@@ -130,7 +130,8 @@ def add_network_arguments(parser):
         "--arch",
         type=utils.user_value(lambda text: genotypes.format(genotypes.parse(text))),
         default="DARTS",
-        help=f"a name ({', '.join(genotypes.NAMED)}), a Genotype(...) expression, a run folder or a genotype file; "
+        help=f"a name ({', '.join(genotypes.NAMED)}), a Genotype(...) expression, a run folder (RUN@EPOCH: as it was "
+        "after that epoch) or a genotype file; "
         f"{genotypes.WHICH_DARTS}",
     )
     return group

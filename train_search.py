@@ -91,6 +91,34 @@ def measure_sharpness(run, search_batches, gradients):
     return {"eigenvalue": eigenvalue.value}
 
 
+def choose_interval(args, steps):
+    """Epochs between two eigenvalues, 0 for none.
+
+    Raises:
+        UserError: too few of them for --early_stop eigenvalue.
+    """
+    of_eigenvalue = args.early_stop == "eigenvalue"
+    if of_eigenvalue and args.epochs < diagnostics.FIRST_STOP:
+        logger.warning("--early_stop eigenvalue cannot stop a search before epoch %d", diagnostics.FIRST_STOP)
+    if args.eigenvalue_every is None:
+        return 1 if of_eigenvalue else diagnostics.usual_interval(steps, args.unrolled)
+    if of_eigenvalue and not 1 <= args.eigenvalue_every <= diagnostics.WINDOW:
+        raise utils.UserError(
+            f"--early_stop eigenvalue compares means over {diagnostics.WINDOW} epochs: it needs --eigenvalue_every 1 "
+            f"to {diagnostics.WINDOW}, got {args.eigenvalue_every}"
+        )
+    return args.eigenvalue_every
+
+
+def report_genotype(run, args):
+    """Write the genotype that the epochs so far end with, and say so if it is that of an early stop."""
+    row = diagnostics.final_row(run.history)
+    if run.stopped:
+        what = "stopped early by --early_stop %s after epoch %d of %d; the genotype is that of epoch %d"
+        logger.info(what, args.early_stop, run.epoch, args.epochs, row["epoch"])
+    run.report(genotypes.parse(row["genotype"]))
+
+
 def count_skips(genotype):
     """Skip connections in the normal cell, and a warning if they have taken it over (arXiv 1909.09656)."""
     skips = sum(primitive == "skip_connect" for primitive, _ in genotype.normal)
@@ -142,17 +170,30 @@ def build_parser():
     group.add_argument("--momentum", type=utils.number(float, low=0, below=1), default=0.9, help="of SGD")
     group.add_argument("--weight_decay", type=utils.number(float, low=0), default=3e-4, help="of SGD")
     group.add_argument("--grad_clip", type=utils.number(float, above=0), default=5.0, help="largest gradient norm")
+    group.add_argument(
+        "--drop_path_prob",
+        type=utils.number(float, low=0, below=1),
+        default=0.0,
+        help="probability of dropping an edge of the supernet for an image, reached linearly over the epochs",
+    )
     group = parser.add_argument_group("alphas")
     group.add_argument("--unrolled", action="store_true", help="second order: look one step of the weights ahead")
     group.add_argument("--arch_learning_rate", type=utils.number(float, above=0), default=3e-4, help="of Adam")
     group.add_argument("--arch_weight_decay", type=utils.number(float, low=0), default=1e-3, help="of Adam")
-    group = parser.add_argument_group("watching")
+    group = parser.add_argument_group("watching and stopping")
     group.add_argument(
         "--eigenvalue_every",
         metavar="EPOCHS",
         type=utils.number(int, low=0),
         help="measure the sharpness of the minimum in the alphas after every so many epochs, 0: never (default: as "
         "often as takes about 5%% of the time; at the sizes of the paper 1, and 2 in first order)",
+    )
+    group.add_argument(
+        "--early_stop",
+        choices=diagnostics.RULES,
+        default="none",
+        help="eigenvalue: when the dominant eigenvalue rises, with the genotype of before (RobustDARTS); skips: when "
+        "the normal cell has two skip connections, with the genotype of the epoch before (DARTS+)",
     )
     group = utils.add_device_arguments(parser)
     group.add_argument("--amp", action="store_true", help="bfloat16 but for the finite differences and validation")
@@ -165,7 +206,7 @@ def parse_args(argv=None):
     """The arguments, with the stem for images of this size.
 
     Raises:
-        UserError: as settings.parse_args; images of which the supernet leaves nothing.
+        UserError: as settings.parse_args; images of which the supernet leaves nothing; CUDA graphs of what changes.
     """
     args = settings.parse_args(build_parser(), argv)
     size = data.image_size(args)
@@ -177,6 +218,8 @@ def parse_args(argv=None):
             f"the supernet with --stem_stride {args.stem_stride} reduces images by {smallest}, which leaves nothing of "
             f"{size} pixels; use --image_size {smallest} or more"
         )
+    if args.cuda_graph and (args.drop_path_prob > 0 or "noise" in genotypes.SEARCH_SPACES[args.search_space]):
+        raise utils.UserError("--cuda_graph records a step once: leave it out with --drop_path_prob, and in space s4")
     return args
 
 
@@ -199,28 +242,31 @@ def main():
     )
     scheduler = schedule.make(optimizer, args.epochs, lowest=args.learning_rate_min)
     architect = Architect(model, args, Gradients(model, args.amp, args.cuda_graph))
-    every = args.eigenvalue_every
-    if every is None:
-        every = diagnostics.usual_interval(len(train_batches), args.unrolled)
+    every = choose_interval(args, len(train_batches))
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, arch_optimizer=architect.optimizer)
 
     with run_folder.Run("search", args, device, parts, data={"train": fingerprint}) as run:
         logger.info("supernet of %.2f M weights, %s space", utils.count_parameters_in_MB(model), args.search_space)
         if run.history:
-            run.report(genotypes.parse(run.history[-1]["genotype"]))  # a kill may have come before
+            report_genotype(run, args)  # a kill may have come before
         # a step passes 13 batches forward or back if unrolled, else 5; a validation passes each batch forward
         run.observer.pace.validation_steps = len(search_batches) / (13 if args.unrolled else 5)
         gc.freeze()  # as in train.py
-        while run.epoch < args.epochs:
+        while run.epoch < args.epochs and not run.stopped:
             report.update(run.folder, build_parser())
+            model.drop_path_prob = args.drop_path_prob * run.epoch / args.epochs
             train(run, train_batches, search_batches, architect, optimizer, args)
             valid = infer(run, search_batches, model)
             genotype = model.genotype()
             more = dict(skip_connects=count_skips(genotype), **run.observer.entropies())
             if every and (run.epoch + 1) % every == 0:
                 more |= measure_sharpness(run, search_batches, architect.gradients)
+            stop = diagnostics.early_stop(args.early_stop, [*run.history, more])
+            if stop:
+                logger.info("%s", stop.why)
+                more["kept_epoch"] = stop.kept_epoch
             run.end_epoch(valid, **more, genotype=genotypes.format(genotype))
-            run.report(genotype)
+            report_genotype(run, args)
         run.observer.finish()
         logger.info("its page: %s", report.update(run.folder, build_parser()))
         logger.info("searched; now: %s", run_folder.command("train.py", "--arch", run.folder))
