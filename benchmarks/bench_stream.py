@@ -170,6 +170,7 @@ def parse_args():
         description="Training images from the disk.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--size", type=int, nargs="+", default=[96, 224], help="pixels of an image")
+    parser.add_argument("--width", type=int, nargs="+", default=[500, 2000], help="of the files; their height is 3/4")
     parser.add_argument("--files", type=int, default=128, help=f"of each size; {BATCH} or more")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--pace", type=float, nargs="+", default=[2], help="length of a step, in batches")
@@ -182,8 +183,9 @@ def parse_args():
 def main():
     args = parse_args()
     torch.set_num_threads(1)
+    sizes = [(width, 3 * width // 4) for width in args.width]
     with tempfile.TemporaryDirectory() as folder:
-        roots = {size: Path(folder) / str(size[0]) for size in ((500, 375), (2000, 1500))}
+        roots = {size: Path(folder) / str(size[0]) for size in sizes}
         for size, root in roots.items():
             make_folder(root, *size, args.files)
         table = costs_table(roots, args)
@@ -195,7 +197,7 @@ def main():
         "",
         *table,
         "",
-        "Of files of 500×375, images a second, and the share of the time that is spent waiting for images:",
+        f"Images a second, and the share of the time spent waiting for them, of files of {sizes[0][0]}×{sizes[0][1]}:",
         "",
         *more,
     ]
