@@ -16,6 +16,7 @@ import genotypes
 import jobs
 import measure
 import plan
+import protocol
 import scripts
 import train
 import train_search
@@ -232,19 +233,6 @@ def test_a_signal_stops_the_jobs(pretend, monkeypatch):
     assert children.stopping
 
 
-def test_a_random_genotype_of_given_size(monkeypatch):
-    network = train.parse_args(["--layers", "3", "--init_channels", "4"])
-    candidate = plan.Candidate("equal-7", "equal", "random", 7, "involution", "second-0", 0.02)
-    wanted = measure.parameters(genotypes.DARTS, network)
-    genotype = experiment.draw(candidate, genotypes.DARTS, network)
-    assert abs(measure.parameters(genotype, network) - wanted) <= 0.02 * wanted
-    assert genotype == experiment.draw(candidate, genotypes.DARTS, network)
-    assert genotype != experiment.draw(candidate._replace(seed=8), genotypes.DARTS, network)
-    monkeypatch.setattr(experiment, "_TRIES", 3)
-    with pytest.raises(utils.UserError, match="none of 3 random genotypes has within 2% of the .* of second-0"):
-        experiment.draw(candidate, genotypes.DARTS_V2, network)
-
-
 def test_the_time_that_is_left(pretend, monkeypatch):
     """One search of two took 100 s, so the other will; two short trainings of seven took 30 s each."""
     seconds = {"search-second-0": 100, "short-uniform-4-seed0": 30, "short-uniform-5-seed0": 30}
@@ -252,7 +240,7 @@ def test_the_time_that_is_left(pretend, monkeypatch):
         pretend("tiny.toml", "--job", name)
     monkeypatch.setattr(jobs, "seconds", lambda job, folder: seconds.get(job.name, 0))
     tiny = plan.load("tiny.toml")
-    report = experiment.Report([], experiment.known_jobs(tiny, FOLDER), tiny, FOLDER, at_once=1)
+    report = experiment.Report([], protocol.known_jobs(tiny, FOLDER), tiny, FOLDER, at_once=1)
     assert report.left() == "about 4 min left, and what is not known yet: final"  # 100 + 5 * 30 s
 
 
