@@ -8,7 +8,8 @@ Second order ("unrolled"), with the weights after one virtual step of the networ
     ∇²_{α,w} L_train · v ≈ [∇_α L_train(w + εv, α) − ∇_α L_train(w − εv, α)] / 2ε,  ε = 0.01/‖v‖   (eq. 8)
 
 The weights are moved in place and put back bit for bit: there is no second model. Batch norm's running statistics
-(all buffers) are put back too.
+(all buffers) are put back too. Of several processes, each takes the derivatives on its share of the images; w', v and
+the difference are made of their means over all (gradients.py), and are the same in all.
 """
 
 import torch
@@ -97,7 +98,8 @@ class Architect:
         for sign in (1, -1):
             torch._foreach_add_(self.gradients.weights, vector, alpha=sign * epsilon)
             with torch.enable_grad():
-                grads = self.gradients("alphas", *train, precise=True)[2]  # at w±
+                grads = self.gradients("alphas", *train, precise=True, mean=False)[2]  # at w±
             self._weights.put_back()
             torch._foreach_add_(product, grads, alpha=sign)
+        self.gradients.processes.mean_(product, len(train[1]))  # that of a difference: once
         return [difference / (2 * epsilon) for difference in product]

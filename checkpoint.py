@@ -154,6 +154,7 @@ _MORE_RULES = {  # of what not every run keeps
     "classes": lambda value: _list(value, _name) and len(value) > 0,
     "data": _fingerprints,
     "threads": _count,
+    "processes": _count,
 }
 
 

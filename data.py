@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import image_folder
+from processes import ALONE
 from utils import UserError
 
 logger = logging.getLogger("darts.data")
@@ -90,16 +91,20 @@ class Batches:
     `batch(epoch, step)` is shuffled and augmented; iteration yields the plain images in order. A last training batch
     of a single image is left out: batch norm has nothing to normalise there.
 
+    Of several processes, each has its share of the same batch: every N-th image. A last training batch of less than two
+    images for each goes to every one of them whole.
+
     Args:
         augmentation: None for a set that is not trained on.
         key: two integers, the seed of the run and a number that tells its data streams apart.
+        processes: those that share the batches.
 
     Raises:
         ValueError: a single image to train on.
     """
 
-    def __init__(self, images, batch_size, normalization, augmentation, key=(0, 0)):
-        self.batch_size, self.augmentation, self.key = batch_size, augmentation, key
+    def __init__(self, images, batch_size, normalization, augmentation, key=(0, 0), processes=ALONE):
+        self.batch_size, self.augmentation, self.key, self.processes = batch_size, augmentation, key, processes
         self.labels = images.labels
         if augmentation and len(images) < 2:
             raise ValueError("training needs two images or more, for batch norm's sake")
@@ -126,14 +131,22 @@ class Batches:
         """Training batches an epoch."""
         return -(-len(self.labels) // self.batch_size) - (len(self.labels) % self.batch_size == 1)
 
+    def images(self, step):
+        """How many images the batch of a step has, of all processes."""
+        return min(self.batch_size, len(self.labels) - step % len(self) * self.batch_size)
+
     def batch(self, epoch, step):
         """The augmented batch of a step; after the last step of an epoch, a newly shuffled pass begins."""
         lap, step = divmod(step, len(self))
         if self._epoch != (epoch, lap):
             self._epoch, self._plan = (epoch, lap), self._draw(epoch, lap)
         batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
-        indices, corners, centres, mirrored = (part[..., batch] for part in self._plan)
-        input, target = self._crop(indices, *corners, mirrored=int(mirrored.sum()))
+        alone = self.images(step) < 2 * self.processes.count
+        share = slice(None) if alone else slice(self.processes.rank, None, self.processes.count)
+        *places, mirrored = (part[..., batch] for part in self._plan)
+        indices, corners, centres = (part[..., share] for part in places)
+        first = range(int(mirrored.sum()))[share]  # of this share, those that are mirrored
+        input, target = self._crop(indices, *corners, mirrored=len(first))
         if self.augmentation.cutout_length:
             y, x = centres
             kept = self._kept[: len(target)]
@@ -142,9 +155,11 @@ class Batches:
         return input, target
 
     def __iter__(self):
-        for indices in torch.arange(len(self.labels), device=self.labels.device).split(self.batch_size):
-            corner = self.augmentation.pad if self.augmentation else 0
-            yield self._crop(indices, corner, corner)
+        rank, count = self.processes.rank, self.processes.count
+        places, size = torch.arange(len(self.labels), device=self.labels.device), -(-self.batch_size // count)
+        corner = self.augmentation.pad if self.augmentation else 0
+        for batch in places.split(size * count):  # as many for each process, the last of which may be empty
+            yield self._crop(batch[rank::count], corner, corner)
 
     def _draw(self, epoch, lap):
         """What a pass over the images needs of chance, the same on every device; all but the last are on the device.
@@ -167,7 +182,7 @@ class Batches:
         """Normalised S x S crops at (y, x) of the padded images, the first `mirrored` of them mirrored."""
         S, P = self.size, self._P
         starts = 3 * ((indices * P + y) * P + x)
-        pixels = self._rows.index_select(0, (starts[:, None] + self._lines).flatten()).view(-1, S, S, 3)
+        pixels = self._rows.index_select(0, (starts[:, None] + self._lines).flatten()).view(len(indices), S, S, 3)
         pixels[:mirrored] = pixels[:mirrored].flip(2)
         # all colours of a row at once: a vector of three would be too short
         input = pixels.flatten(2).float()

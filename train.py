@@ -4,6 +4,7 @@ python train.py --auxiliary --cutout --arch DARTS                       # CIFAR-
 python train.py --arch runs/search-EXP-20250101-120000                  # what a search found
 python train.py --arch "Genotype(normal=[('sep_invo_3x3', 1), ...], ...)"
 python train.py --resume runs/train-EXP-20250101-120000                 # go on where a run was stopped
+torchrun --nproc_per_node 8 train.py --auxiliary --cutout --arch DARTS  # on eight GPUs
 """
 
 import gc
@@ -23,7 +24,9 @@ import progress
 import run_folder
 import settings
 import utils
+from gradients import running_statistics
 from model import AuxiliaryHeadCIFAR, NetworkCIFAR
+from processes import Processes
 
 logger = logging.getLogger("darts.train")
 
@@ -40,9 +43,12 @@ def train(run, batches, model, forward, criterion, optimizer, args):
         if args.auxiliary:
             loss = loss + args.auxiliary_weight * criterion(logits_aux.float(), target)
         loss.backward()
+        loss = loss.detach()
+        grads = [w.grad for w in model.parameters() if w.grad is not None]
+        run.team.mean_([loss, *grads, *running_statistics(model)], len(target))
         nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
-        run.record(loss.detach(), logits.detach(), target)
+        run.record(loss, logits.detach(), target)
 
 
 @torch.no_grad()
@@ -51,14 +57,16 @@ def infer(batches, model, after_batch=lambda: None):
     model.eval()
     meter = utils.Evaluation()
     for input, target in progress.counted(batches, "test"):
-        meter.add(model(input)[0], target)
+        if len(target):
+            meter.add(model(input)[0], target)
         after_batch()
-    return meter
+    return meter.merged(batches.processes, len(batches.labels))
 
 
-def load_data(args, device):
+def load_data(args, device, team):
     """Augmented batches of the training images, plain batches of the test images, what a checkpoint keeps of them."""
-    images, test_images = (data.load_as(args, train, device) for train in (True, False))
+    with team.in_turn():
+        images, test_images = (data.load_as(args, train, device) for train in (True, False))
     data.check_classes(test_images, images.classes)
     size = images.pixels.shape[1]
     if args.batch_size > len(images):
@@ -71,8 +79,8 @@ def load_data(args, device):
         )
     normalization = data.Normalization.of(args.dataset, lambda: images)
     augmentation = data.Augmentation.of(args.dataset, size, args.cutout_length if args.cutout else 0)
-    train_batches = data.Batches(images, args.batch_size, normalization, augmentation, key=(args.seed, 0))
-    test_batches = data.Batches(test_images, args.batch_size, normalization, augmentation=None)
+    train_batches = data.Batches(images, args.batch_size, normalization, augmentation, (args.seed, 0), team)
+    test_batches = data.Batches(test_images, args.batch_size, normalization, None, processes=team)
     fingerprints = {"train": data.fingerprint(images), "test": data.fingerprint(test_images)}
     facts = dict(normalization=tuple(normalization), classes=images.classes, data=fingerprints)
     return train_batches, test_batches, facts
@@ -150,6 +158,7 @@ def build_parser():
         help="train what torch.compile makes of the network, after minutes of compiling; evaluation is as without. On "
         "a CPU it takes the place of the cells in C++",
     )
+    utils.add_process_arguments(parser)
     settings.add_arguments(parser, seed=0)
     return parser
 
@@ -162,13 +171,17 @@ def _not_compiled(error):
 
 
 def main():
-    args = parse_args()
+    team = Processes.start()
+    args = parse_args(team.arguments())
     genotype = genotypes.parse(args.arch)
-    device = utils.pick_device(args)
+    device = utils.pick_device(args, team)
+    utils.check_processes(args, team, device)
+    team.join(device, args.timeout)
     torch.manual_seed(args.seed)
-    train_batches, test_batches, facts = load_data(args, device)
+    train_batches, test_batches, facts = load_data(args, device, team)
     classes = len(facts["classes"])
     model = NetworkCIFAR(args.init_channels, classes, args.layers, args.auxiliary, genotype, args.kernel_norm)
+    model = team.share_batch_norm(model) if args.sync_bn else model
     model.to(device, memory_format=torch.channels_last)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(
@@ -179,7 +192,7 @@ def main():
     # each size of a batch is compiled by itself: what is computed does not depend on what came before
     forward = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
 
-    with run_folder.Run("train", args, device, parts, **facts) as run:
+    with run_folder.Run("train", args, device, parts, team, **facts) as run:
         if genotype == genotypes.DARTS:
             logger.info(genotypes.WHICH_DARTS)
         run.report(genotype)
@@ -196,6 +209,7 @@ def main():
             valid = infer(test_batches, model, run.stop_if_asked)  # as DARTS: the test images
             run.end_epoch(valid)
         logger.info("trained; now: %s", run_folder.command("test.py", "--model_path", run.folder))
+    team.leave()
 
 
 if __name__ == "__main__":

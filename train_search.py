@@ -3,6 +3,7 @@
 python train_search.py --unrolled                                       # CIFAR-10, second order
 python train_search.py --unrolled --dataset digits --epochs 3           # a first try, no download
 python train_search.py --resume runs/search-EXP-20250101-120000         # go on where a run was stopped
+torchrun --nproc_per_node 8 train_search.py --unrolled                  # the same on eight GPUs
 """
 
 import gc
@@ -25,6 +26,7 @@ import utils
 from architect import Architect
 from gradients import Gradients
 from model_search import Network
+from processes import Processes
 
 logger = logging.getLogger("darts.search")
 
@@ -55,17 +57,19 @@ def infer(run, batches, model):
     model.eval()
     meter = utils.Evaluation()
     for input, target in progress.counted(batches, "validation"):
-        meter.add(model(input), target)
+        if len(target):
+            meter.add(model(input), target)
         run.stop_if_asked()
-    return meter
+    return meter.merged(batches.processes, len(batches.labels))
 
 
-def load_data(args, device):
+def load_data(args, device, team):
     """Batches for the weights and for the alphas, two halves of the training images, class names, and a fingerprint.
 
     Test images are not read.
     """
-    images = data.load_as(args, True, device)
+    with team.in_turn():
+        images = data.load_as(args, True, device)
     normalization = data.Normalization.of(args.dataset, lambda: images)
     cutout_length = args.cutout_length if args.cutout else 0
     augmentation = data.Augmentation.of(args.dataset, images.pixels.shape[1], cutout_length)
@@ -74,7 +78,7 @@ def load_data(args, device):
         if args.batch_size > len(part):
             raise utils.UserError(f"--batch_size {args.batch_size} is larger than the {of}: {len(part)} images")
     train_batches, search_batches = (
-        data.Batches(part, args.batch_size, normalization, augmentation, key=(args.seed, stream))
+        data.Batches(part, args.batch_size, normalization, augmentation, (args.seed, stream), team)
         for stream, part in enumerate(parts)
     )
     return train_batches, search_batches, images.classes, data.fingerprint(images)
@@ -132,32 +136,37 @@ def build_parser():
     group = utils.add_device_arguments(parser)
     group.add_argument("--amp", action="store_true", help="bfloat16 but for the finite differences and validation")
     group.add_argument("--cuda_graph", action="store_true", help="replay a step as CUDA graphs: no launch overhead")
+    utils.add_process_arguments(parser)
     settings.add_arguments(parser, seed=2)
     return parser
 
 
 def main():
-    args = settings.parse_args(build_parser())
-    device = utils.pick_device(args)
+    team = Processes.start()
+    args = settings.parse_args(build_parser(), team.arguments())
+    device = utils.pick_device(args, team)
+    utils.check_processes(args, team, device)
     if args.cuda_graph and device.type != "cuda":
         if not args.resume:
             raise utils.UserError(f"--cuda_graph needs a CUDA device, and this run is on {device.type}: leave it out")
         logger.warning("no CUDA graphs on this device: going on without")
         args.cuda_graph = False
+    team.join(device, args.timeout)
     torch.manual_seed(args.seed)
-    train_batches, search_batches, classes, fingerprint = load_data(args, device)
+    train_batches, search_batches, classes, fingerprint = load_data(args, device, team)
     primitives = genotypes.SEARCH_SPACES[args.search_space]
     form = dict(primitives=primitives, kernel_norm=args.kernel_norm)
     model = Network(args.init_channels, len(classes), args.layers, nn.CrossEntropyLoss(), **form)
+    model = team.share_batch_norm(model) if args.sync_bn else model
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=args.learning_rate_min)
-    architect = Architect(model, args, Gradients(model, args.amp, args.cuda_graph))
+    architect = Architect(model, args, Gradients(model, args.amp, args.cuda_graph, team))
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, arch_optimizer=architect.optimizer)
 
-    with run_folder.Run("search", args, device, parts, data={"train": fingerprint}) as run:
+    with run_folder.Run("search", args, device, parts, team, data={"train": fingerprint}) as run:
         logger.info("supernet of %.2f M weights, %s space", utils.count_parameters_in_MB(model), args.search_space)
         if run.history:
             run.report(genotypes.parse(run.history[-1]["genotype"]))  # a kill may have come before
@@ -169,6 +178,7 @@ def main():
             run.end_epoch(valid, skip_connects=count_skips(genotype), genotype=genotypes.format(genotype))
             run.report(genotype)
         logger.info("searched; now: %s", run_folder.command("train.py", "--arch", run.folder))
+    team.leave()
 
 
 if __name__ == "__main__":

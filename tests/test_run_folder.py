@@ -31,7 +31,9 @@ def working_folder(tmp_path, monkeypatch):
 
 
 def settings(**kwargs):
-    return argparse.Namespace(**(dict(save="EXP", resume=None, epochs=2, report_freq=1, learning_rate=0.1) | kwargs))
+    return argparse.Namespace(
+        **(dict(save="EXP", resume=None, epochs=2, report_freq=1, learning_rate=0.1, seed=0) | kwargs)
+    )
 
 
 def make_run(kind="train", model=None, **kwargs):
