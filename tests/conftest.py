@@ -1,6 +1,10 @@
-"""Scripts as subprocesses, and small sets of images."""
+"""Scripts as subprocesses, several processes as one, and small sets of images."""
 
+import contextlib
+import logging
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +15,7 @@ import torch
 from PIL import Image
 
 from involution import Involution2d
+from processes import Processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,6 +41,69 @@ def start_script(folder, name, *arguments, run=subprocess.Popen):
     command = [sys.executable, str(ROOT / name), *(str(argument) for argument in arguments)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return run(command, cwd=folder, **pipes)
+
+
+@contextlib.contextmanager
+def start_processes(count, folder, function, *arguments, **environment):
+    """Processes that each call `function(rank, *arguments)` in a folder, as torchrun would start them; ended at the end.
+
+    They are forks of a process that has imported what they need and done nothing else: a start takes no seconds. What
+    one prints is in the folder, in the file `printed-RANK`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "train_search", "sklearn.datasets", "sklearn.model_selection"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    started = []
+    for rank in range(count):
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        own = {name: str(value) for name, value in (place | numbers | environment).items()}
+        started.append(context.Process(target=_as_started, args=(own, folder, rank, function, arguments)))
+        started[-1].start()
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+
+
+def _as_started(environment, folder, rank, function, arguments):
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    os.chdir(folder)
+    print_into(f"printed-{rank}")
+    function(rank, *arguments)
+
+
+def print_into(name):
+    """Send what this process prints to the end of a file."""
+    file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(file, number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+
+
+def in_processes(count, folder, function, *arguments):
+    """What `function(team, *arguments)` returns in each of `count` processes that have met: tensors or plain values."""
+    with start_processes(count, folder, _meet_and_call, function, arguments) as started:
+        for process in started:
+            process.join(120)
+        assert [process.exitcode for process in started] == count * [0], printed(folder)
+    return [torch.load(Path(folder) / f"result-{rank}") for rank in range(count)]
+
+
+def _meet_and_call(rank, function, arguments):
+    team = Processes.start()
+    team.join(torch.device("cpu"), timeout=60)
+    torch.save(function(team, *arguments), f"result-{rank}")
+    team.leave()
+
+
+def printed(folder):
+    """What processes have printed, one after the other."""
+    return "\n".join(path.read_text() for path in sorted(Path(folder).glob("printed-*")))
 
 
 def vary_kernels(network):
