@@ -101,5 +101,5 @@ class Architect:
                 grads = self.gradients("alphas", *train, precise=True, mean=False)[2]  # at w±
             self._weights.put_back()
             torch._foreach_add_(product, grads, alpha=sign)
-        self.gradients.processes.mean_(product, len(train[1]))  # that of a difference: once
+        self.gradients.team.mean_(product, len(train[1]))  # that of a difference: once
         return [difference / (2 * epsilon) for difference in product]

@@ -97,14 +97,14 @@ class Batches:
     Args:
         augmentation: None for a set that is not trained on.
         key: two integers, the seed of the run and a number that tells its data streams apart.
-        processes: those that share the batches.
+        team: the processes that share the batches.
 
     Raises:
         ValueError: a single image to train on.
     """
 
-    def __init__(self, images, batch_size, normalization, augmentation, key=(0, 0), processes=ALONE):
-        self.batch_size, self.augmentation, self.key, self.processes = batch_size, augmentation, key, processes
+    def __init__(self, images, batch_size, normalization, augmentation, key=(0, 0), team=ALONE):
+        self.batch_size, self.augmentation, self.key, self.team = batch_size, augmentation, key, team
         self.labels = images.labels
         if augmentation and len(images) < 2:
             raise ValueError("training needs two images or more, for batch norm's sake")
@@ -141,8 +141,8 @@ class Batches:
         if self._epoch != (epoch, lap):
             self._epoch, self._plan = (epoch, lap), self._draw(epoch, lap)
         batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
-        alone = self.images(step) < 2 * self.processes.count
-        share = slice(None) if alone else slice(self.processes.rank, None, self.processes.count)
+        alone = self.images(step) < 2 * self.team.count
+        share = slice(None) if alone else slice(self.team.rank, None, self.team.count)
         *places, mirrored = (part[..., batch] for part in self._plan)
         indices, corners, centres = (part[..., share] for part in places)
         first = range(int(mirrored.sum()))[share]  # of this share, those that are mirrored
@@ -155,7 +155,7 @@ class Batches:
         return input, target
 
     def __iter__(self):
-        rank, count = self.processes.rank, self.processes.count
+        rank, count = self.team.rank, self.team.count
         places, size = torch.arange(len(self.labels), device=self.labels.device), -(-self.batch_size // count)
         corner = self.augmentation.pad if self.augmentation else 0
         for batch in places.split(size * count):  # as many for each process, the last of which may be empty

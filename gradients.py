@@ -23,11 +23,11 @@ class Gradients:
         cuda_graph: on a CUDA device, record each kind of gradient once for each shape of a batch, and replay it from
             then on: thousands of launches become one. The next call of a kind overwrites what the last one returned.
             While a second kind is recorded, the memory of two passes is in use.
-        processes: those that share the batches.
+        team: the processes that share the batches.
     """
 
-    def __init__(self, model, amp=False, cuda_graph=False, processes=ALONE):
-        self.model, self.amp, self.processes = model, amp, processes
+    def __init__(self, model, amp=False, cuda_graph=False, team=ALONE):
+        self.model, self.amp, self.team = model, amp, team
         self.weights, self.alphas = [w for w in model.parameters() if w.requires_grad], model.arch_parameters()
         self.buffers = Kept(model.buffers())
         self._statistics = running_statistics(model)
@@ -52,7 +52,7 @@ class Gradients:
             values = self._recorded(of, precise, input.shape, mode)(input, target)
         loss, logits, *grads = values
         if mean:
-            self.processes.mean_([loss, *grads, *(self._statistics if of == "weights" else ())], len(target))
+            self.team.mean_([loss, *grads, *(self._statistics if of == "weights" else ())], len(target))
         return loss, logits, grads
 
     def _wanted(self, of):

@@ -50,10 +50,8 @@ def is_first():
 
 def first_to_say(message):
     """Whether no other process has said what ended it: one line, of what went wrong first, is for all of them."""
-    if not are_several():
-        return True
     try:
-        return _connect(seconds=10).add(_attempt() + "said", 1) == 1
+        return not are_several() or _connect(seconds=10).add(_attempt() + "said", 1) == 1
     except (RuntimeError, StartError):  # nobody to ask
         return True
 
@@ -162,10 +160,15 @@ class Processes:
     @contextlib.contextmanager
     def _together(self):
         self.reached += 1
+        with self._reaching():
+            yield
+
+    @contextlib.contextmanager
+    def _reaching(self):
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0].split("] ", 1)[-1][:120]
+            reason = str(error).strip().splitlines()[0].split("] ", 1)[-1].split(". ")[0][:120]
             what = "has lost another process, which has ended or is out of reach"
             raise Lost(f"rank {self.rank} {what} ({reason})") from None
 
@@ -179,17 +182,21 @@ class Processes:
             self._wait_for(turn)
         yield
         if self.count > 1 and not self.local_rank:
-            self.store.set(turn, "done")
+            with self._reaching():
+                self.store.set(turn, "done")
 
     def agreed(self, name, decide):
         """The text that `decide()` returns in the first process, in all of them."""
         if self.count == 1:
             return decide()
-        if self.rank == 0:
-            self.store.set(_attempt() + name, decide())
-        else:
+        if self.rank:
             self._wait_for(_attempt() + name)
-        return self.store.get(_attempt() + name).decode()
+            with self._reaching():
+                return self.store.get(_attempt() + name).decode()
+        text = decide()
+        with self._reaching():
+            self.store.set(_attempt() + name, text)
+        return text
 
     def arguments(self):
         """The arguments of the command line; after a restart, those that resume the run that was begun.
@@ -226,8 +233,9 @@ class Processes:
             self.store.set(_job() + "folder", str(folder))
 
     def _wait_for(self, key):
-        while not self.store.check([key]):
-            time.sleep(0.05)
+        with self._reaching():
+            while not self.store.check([key]):
+                time.sleep(0.05)
 
 
 ALONE = Processes()

@@ -60,7 +60,7 @@ def infer(batches, model, after_batch=lambda: None):
         if len(target):
             meter.add(model(input)[0], target)
         after_batch()
-    return meter.merged(batches.processes, len(batches.labels))
+    return meter.merged(batches.team, len(batches.labels))
 
 
 def load_data(args, device, team):
@@ -80,7 +80,7 @@ def load_data(args, device, team):
     normalization = data.Normalization.of(args.dataset, lambda: images)
     augmentation = data.Augmentation.of(args.dataset, size, args.cutout_length if args.cutout else 0)
     train_batches = data.Batches(images, args.batch_size, normalization, augmentation, (args.seed, 0), team)
-    test_batches = data.Batches(test_images, args.batch_size, normalization, None, processes=team)
+    test_batches = data.Batches(test_images, args.batch_size, normalization, None, team=team)
     fingerprints = {"train": data.fingerprint(images), "test": data.fingerprint(test_images)}
     facts = dict(normalization=tuple(normalization), classes=images.classes, data=fingerprints)
     return train_batches, test_batches, facts

@@ -60,7 +60,7 @@ def infer(run, batches, model):
         if len(target):
             meter.add(model(input), target)
         run.stop_if_asked()
-    return meter.merged(batches.processes, len(batches.labels))
+    return meter.merged(batches.team, len(batches.labels))
 
 
 def load_data(args, device, team):

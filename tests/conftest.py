@@ -1,8 +1,8 @@
 """Scripts as subprocesses, several processes as one, and small sets of images."""
 
 import contextlib
-import logging
-import multiprocessing
+import functools
+import multiprocessing.forkserver
 import os
 import socket
 import subprocess
@@ -43,15 +43,26 @@ def start_script(folder, name, *arguments, run=subprocess.Popen):
     return run(command, cwd=folder, **pipes)
 
 
+@functools.cache
+def _forkserver():
+    """A process that has imported what runs need, and done nothing else: its forks start in no time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["test_processes", "train", "train_search", "torch._dynamo", "sklearn.model_selection"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
 @contextlib.contextmanager
 def start_processes(count, folder, function, *arguments, **environment):
-    """Processes that each call `function(rank, *arguments)` in a folder, as torchrun would start them; ended at the end.
+    """Processes, as torchrun would start them, that each call `function(rank, *arguments)` in a folder.
 
-    They are forks of a process that has imported what they need and done nothing else: a start takes no seconds. What
-    one prints is in the folder, in the file `printed-RANK`.
+    What one prints is in the folder, in `printed-RANK`. They are killed when the context ends.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "train_search", "sklearn.datasets", "sklearn.model_selection"])
+    context = _forkserver()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
@@ -87,14 +98,14 @@ def print_into(name):
 
 def in_processes(count, folder, function, *arguments):
     """What `function(team, *arguments)` returns in each of `count` processes that have met: tensors or plain values."""
-    with start_processes(count, folder, _meet_and_call, function, arguments) as started:
+    with start_processes(count, folder, meet_and_call, function, arguments) as started:
         for process in started:
             process.join(120)
         assert [process.exitcode for process in started] == count * [0], printed(folder)
     return [torch.load(Path(folder) / f"result-{rank}") for rank in range(count)]
 
 
-def _meet_and_call(rank, function, arguments):
+def meet_and_call(rank, function, arguments):
     team = Processes.start()
     team.join(torch.device("cpu"), timeout=60)
     torch.save(function(team, *arguments), f"result-{rank}")
