@@ -4,7 +4,6 @@ import contextlib
 import functools
 import multiprocessing.forkserver
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -63,9 +62,8 @@ def start_processes(count, folder, function, *arguments, **environment):
     What one prints is in the folder, in `printed-RANK`. They are killed when the context ends.
     """
     context = _forkserver()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun has one
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
     started = []
     for rank in range(count):
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
@@ -114,7 +112,7 @@ def meet_and_call(rank, function, arguments):
 
 def printed(folder):
     """What processes have printed, one after the other."""
-    return "\n".join(path.read_text() for path in sorted(Path(folder).glob("printed-*")))
+    return "".join(path.read_text() for path in sorted(Path(folder).glob("printed-*")))
 
 
 def vary_kernels(network):

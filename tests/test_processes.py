@@ -223,7 +223,7 @@ def stop_in_the_first_step(folder, script):
     """Two processes of a script, whose agent gets SIGTERM in the first step: their run folder."""
     again = functools.partial(launch, save_every=300)
     with start_processes(1, folder, again, 2, 3, script, LINES[script]) as (agent,):
-        while "step 1/3" not in printed(folder):
+        while "step 1/" not in printed(folder):
             assert agent.is_alive(), printed(folder)
             time.sleep(0.02)
         os.kill(agent.pid, signal.SIGTERM)
@@ -302,7 +302,7 @@ def evaluate(team, images):
     """An evaluation of images whose losses are known, one of them infinite, in batches of 4 for all."""
     torch.manual_seed(0)
     batch = torch.randn(images, 10), torch.arange(images) % 10
-    batch[0][3] = torch.inf
+    batch[0][1] = torch.inf
     meter = utils.Evaluation()
     for logits, target in zip(*(part.split(4) for part in share(team, batch)), strict=True):
         if len(target):
