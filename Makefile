@@ -30,8 +30,8 @@ demo: .venv/installed
 		echo "no dot program: install Graphviz to have the cells drawn (their .gv sources are in $$search/figures)"; \
 	fi; \
 	echo; echo "genotype:  $$(grep -o 'Genotype(.*' $$search/log.txt | tail -n 1)"; \
-	echo "accuracy:  $$(tail -n 1 $$train/test.txt | cut -d' ' -f2-)"; \
-	echo "pictures:  $$search/figures (curves, the two cells), $$train/figures (curves)"
+	echo "accuracy:  $$(grep -o 'test loss .*' $$train/test.txt)"; \
+	echo "pages:     $$search/report.html, $$train/report.html"
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile

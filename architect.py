@@ -10,11 +10,15 @@ Second order ("unrolled"), with the weights after one virtual step of the networ
 The weights are moved in place and put back bit for bit: there is no second model. Batch norm's running statistics
 (all buffers) are put back too. Of several processes, each takes the derivatives on its share of the images; w', v and
 the difference are made of their means over all (gradients.py), and are the same in all.
+
+Where the network draws at random (drop path, noise), L_train is the loss of one draw: the passes at w, w + εv and
+w − εv drop the same paths and see the same noise. Eq. 7 differentiates one function, and the difference of two draws
+over 2ε would be their noise, magnified.
 """
 
 import torch
 
-from gradients import Gradients, Kept
+from gradients import Gradients, Kept, from_random_states, random_states
 
 _R = 0.01  # ε = _R / ‖v‖, as in the paper
 
@@ -68,12 +72,12 @@ class Architect:
         self.optimizer.step()
 
     def _unrolled_grads(self, train, valid, eta, network_optimizer):
-        alphas = len(self.gradients.alphas)
+        alphas, draws = len(self.gradients.alphas), random_states(train[0].device)
         with self._weights.kept():
             self._virtual_step(train, eta, network_optimizer)
             grads = self.gradients("both", *valid)[2]  # at w'
             self._weights.put_back()
-            implicit = self._hessian_vector_product(grads[alphas:], train)
+            implicit = self._hessian_vector_product(grads[alphas:], train, draws)
         return [g - eta * h for g, h in zip(grads[:alphas], implicit, strict=True)]
 
     @torch.no_grad()
@@ -90,14 +94,14 @@ class Architect:
         torch._foreach_sub_(weights, grads, alpha=float(eta))
 
     @torch.no_grad()
-    def _hessian_vector_product(self, vector, train):
-        """∇²_{α,w} L_train · vector by a central difference around w."""
+    def _hessian_vector_product(self, vector, train, draws):
+        """∇²_{α,w} L_train · vector by a central difference around w, both times from the random states `draws`."""
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
         epsilon = float(_R / norm) if norm > 0 else _R  # a zero vector has a zero product
         product = [torch.zeros_like(alpha) for alpha in self.gradients.alphas]
         for sign in (1, -1):
             torch._foreach_add_(self.gradients.weights, vector, alpha=sign * epsilon)
-            with torch.enable_grad():
+            with torch.enable_grad(), from_random_states(train[0].device, draws):
                 grads = self.gradients("alphas", *train, precise=True, mean=False)[2]  # at w±
             self._weights.put_back()
             torch._foreach_add_(product, grads, alpha=sign)

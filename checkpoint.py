@@ -114,20 +114,29 @@ def _row(row):
         isinstance(row, dict)
         and all(type(row.get(name)) in (int, float) for name in columns)
         and all(type(name) is str and type(value) in (int, float, str) for name, value in row.items())
+        and all(type(row.get(name, 0)) in (int, float) for name in ("skip_connects", "eigenvalue"))
         and ("genotype" not in row or genotypes.format(genotypes.parse(row["genotype"])) == row["genotype"])
     )
+
+
+def _is_early_stop(row, epoch):
+    """Whether a row with the epoch that an early stop kept is the last one, and that epoch not after it."""
+    return row["epoch"] == epoch and type(row["kept_epoch"]) is int and 1 <= row["kept_epoch"] <= epoch
 
 
 def _normalization(value):
     return _list(value, lambda of: _list(of, _number, 3), 2) and min(value[1]) > 0
 
 
-def _fingerprints(value):
+def are_fingerprints(value):
+    """Whether a value is what a run keeps of its sets of images: `data.fingerprint` of each, by name."""
     return isinstance(value, dict) and all(
-        set(of) == {"classes", "counts", "sha256"}
+        isinstance(of, dict)
+        and {"classes", "counts"} < set(of) <= {"classes", "counts", "sha256", "files"}
         and _list(of["classes"], _name)
+        and len(of["classes"]) > 0
         and _list(of["counts"], _count, len(of["classes"]))
-        and _name(of["sha256"])
+        and all(_name(of[name]) for name in {*of} - {"classes", "counts"})
         for of in value.values()
     )
 
@@ -152,9 +161,10 @@ _MORE_RULES = {  # of what not every run keeps
     "arch_optimizer": _is(dict),
     "normalization": _normalization,
     "classes": lambda value: _list(value, _name) and len(value) > 0,
-    "data": _fingerprints,
+    "data": are_fingerprints,
     "threads": _count,
     "processes": _count,
+    "observed": lambda value: isinstance(value, dict) and _list(value.get("reported"), lambda of: _number(of, 0), 5),
 }
 
 
@@ -183,6 +193,7 @@ def check(state, path, needs=()):
             f"{step} steps of {shown(batch_size)} images are not {shown(images[0])} images",
         ),
         ("arch_optimizer" not in state or all("genotype" in row for row in history), "an epoch has no genotype"),
+        (all(_is_early_stop(row, epoch) for row in history if "kept_epoch" in row), "its early stop is none"),
     ):
         if not holds:
             raise UserError(f"{path} is damaged: {what}")
@@ -243,19 +254,21 @@ def load_optimizer(optimizer, saved):
                     raise ValueError(f"{name} is not finite, or of another shape than its weight")
 
 
-def load_scheduler(scheduler, saved, epoch, epochs):
-    """Load the state dict of a cosine schedule.
+def load_scheduler(scheduler, saved, epoch):
+    """Load the state dict of a `schedule.make`, or of a cosine schedule of PyTorch's, as older runs have.
 
     Raises:
-        ValueError: says what is not as it is after `epoch` of `epochs` epochs.
+        ValueError: says what is not as it is after `epoch` epochs.
     """
     fresh = scheduler.state_dict()
-    expected = {name: fresh[name] for name in ("base_lrs", "eta_min")} | {"last_epoch": epoch, "T_max": epochs}
+    functions = fresh.pop("lr_lambdas")  # which a file does not keep
+    expected = {"base_lrs": fresh["base_lrs"], "last_epoch": epoch}
     for name, value in fresh.items():
         value = expected.get(name, value)
         if name in saved and not (_same(saved[name], value) if name in expected else type(saved[name]) is type(value)):
             raise ValueError(f"{name} is {shown(saved[name])}")
-    scheduler.load_state_dict({name: saved[name] for name in fresh if name in saved or name in expected})
+    kept = {name: saved[name] for name in fresh if name in saved or name in expected}
+    scheduler.load_state_dict(kept | {"lr_lambdas": functions})
 
 
 def _same(a, b):

@@ -54,13 +54,18 @@ class Term(NamedTuple):
     norm: nn.BatchNorm2d | None = None
 
 
-def forward(cell, s0, s1, weights):
-    """The forward of a `model_search.Cell`: two feature maps and (edges, primitives) -> (N, multiplier * C, H', W')."""
+def forward(cell, s0, s1, weights, factors=None):
+    """The forward of a `model_search.Cell`: two feature maps and (edges, primitives) -> (N, multiplier * C, H', W').
+
+    factors: of drop path, what each edge's sum is multiplied with, (N, 1, 1, 1) for each.
+    """
     states = [cell.preprocess0(s0), cell.preprocess1(s1)]
     backend = choose_backend(states[0])
     edges, alphas = iter(cell._ops), iter(weights.unbind())
     into = [[(next(edges), next(alphas).unbind()) for _ in range(2 + node)] for node in range(cell._steps)]
-    parts, linear = [[] for _ in into], [[] for _ in into]  # of each node: images, and (alpha, Term)
+    factors = iter(factors or [None] * len(cell._ops))
+    factors = [[next(factors) for _ in edges] for edges in into]
+    parts, linear = [[] for _ in into], [[] for _ in into]  # of each node: images, and (alpha, Term, factor)
     expected = {}  # shape and dtype of each node, and the operation that they come from
     for node in range(cell._steps):
         for j in range(len(states) - (1 if node else 2), len(states)):
@@ -75,9 +80,9 @@ def forward(cell, s0, s1, weights):
                 if term.weight is None:
                     plain.append((n, alpha, term.input))
                 else:
-                    linear[n].append((alpha, term))
+                    linear[n].append((alpha, term, factors[n][j]))
             for n, part in _spread(plain, backend):
-                parts[n].append(part)
+                parts[n].append(part if factors[n][j] is None else part * factors[n][j])
         states.append(_sum(parts[node], linear[node], backend))
         parts[node] = linear[node] = None  # what is not needed for backward is freed
     return torch.cat(states[-cell._multiplier :], dim=1)
@@ -138,12 +143,12 @@ def _spread(plain, backend):
 
 
 def _sum(parts, linear, backend):
-    """A node from its parts and from its linear terms (alpha, Term), which go by the width of their input."""
+    """A node from its parts and its linear terms (alpha, Term, factor), which go by the width of their input."""
     groups = defaultdict(list)
-    for alpha, term in linear:
-        groups[term.input.shape[1]].append((alpha, term))
-    alphas = [torch.stack([alpha for alpha, _ in group]) for group in groups.values()]
-    return backend.mix(parts, [[term for _, term in group] for group in groups.values()], alphas)
+    for alpha, term, factor in linear:
+        groups[term.input.shape[1]].append((alpha, term, factor))
+    alphas, terms, factors = ([[each[k] for each in group] for group in groups.values()] for k in range(3))
+    return backend.mix(parts, terms, list(map(torch.stack, alphas)), factors)
 
 
 # ------------------------------------------------------------------------------------------- cells of a genotype
@@ -169,20 +174,30 @@ def serves(x):
     return choose_backend(x) is not fast_cell_torch and not all_are_watched()
 
 
-def derived(stem, cells, x, drop_prob, wanted):
-    """{k: the output of cell k, for k in wanted}, of a network of a stem and cells, from images x (N, 3, H, W)."""
+def derived(stems, cells, x, drop_prob, wanted):
+    """{k: the output of cell k, for k in wanted}, of a network's stems and cells, from images x (N, 3, H, W).
+
+    stems: the module whose output is both inputs of the first cell, or one for each, the second reading the first.
+    """
     backend, plans = choose_backend(x), [_plan(cell, x.dtype) for cell in cells]
-    nodes0 = nodes1 = [_stem(stem, x, _map_wanted(-1, plans, wanted), backend)]
+    # a feature map is the second input of the cell after it, and the first one of the cell after that
+    readers = [[(k, j) for k, j in ((i, 1), (i + 1, 0)) if k < len(plans)] for i in range(len(plans) + 1)]
     states, maps = {}, {}
+    if len(stems) == 2:
+        nodes0 = [_stem(stems[0], x, _map_wanted([(0, 0)], plans, True), backend)]
+        states.update(_preprocess(nodes0, [(0, 0)], plans, backend))
+        x = nodes0[0].plain
+    else:
+        readers[0] = [(0, 0), *readers[0]]
+    nodes1 = [_stem(stems[-1], x, _map_wanted(readers[0], plans, False), backend)]
+    nodes0 = nodes0 if len(stems) == 2 else nodes1
     for k, plan in enumerate(plans):
-        # a feature map is the second input of the cell after it, and the first one of the cell after that
-        readers = [(k, 1), (k + 1, 0)] if k else [(0, 0), (0, 1), (1, 0)]
-        states.update(_preprocess(nodes1, [reader for reader in readers if reader[0] < len(plans)], plans, backend))
+        states.update(_preprocess(nodes1, readers[k], plans, backend))
         if plan.ops is None:
             nodes = [_own_state(plan.cell(_as_one(nodes0), _as_one(nodes1), drop_prob))]
         else:
             inputs = [states.pop((k, 0)), states.pop((k, 1))]
-            nodes = _nodes(plan, inputs, drop_prob, _map_wanted(k, plans, wanted), backend)
+            nodes = _nodes(plan, inputs, drop_prob, _map_wanted(readers[k + 1], plans, k in wanted), backend)
         nodes0, nodes1 = nodes1, nodes
         if k in wanted:
             maps[k] = _as_one(nodes)
@@ -196,24 +211,23 @@ def _plan(cell, dtype):
     return _Plan(cell, *([_kind(op, cell.training, True, dtype) for op in ops] for ops in of_cell))
 
 
-def _map_wanted(k, plans, wanted):
-    """Whether anybody reads the feature map of cell k itself, and whether its positive part; -1 is the stem."""
-    readers = [(k + 1, 1), (k + 2, 0)] if k >= 0 else [(0, 0), (0, 1), (1, 0)]
-    shared = [
-        plans[i].ops is not None and plans[i].preprocess[j][0] in _PREPROCESS for i, j in readers if i < len(plans)
-    ]
-    return k in wanted or False in shared, True in shared
+def _map_wanted(readers, plans, is_output):
+    """Whether anybody reads a feature map itself, and whether its positive part; readers: (cell, input) each."""
+    shared = [plans[i].ops is not None and plans[i].preprocess[j][0] in _PREPROCESS for i, j in readers]
+    return is_output or False in shared, True in shared
 
 
 def _stem(module, x, wanted, backend):
-    """The State of the stem of a network: a convolution and a batch norm."""
-    if tuple(map(type, module.modules())) != (nn.Sequential, nn.Conv2d, nn.BatchNorm2d):
+    """The State of a stem, whose last layers are a convolution and a batch norm."""
+    if type(module) is not nn.Sequential or tuple(map(type, module[-2:])) != (nn.Conv2d, nn.BatchNorm2d):
         return _own_state(module(x))
-    conv, norm = module
-    if any(map(is_watched, module.modules())) or not _is_usual_norm(norm, module.training, True, x.dtype):
+    *before, conv, norm = module
+    if any(map(is_watched, (module, conv, norm))) or not _is_usual_norm(norm, module.training, True, x.dtype):
         return _own_state(module(x))
     if conv.out_channels != norm.num_features:
         return _own_state(module(x))  # which raises PyTorch's own error
+    for layer in before:
+        x = layer(x)
     return _state(iter(backend.normalize(conv(x), norm, wanted)), wanted)
 
 

@@ -12,6 +12,7 @@ Glossary (the terms of DARTS, arXiv 1806.09055, used all through this code):
 """
 
 import ast
+import csv
 import difflib
 import json
 import random
@@ -30,6 +31,10 @@ SEARCH_SPACES = {
     "involution": _SHARED + _INVOLUTIONS,
     "darts": _SHARED + _CONVOLUTIONS,
     "mixed": _SHARED + _INVOLUTIONS + _CONVOLUTIONS,
+    # S2 to S4 of arXiv 1909.09656, section 3, in which DARTS collapses; its S1 has other primitives on every edge
+    "s2": ["skip_connect", "sep_conv_3x3"],
+    "s3": ["none", "skip_connect", "sep_conv_3x3"],
+    "s4": ["noise", "sep_conv_3x3"],
 }
 PRIMITIVES = SEARCH_SPACES["involution"]
 
@@ -174,7 +179,28 @@ DARTS = DARTS_L10
 WHICH_DARTS = "DARTS is DARTS_L10, of involutions; the convolutional result of the DARTS paper is DARTS_V2"
 NAMED = {name: value for name, value in list(globals().items()) if isinstance(value, Genotype)}
 
-# -------------------------------------------------------------------------------------------- random genotypes
+# --------------------------------------------------------------------------- derived and random genotypes
+
+
+def derive(weights, primitives):
+    """The cell that a softmax of the alphas stands for: (primitive, input node) pairs (arXiv 1806.09055, section 2.4).
+
+    Every node keeps the two incoming edges whose best primitive weighs most, and on each the best primitive; `none`
+    takes part in neither choice.
+
+    Args:
+        weights: a list of numbers for every edge, one a primitive.
+    """
+    candidates = [k for k, primitive in enumerate(primitives) if primitive != "none"]
+    best = [max(candidates, key=row.__getitem__) for row in weights]  # of equal ones, the first
+    gene, offset = [], 0
+    while offset < len(weights):
+        inputs = 2 + len(gene) // 2
+        edges = range(offset, offset + inputs)
+        for edge in sorted(edges, key=lambda edge: -weights[edge][best[edge]])[:2]:
+            gene.append((primitives[best[edge]], edge - offset))
+        offset += inputs
+    return gene
 
 
 def sample(primitives, seed, steps=4):
@@ -214,8 +240,8 @@ def parse(text):
 
     Args:
         text: a name in `NAMED`; a `Genotype(...)` expression, with ranges or lists, straight or curly quotes, line
-            breaks, any accepted spelling of the primitives; or the path of a run folder or of a genotype file
-            (JSON as a run writes it, or an expression).
+            breaks, any accepted spelling of the primitives; the path of a run folder or of a genotype file (JSON as a
+            run writes it, or an expression); or RUN_FOLDER@EPOCH, what a search had found after that epoch.
 
     Raises:
         ValueError: says in one line what is wrong and where, and offers near names.
@@ -235,11 +261,14 @@ def _parse(text):
         return NAMED[text]
     if text and _exists(text):
         return _read_file(Path(text))
+    run, at, epoch = text.rpartition("@")
+    if at and run and _exists(run):
+        return _read_epoch(Path(run), epoch)
     if "(" in text:
         return _parse_expression(text)
     raise ValueError(
         f"unknown genotype {text[:80]!r}{_did_you_mean(text[:80], NAMED)} (a genotype is one of {', '.join(NAMED)}, "
-        "a Genotype(...) expression, or the path of a run folder or genotype file)"
+        "a Genotype(...) expression, the path of a run folder or genotype file, or RUN_FOLDER@EPOCH)"
     )
 
 
@@ -281,6 +310,29 @@ def _read_file(path):
         return _parse_json(text) if text.startswith("{") else _parse_expression(text)
     except (ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{path}: {error if isinstance(error, ValueError) else _TOO_DEEP}") from None
+
+
+def _read_epoch(folder, epoch):
+    """The genotype that a search had after an epoch: of the row of its metrics.csv."""
+    path = folder / "metrics.csv"
+    try:
+        with path.open(newline="", errors="replace") as file:
+            found = {row.get("epoch"): row.get("genotype") for row in csv.DictReader(file)}
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{folder} has no metrics.csv: no epoch of it has ended, or it is no run") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not found or None in found.values():
+        raise ValueError(f"{path} has no genotypes: those of epochs are kept by searches alone")
+    if epoch not in found:
+        first, *_, last = *found, *found
+        raise ValueError(f"{folder} has no epoch {epoch[:20]!r}; its epochs are {first} to {last}")
+    try:
+        return _parse_expression(found[epoch])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _parse_json(text):

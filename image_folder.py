@@ -2,21 +2,30 @@
 
 What is left out (files that are no images, links that lead back) and what cannot be read is said by name. Hidden files
 and folders, which file managers and notebooks leave behind, are not looked at.
+
+An image becomes a square of three colours: turned as its EXIF orientation says, transparency on white, 16 bits scaled
+to 8, of several frames the first.
 """
 
+import functools
 import logging
 import os
+import warnings
+import zlib
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
+import torch
+from PIL import Image, ImageOps
 
+import stream
 from utils import UserError
 
 logger = logging.getLogger("darts.data")
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+FITS = ("crop", "squeeze")
 _NAMED = 10  # files that a message names at most
+_TAIL = 4096  # bytes at the end of a file that tell it from others
 
 
 def scan(root, train):
@@ -75,6 +84,30 @@ def _walk(root, places, left_out):
         yield sorted(images, key=os.path.split)
 
 
+def find(places):
+    """The paths of image files: those given, and those in and below given folders, sorted.
+
+    Raises:
+        UserError: a place that is not there, or a folder without an image file.
+    """
+    paths = []
+    for place in places:
+        if not os.path.isdir(place):
+            if not os.path.isfile(place):
+                raise UserError(f"{place}: no such file or folder")
+            paths.append(place)
+            continue
+        below = []
+        for folder, folders, files in os.walk(place, onerror=_fail):
+            folders[:] = [name for name in folders if name[0] != "."]
+            below += [os.path.join(folder, name) for name in files if name[0] != "."]
+        images = sorted(filter(_is_image, below), key=os.path.split)
+        if not images:
+            raise UserError(f"{place} holds no image file ({', '.join(EXTENSIONS)})")
+        paths += images
+    return paths
+
+
 def _identity(folder):
     status = os.stat(folder)
     return status.st_dev, status.st_ino
@@ -95,39 +128,158 @@ def _listed(paths):
     return f"{len(paths)} files: {', '.join(paths[:_NAMED])}{more}" if len(paths) > 1 else paths[0]
 
 
-def read(samples, size, part, skip_broken=False):
-    """Pixels (N, size, size, 3) uint8 and labels (N,) of those of the (path, label) pairs that can be read, and these.
+def read(samples, size, fit, part, skip_broken=False, workers=0):
+    """Those of the (path, label) pairs that can be read, a mark of each file, and pixels (N, size, size, 3) uint8.
 
     Args:
+        fit: what happens to images that are not square. crop: their middle is kept; squeeze: they are distorted.
         part: what the progress bar and the messages call them.
         skip_broken: leave broken files out, with a warning.
+        workers: processes that share the work, if it is much.
 
     Raises:
         UserError: names the broken files.
     """
     pixels = np.empty((len(samples), size, size, 3), dtype=np.uint8)
-    kept, broken = [], []
-    for path, label in tqdm(samples, desc=f"reading {part} images", disable=None):
-        try:
-            pixels[len(kept)] = _read_image(path, size)
-            kept.append((path, label))
-        except Exception as error:  # Pillow's readers raise a dozen kinds
-            broken.append(f"{path} ({getattr(error, 'strerror', None) or error})")
+    kept, marks, broken = [], [], []
+    read = functools.partial(_read_and_mark, size, fit)
+    results = stream.each(read, _paths(samples), workers, f"reading {part} images")
+    for sample, result in zip(samples, results, strict=True):
+        if isinstance(result, stream.Failure):
+            broken.append(result)
+        else:
+            mark, pixels[len(kept)] = result
+            kept.append(sample)
+            marks.append(mark)
+    _account_for(broken, kept, part, skip_broken)
+    return kept, marks, pixels[: len(kept)]
+
+
+def check(samples, part, skip_broken=False, workers=0):
+    """As `read`, without pixels: 0.1 to 0.3 ms a file, since of a JPEG only the head and the end are looked at."""
+    results = list(stream.each(_check, _paths(samples), workers, f"checking {part} images"))
+    broken = [result for result in results if isinstance(result, stream.Failure)]
+    good = [pair for pair in zip(samples, results, strict=True) if not isinstance(pair[1], stream.Failure)]
+    _account_for(broken, good, part, skip_broken)
+    return [sample for sample, _ in good], [mark for _, mark in good]
+
+
+def decode_each(paths, size, fit, workers):
+    """Yield the pixels (size, size, 3) of each file, decoded by worker processes if they are many.
+
+    Raises:
+        UserError: a broken file.
+    """
+    results = stream.each(
+        functools.partial(_read_all, size, fit), as_array(paths), workers, "reading a sample of images"
+    )
+    for result in results:
+        if isinstance(result, stream.Failure):
+            raise UserError(f"broken image {result}; mend or remove it")
+        yield result
+
+
+def decode(size, fit, paths):
+    """A batch: pixels (B, size, size, 3) uint8, or the Failure that the first broken file makes."""
+    pixels = np.empty((len(paths), size, size, 3), dtype=np.uint8)
+    for k, result in enumerate(_read_all(size, fit, paths)):
+        if isinstance(result, stream.Failure):
+            return stream.Failure(f"cannot read {result} any more")
+        pixels[k] = result
+    return torch.from_numpy(pixels)
+
+
+def as_array(paths):
+    """Paths as processes can share them, without a copy for each: a list would be copied as it is counted."""
+    return np.array([os.fsencode(path) for path in paths])
+
+
+def _paths(samples):
+    return as_array(path for path, _ in samples)
+
+
+def _account_for(broken, kept, part, skip_broken):
     if broken and (not skip_broken or not kept):
         raise UserError(f"broken image {_listed(broken)}; mend or remove them, or leave them out with --skip_broken")
     if broken:
         logger.warning("left out of the %s images, being broken: %s", part, _listed(broken))
-    return pixels[: len(kept)], np.array([label for _, label in kept], np.int64), [path for path, _ in kept]
 
 
-def _read_image(path, size):
+def _tried(function, paths):
+    """function(path), or why it failed, of every path, in turn."""
+    for path in map(os.fsdecode, paths):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Pillow, about files that it then refuses
+                yield function(path)
+        except Exception as error:  # Pillow's readers raise a dozen kinds
+            yield stream.Failure(f"{path} ({getattr(error, 'strerror', None) or error})")
+
+
+def _read_all(size, fit, paths):
+    return list(_tried(functools.partial(_read_image, size, fit), paths))
+
+
+def _read_and_mark(size, fit, paths):
+    return list(_tried(lambda path: (_mark(path)[0], _read_image(size, fit, path)), paths))
+
+
+def _check(paths):
+    return list(_tried(_check_image, paths))
+
+
+def _mark(path):
+    """What tells a file from another at little cost, its length and a checksum of its end, as text; and that end."""
+    with open(path, "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - _TAIL))
+        end = file.read()
+    return f"{length} {zlib.crc32(end):08x}", end
+
+
+def _check_image(path):
+    """The mark of an image file; raises if `_read_image` would (all but surely), at a fraction of its cost."""
+    mark, end = _mark(path)
     with Image.open(path) as image:
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers, whose range nobody knows")
-        if image.mode.startswith("I"):  # 16 bits, which convert() would clip to 8
-            values = np.asarray(image)
-            if values.min() < 0 or values.max() > 65535:
-                raise ValueError("its pixels have more than 16 bits")
-            image = Image.fromarray((values >> 8).astype(np.uint8))
-        image = image.convert("RGB")
-        return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.BILINEAR))
+        _check_mode(image)
+        if image.format == "PNG" and not image.mode.startswith("I"):
+            image.verify()  # its checksums
+        elif image.format != "JPEG" or b"\xff\xd9" not in end:  # the end of an image
+            image.draft(None, (1, 1))
+            _eight_bits(image)
+    return mark
+
+
+def _read_image(size, fit, path):
+    with Image.open(path) as image:
+        _check_mode(image)
+        # a JPEG is decoded at a half, a quarter or an eighth, while that leaves twice the pixels that are needed: on
+        # photographs, up to eight times as fast, and 0.2 of 255 grey levels from what decoding all of it gives
+        image.draft(None, (2 * size, 2 * size))
+        ImageOps.exif_transpose(image, in_place=True)
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    if image.size == (size, size):
+        return np.asarray(image)
+    if fit == "crop":
+        return np.asarray(ImageOps.fit(image, (size, size), Image.BILINEAR))
+    return np.asarray(image.resize((size, size), Image.BILINEAR))
+
+
+def _check_mode(image):
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range nobody knows")
+
+
+def _eight_bits(image):
+    """The image, decoded; of 16 bits, which convert() would clip, the upper 8."""
+    image.load()
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("its pixels have more than 16 bits")
+    return Image.fromarray((values >> 8).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""The derived network: cells of a genotype, trained from scratch."""
+"""The derived networks: cells of a genotype, trained from scratch."""
 
 import torch
 import torch.nn as nn
@@ -6,7 +6,16 @@ import torch.nn.functional as F
 
 import fast_cell
 from involution import set_kernel_norm
-from operations import KERNEL_NORM, OPS, FactorizedReduce, Identity, ReLUConvBN, drop_path
+from operations import (
+    KERNEL_NORM,
+    LARGEST_SMALL_IMAGE,
+    OPS,
+    FactorizedReduce,
+    Identity,
+    ReLUConvBN,
+    drop_path,
+    halving,
+)
 
 
 class Cell(nn.Module):
@@ -46,32 +55,51 @@ class Cell(nn.Module):
         return h
 
 
-class AuxiliaryHeadCIFAR(nn.Module):
-    """A second classifier on the feature map after two thirds of the cells, at least 8x8."""
+class _AuxiliaryHead(nn.Module):
+    """A second classifier on the feature map after two thirds of the cells, at least `smallest` pixels wide and high.
 
-    smallest = 8  # pixels: a 5x5 pooling at stride 3 must leave 2x2
+    Args:
+        stride: of the 5x5 pooling, which must leave 2x2 of `smallest` pixels.
+        last_norm: normalise the 768 features too.
+    """
 
-    def __init__(self, C, num_classes):
+    def __init__(self, C, num_classes, stride, last_norm):
         super().__init__()
         self.features = nn.Sequential(
             nn.ReLU(),
-            nn.AvgPool2d(5, stride=3, padding=0, count_include_pad=False),
+            nn.AvgPool2d(5, stride, padding=0, count_include_pad=False),
             nn.Conv2d(C, 128, 1, bias=False),
             nn.BatchNorm2d(128),
             nn.ReLU(),
             nn.Conv2d(128, 768, 2, bias=False),
-            nn.BatchNorm2d(768),
+            *[nn.BatchNorm2d(768)] * last_norm,
             nn.ReLU(),
         )
         self.classifier = nn.Linear(768, num_classes)
 
     def forward(self, x):
-        x = F.adaptive_avg_pool2d(self.features(x), 1)  # the identity for an 8x8 input
+        x = F.adaptive_avg_pool2d(self.features(x), 1)  # the identity for the smallest input
         return self.classifier(x.flatten(1))
 
 
-class NetworkCIFAR(nn.Module):
-    """The evaluation network of DARTS; state-dict keys as in the original code.
+class AuxiliaryHeadCIFAR(_AuxiliaryHead):
+    smallest = 8  # pixels: of images of 32
+
+    def __init__(self, C, num_classes):
+        super().__init__(C, num_classes, stride=3, last_norm=True)
+
+
+class AuxiliaryHeadImageNet(_AuxiliaryHead):
+    """Without the last batch norm, as the DARTS paper's experiments and its published checkpoint."""
+
+    smallest = 7  # pixels: of images of 224
+
+    def __init__(self, C, num_classes):
+        super().__init__(C, num_classes, stride=2, last_norm=False)
+
+
+class _Network(nn.Module):
+    """What the derived networks have in common: cells, the head, and how they are computed.
 
     `drop_path_prob` (an attribute, 0 at first) is what `train.py` raises over the epochs: a number, or a tensor of one,
     which torch.compile does not compile in.
@@ -87,6 +115,8 @@ class NetworkCIFAR(nn.Module):
     """
 
     fast = True  # of modules that were pickled whole before there was the choice
+    stem_stride = 1  # by which the stem reduces the image
+    auxiliary_head_class = AuxiliaryHeadCIFAR
 
     def __init__(self, C, num_classes, layers, auxiliary, genotype, kernel_norm=KERNEL_NORM, fast=True):
         super().__init__()
@@ -95,11 +125,9 @@ class NetworkCIFAR(nn.Module):
         self.fast = fast
         self.drop_path_prob = 0.0
 
-        C_curr = 3 * C
-        self.stem = nn.Sequential(nn.Conv2d(3, C_curr, 3, padding=1, bias=False), nn.BatchNorm2d(C_curr))
+        C_prev_prev, C_prev, reduction_prev = self._make_stem(C)
+        C_curr = C
         self.cells = nn.ModuleList()
-        C_prev_prev, C_prev, C_curr = C_curr, C_curr, C
-        reduction_prev = False
         for i in range(layers):
             reduction = i in (layers // 3, 2 * layers // 3)
             C_curr *= 2 if reduction else 1
@@ -110,10 +138,18 @@ class NetworkCIFAR(nn.Module):
             if i == 2 * layers // 3:
                 C_to_auxiliary = C_prev
         if auxiliary:
-            self.auxiliary_head = AuxiliaryHeadCIFAR(C_to_auxiliary, num_classes)
+            self.auxiliary_head = self.auxiliary_head_class(C_to_auxiliary, num_classes)
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(C_prev, num_classes)
         set_kernel_norm(self, kernel_norm)
+
+    def _make_stem(self, C):
+        """Make the stem; returns C_prev_prev, C_prev and reduction_prev of the first cell."""
+        raise NotImplementedError
+
+    def _stems(self):
+        """The module whose output is both inputs of the first cell, or one for each, the second reading the first."""
+        raise NotImplementedError
 
     def forward(self, input):
         """(N, 3, H, W) -> logits (N, num_classes) and the auxiliary logits (None outside training)."""
@@ -122,15 +158,64 @@ class NetworkCIFAR(nn.Module):
         wanted = {middle, last} if auxiliary else {last}
         fast = self.fast and fast_cell.serves(input) and all(type(cell) is Cell for cell in self.cells)
         compute = fast_cell.derived if fast else _module_by_module
-        maps = compute(self.stem, self.cells, input, self.drop_path_prob, wanted)
+        maps = compute(self._stems(), self.cells, input, self.drop_path_prob, wanted)
         logits_aux = self.auxiliary_head(maps[middle]) if auxiliary else None
         return self.classifier(self.global_pooling(maps[last]).flatten(1)), logits_aux
 
+    @classmethod
+    def smallest_image(cls, layers, auxiliary=False):
+        """Pixels that an image needs so that every reduction has something to halve, and so has the auxiliary head."""
+        stride = cls.stem_stride * 2 ** len({layers // 3, 2 * layers // 3})
+        return (cls.auxiliary_head_class.smallest - 1) * stride + 1 if auxiliary else stride
 
-def _module_by_module(stem, cells, x, drop_prob, wanted):
+
+class NetworkCIFAR(_Network):
+    """The evaluation network of DARTS for small images; state-dict keys as in the original code.
+
+    Arguments: `_Network`.
+    """
+
+    def _make_stem(self, C):
+        self.stem = nn.Sequential(nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C))
+        return 3 * C, 3 * C, False
+
+    def _stems(self):
+        return [self.stem]
+
+
+class NetworkImageNet(_Network):
+    """The evaluation network of DARTS for large images: three strided convolutions come before the cells.
+
+    State-dict keys as in the original code. The first cell reads the image at a quarter and at an eighth of its size.
+    The head pools the whole map (7x7 of 224 pixels, as the original), whatever its size. Arguments: `_Network`.
+    """
+
+    stem_stride = 8
+    auxiliary_head_class = AuxiliaryHeadImageNet
+
+    def _make_stem(self, C):
+        half = max(1, C // 2)
+        self.stem0 = nn.Sequential(*halving(3, half), nn.ReLU(), *halving(half, C))
+        self.stem1 = nn.Sequential(nn.ReLU(), *halving(C, C))
+        return C, C, True
+
+    def _stems(self):
+        return [self.stem0, self.stem1]
+
+
+NETWORKS = {"cifar": NetworkCIFAR, "imagenet": NetworkImageNet}
+
+
+def default_network(image_size):
+    """The name in NETWORKS of the network for images of this many pixels."""
+    return "imagenet" if image_size > LARGEST_SMALL_IMAGE else "cifar"
+
+
+def _module_by_module(stems, cells, x, drop_prob, wanted):
     """{k: the output of cell k, for k in wanted}."""
     maps = {}
-    s0 = s1 = stem(x)
+    s0 = stems[0](x)
+    s1 = stems[1](s0) if len(stems) == 2 else s0
     for k, cell in enumerate(cells):
         s0, s1 = s1, cell(s0, s1, drop_prob)
         if k in wanted:

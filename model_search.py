@@ -5,9 +5,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import fast_cell
-from genotypes import PRIMITIVES, Genotype
+from genotypes import PRIMITIVES, Genotype, derive
 from involution import Involution2d, all_are_watched, is_watched, set_kernel_norm
-from operations import KERNEL_NORM, OPS, FactorizedReduce, ReLUConvBN
+from operations import KERNEL_NORM, OPS, FactorizedReduce, ReLUConvBN, drop_path_factors, halving
+
+STEM_STRIDES = (1, 4, 8)
 
 
 class MixedOp(nn.Module):
@@ -48,20 +50,27 @@ class Cell(nn.Module):
             MixedOp(C, 2 if reduction and j < 2 else 1, primitives) for i in range(steps) for j in range(2 + i)
         )
 
-    def forward(self, s0, s1, weights, fast=False):
+    def forward(self, s0, s1, weights, fast=False, drop_prob=0.0):
         """Two feature maps and the softmax weights (edges, primitives) -> (N, multiplier * C, H', W').
 
         `fast` computes the same with the work shared that the edges have in common; where somebody watches an edge
-        by a hook, every edge is computed.
+        by a hook, every edge is computed. In training, `drop_prob` drops edges, each for each image.
         """
+        factors = None
+        if self.training and drop_prob > 0:
+            # in float32, so that a pass in mixed precision drops the same paths as one without
+            like = s0[:, :1, :1, :1].float()
+            factors = drop_path_factors(like, drop_prob, len(self._ops)).to(s0.dtype).unbind()
         if fast and not any(map(is_watched, self._ops)) and not all_are_watched():
-            return fast_cell.forward(self, s0, s1, weights)
+            return fast_cell.forward(self, s0, s1, weights, factors)
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         edge = 0
         for _ in range(self._steps):
-            node = sum(self._ops[edge + j](state, weights[edge + j]) for j, state in enumerate(states))
+            terms = [self._ops[edge + j](state, weights[edge + j]) for j, state in enumerate(states)]
+            if factors is not None:
+                terms = [factors[edge + j] * term for j, term in enumerate(terms)]
             edge += len(states)
-            states.append(node)
+            states.append(sum(terms))
         return torch.cat(states[-self._multiplier :], dim=1)
 
 
@@ -70,6 +79,9 @@ class Network(nn.Module):
 
     `parameters()` yields the weights alone; the alphas come from `arch_parameters()`, so that
     `SGD(net.parameters())` does what it should. `state_dict()` holds both.
+
+    `drop_path_prob`, which a search raises over the epochs, is the probability that an edge is dropped for an image in
+    training: the whole mixture, so that skip connections gain nothing by it, as in RobustDARTS (arXiv 1909.09656).
 
     Args:
         C: channels of the first cells; doubled at one third and at two thirds of the depth.
@@ -80,9 +92,12 @@ class Network(nn.Module):
         fast: compute the cells by fast_cell.py, not edge by edge; the results are equal, but on a CPU they cannot be
             differentiated twice. `net.fast` may be changed at any time.
         kernel_norm: what bounds the kernels of the involutions, one of `involution.KERNEL_NORMS`.
+        stem_stride: by which the stem reduces the image before the cells, one of `STEM_STRIDES`. 1 is the stem of the
+            original. 4 and 8 are two and three strided convolutions: the stem that brings 224 pixels to 28 in the
+            original's network for ImageNet and in the searches of PC-DARTS on it (arXiv 1907.05737, section 4.3).
 
     Raises:
-        ValueError: an unknown primitive or kernel_norm, no primitive but `none`, or a count below one.
+        ValueError: an unknown primitive, kernel_norm or stem_stride, no primitive but `none`, or a count below one.
     """
 
     def __init__(
@@ -97,6 +112,7 @@ class Network(nn.Module):
         primitives=PRIMITIVES,
         fast=True,
         kernel_norm=KERNEL_NORM,
+        stem_stride=1,
     ):
         super().__init__()
         _check_counts(C=C, num_classes=num_classes, layers=layers, steps=steps, multiplier=multiplier)
@@ -107,10 +123,11 @@ class Network(nn.Module):
             raise ValueError(f"primitives must be names in operations.OPS besides none, got {unknown or primitives}")
         self._C, self._num_classes, self._layers, self._criterion = C, num_classes, layers, criterion
         self._steps, self._multiplier, self._stem_multiplier = steps, multiplier, stem_multiplier
-        self._primitives, self.fast = list(primitives), fast
+        self._primitives, self.fast, self._stem_stride = list(primitives), fast, stem_stride
+        self.drop_path_prob = 0.0
 
         C_curr = stem_multiplier * C
-        self.stem = nn.Sequential(nn.Conv2d(3, C_curr, 3, padding=1, bias=False), nn.BatchNorm2d(C_curr))
+        self.stem = _make_stem(C_curr, stem_stride)
         self.cells = nn.ModuleList()
         C_prev_prev, C_prev, C_curr = C_curr, C_curr, C
         reduction_prev = False
@@ -135,11 +152,16 @@ class Network(nn.Module):
         s0 = s1 = self.stem(input)
         for cell in self.cells:
             weights = reduce if cell.reduction else normal
-            s0, s1 = s1, cell(s0, s1, weights, self.fast)
+            s0, s1 = s1, cell(s0, s1, weights, self.fast, self.drop_path_prob)
         return self.classifier(self.global_pooling(s1).flatten(1))
 
     def _loss(self, input, target):
         return self._criterion(self(input), target)
+
+    @property
+    def primitives(self):
+        """Their names, in the order of the alphas' columns."""
+        return self._primitives
 
     def arch_parameters(self):
         """The alphas: [normal, reduce], each (edges, primitives)."""
@@ -162,7 +184,9 @@ class Network(nn.Module):
             self._stem_multiplier,
             self._primitives,
             self.fast,
+            stem_stride=self._stem_stride,
         ).to(self.alphas_normal)
+        net.drop_path_prob = self.drop_path_prob
         for new, old in zip(net.modules(), self.modules(), strict=True):
             if isinstance(old, Involution2d):
                 new.kernel_norm = old.kernel_norm
@@ -172,26 +196,26 @@ class Network(nn.Module):
         return net
 
     def genotype(self):
-        """The discrete architecture that the alphas stand for (arXiv 1806.09055, section 2.4).
-
-        Every node keeps the two incoming edges whose best primitive weighs most, and on each the best primitive;
-        `none` takes part in neither choice.
-        """
+        """The discrete architecture that the alphas stand for (`genotypes.derive`)."""
         concat = range(2 + self._steps - self._multiplier, 2 + self._steps)
-        normal, reduce = (self._derive(F.softmax(alpha.detach(), dim=-1)) for alpha in self.arch_parameters())
-        return Genotype(normal=normal, normal_concat=concat, reduce=reduce, reduce_concat=concat)
+        normal, reduce = (F.softmax(alpha.detach(), dim=-1).tolist() for alpha in self.arch_parameters())
+        return Genotype(
+            normal=derive(normal, self._primitives),
+            normal_concat=concat,
+            reduce=derive(reduce, self._primitives),
+            reduce_concat=concat,
+        )
 
-    def _derive(self, weights):
-        candidates = [k for k, primitive in enumerate(self._primitives) if primitive != "none"]
-        weights = weights.tolist()
-        best = [max(candidates, key=row.__getitem__) for row in weights]  # of equal ones, the first
-        gene, offset = [], 0
-        for inputs in range(2, 2 + self._steps):
-            edges = range(offset, offset + inputs)
-            for edge in sorted(edges, key=lambda edge: -weights[edge][best[edge]])[:2]:
-                gene.append((self._primitives[best[edge]], edge - offset))
-            offset += inputs
-        return gene
+
+def _make_stem(C, stride):
+    """(N, 3, H, W) -> (N, C, ceil(H/stride), ceil(W/stride)), normalised."""
+    if stride not in STEM_STRIDES:
+        raise ValueError(f"stem_stride must be one of {', '.join(map(str, STEM_STRIDES))}, got {stride}")
+    if stride == 1:
+        return nn.Sequential(nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
+    half = max(1, C // 2)
+    layers = [*halving(3, half), nn.ReLU(), *halving(half, C)]
+    return nn.Sequential(*layers) if stride == 4 else nn.Sequential(*layers, nn.ReLU(), *halving(C, C))
 
 
 def _check_counts(**counts):

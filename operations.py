@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from involution import Involution2d
 
 KERNEL_NORM = "soft_rms"  # of the involutions of OPS (involution.KERNEL_NORMS)
+LARGEST_SMALL_IMAGE = 64  # pixels; the cells see such images whole, and larger ones reduced by a stem
 
 OPS = {
     "none": lambda C, stride, affine: Zero(stride),
@@ -29,6 +30,7 @@ OPS = {
     "dil_conv_3x3": lambda C, stride, affine: DilConv(C, C, 3, stride, 2, 2, affine),
     "dil_conv_5x5": lambda C, stride, affine: DilConv(C, C, 5, stride, 4, 2, affine),
     "conv_7x1_1x7": lambda C, stride, affine: FactorizedConv7(C, stride, affine),
+    "noise": lambda C, stride, affine: Noise(stride),
 }
 
 
@@ -41,6 +43,17 @@ class Zero(nn.Module):
 
     def forward(self, x):
         return torch.zeros_like(x[:, :, :: self.stride, :: self.stride])
+
+
+class Noise(nn.Module):
+    """Standard normal noise in place of the input, in training and in evaluation (arXiv 1909.09656, space S4)."""
+
+    def __init__(self, stride):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x):
+        return torch.randn_like(x[:, :, :: self.stride, :: self.stride])
 
 
 class Identity(nn.Module):
@@ -148,12 +161,17 @@ class FactorizedReduce(nn.Module):
         return self.bn(torch.cat([self.conv_1(x[:, :, ::2, ::2]), self.conv_2(shifted[:, :, ::2, ::2])], dim=1))
 
 
+def halving(C_in, C_out):
+    """What a stem for large images is made of: a 3x3 convolution of stride 2 and a batch norm."""
+    return nn.Conv2d(C_in, C_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(C_out)
+
+
 def drop_path(x, drop_prob):
     """Zero whole images of x (N, C, H, W) with probability `drop_prob`, scale the others by 1 / (1 - drop_prob)."""
     return x * drop_path_factors(x, drop_prob)
 
 
-def drop_path_factors(x, drop_prob):
-    """What `drop_path` multiplies the images of x with: (N, 1, 1, 1)."""
+def drop_path_factors(x, drop_prob, *paths):
+    """What `drop_path` multiplies the images of x with: (*paths, N, 1, 1, 1)."""
     keep = 1 - drop_prob
-    return x.new_empty(len(x), 1, 1, 1).bernoulli_(keep).div_(keep)
+    return x.new_empty(*paths, len(x), 1, 1, 1).bernoulli_(keep).div_(keep)

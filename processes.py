@@ -33,6 +33,8 @@ logger = logging.getLogger("darts.processes")
 class StartError(ValueError):
     """The processes cannot work together as they were started; says what to start instead."""
 
+    exit_code = 2  # as utils.UserError
+
 
 class Lost(RuntimeError):
     """Another process has ended, or cannot be reached."""

@@ -1,13 +1,15 @@
 """Run folders: everything that a run needs to go on, its log, its numbers, its curves.
 
 runs/search-NAME-TIMESTAMP/      or train-…
-    config.json                  every setting, versions, device, git commit
+    config.json                  every setting, versions, device, git commit, what the images are
     log.txt
     metrics.csv                  one row an epoch
     genotype.json                readable by genotypes.parse
     checkpoint.pt                weights, alphas, optimizers, scheduler, epoch, step, random states
     checkpoint.previous.pt       the checkpoint before it
-    figures/                     curves.png, normal.png, reduction.png, and the .gv sources
+    figures/                     curves.png, eigenvalue.png, normal.png, reduction.png, and the .gv sources
+    summary.json, events/        what it cost, TensorBoard's events, and what a search has of its alphas: observer.py
+    report.html                  the page of the run (report.py)
 """
 
 import contextlib
@@ -35,12 +37,15 @@ import genotypes
 import involution
 import processes
 import progress
+import schedule
 import settings
 import visualize
-from curves import plot_curves
+from curves import plot_curves, plot_eigenvalue
 from data import check_unchanged
+from observer import Bystander, Observer
 from operations import KERNEL_NORM
-from utils import AverageMeter, UserError, log_device, remove_temporaries, write_text
+from stream import ReadError
+from utils import AverageMeter, Diverged, UserError, log_device, processor, remove_temporaries, write_text
 
 try:
     import fcntl
@@ -49,8 +54,10 @@ except ImportError:  # Windows: runs are not locked
 
 logger = logging.getLogger("darts.run")
 
+BUSY = "another process is at work on this run"
 _SAVE_EVERY = 300  # seconds between two checkpoints within an epoch
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_TOO_LONG = 0.1  # of an epoch, to wait for images
 
 
 class Run:
@@ -79,7 +86,7 @@ class Run:
         self.team, self.leads = team, team.rank == 0
         self.epoch = self.step = 0
         self.meter = AverageMeter()
-        self._batch = None  # the sums of this process's share of a batch
+        self._batch = None  # the sums of this process's share of a batch, and the norm of the gradient
         self.history = []  # a dict of numbers for every finished epoch
         self._asked = self._signal = None  # the signal that this process has got, and that all of them know of
         self._handlers = {}
@@ -88,16 +95,18 @@ class Run:
         self._check_settings()
         self.folder = Path(args.resume if args.resume is not None else team.agreed("folder", self._make_folder))
         self.checkpoint = self.folder / checkpoint.NAME
-        self._log = None
+        self._log, self.observer = None, (Observer if self.leads else Bystander)(self)
         try:
             self._log = _LogFile(self.folder / "log.txt") if self.leads else None
             if args.resume is not None:
                 self._restore()
             else:
                 if self.leads:
-                    config = _config(args, device, team.count)
+                    config = dict(script=Path(sys.argv[0]).name, args=vars(args) | {"resume": None})
+                    config |= environment(device) | {"processes": team.count, "data": facts.get("data", {})}
                     write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
                 self.save()
+            self.observer.begin(resumed=args.resume is not None)
         except Exception as error:
             self.__exit__(type(error))
             raise
@@ -116,16 +125,38 @@ class Run:
         self._handlers = {s: signal.signal(s, self._on_signal) for s in _SIGNALS}
         return self
 
-    def __exit__(self, kind=None, *_):
-        """End the log, so that another process may go on; a run that failed before its first step leaves nothing."""
-        for number_, handler in self._handlers.items():
-            signal.signal(number_, handler)
-        if self._log:
-            self._log.close()
+    def __exit__(self, kind=None, error=None, *_):
+        """End the log, so that another process may go on; a run that failed before its first step leaves nothing.
+
+        Images that cannot be read any more stop a run where a signal does, between two steps: it is saved.
+        """
+        try:
+            if isinstance(error, ReadError) and self._begun and self.team.count == 1:  # the others know nothing of it
+                self.stop_if_asked()  # a signal to all processes may have ended those that read
+                self._save_and_say_how_to_go_on()
+        finally:
+            for number_, handler in self._handlers.items():
+                signal.signal(number_, handler)
+            if self._log:
+                self._log.close()
+            self.observer.close()
         if self.leads and kind is not None and issubclass(kind, Exception) and not self._begun:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # it holds other runs
+            if self._log:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds other runs, or another process is at work in it
+                if not self._log:
+                    self.folder.rmdir()
                 self.folder.parent.rmdir()
+
+    @property
+    def judged_by(self):
+        """The images behind the columns valid_*: "test", or "validation" where training images are held out."""
+        return judged_by(self.kind, vars(self.args))
+
+    @property
+    def stopped(self):
+        """Whether an early stop has ended the run, with the genotype of the epoch in the last column `kept_epoch`."""
+        return bool(self.history) and "kept_epoch" in self.history[-1]
 
     @property
     def _begun(self):
@@ -141,7 +172,7 @@ class Run:
             tqdm.write(f"finishing this step, then saving{more}", file=sys.stderr)
 
     def _make_folder(self):
-        folder = Path(self.team.recorded() or _new_folder(self.kind, self.args.save))
+        folder = Path(self.team.recorded() or _folder(self.kind, self.args))
         folder.mkdir(parents=True, exist_ok=True)  # of processes that were killed before they had a checkpoint
         self.team.record(folder)
         return str(folder)
@@ -152,12 +183,18 @@ class Run:
         if others:
             raise UserError(f"rank {others[0]} was started with other settings, or reads other images, than rank 0")
 
-    def steps(self, batches):
-        """Yield the augmented batches that are left of this epoch, with a progress bar or report lines."""
+    def steps(self, batches, *others):
+        """Yield the augmented batches that are left of this epoch, with a progress bar or report lines.
+
+        Args:
+            others: further batches that a step takes, whose waiting for images counts too.
+        """
+        start, waited = time.monotonic(), -sum(each.waited for each in (batches, *others))
         label = f"epoch {self.epoch + 1}/{self.args.epochs}"
         if self.step > len(batches):
             raise UserError(f"{self.checkpoint} is damaged: step {self.step} of an epoch of {len(batches)} steps")
         bar = tqdm(total=len(batches), initial=self.step, desc=label, disable=not sys.stdout.isatty(), leave=False)
+        self.observer.begin_epoch(len(batches))
         with bar:
             while self.step < len(batches):
                 progress.doing(f"{label} step {self.step + 1}/{len(batches)}")
@@ -165,13 +202,19 @@ class Run:
                 yield batches.batch(self.epoch, self.step)
                 due = self._agree(batches.images(self.step))
                 self.step += 1
-                bar.set_postfix_str(str(self.meter), refresh=False)
+                self.observer.step()
+                bar.set_postfix_str(f"{self.meter}, {self.observer.remaining()}", refresh=False)
                 bar.update()
                 if self.step % self.args.report_freq == 0 or self.step == len(batches):
                     logger.debug("%s step %d/%d %s", label, self.step, len(batches), self.meter)
                 self._stop_if_agreed()
                 if due:
                     self.save()
+        waited += sum(each.waited for each in (batches, *others))
+        if waited > 0:
+            share = waited / (time.monotonic() - start)
+            level, advice = (logging.WARNING, "; more --workers may help") if share > _TOO_LONG else (logging.DEBUG, "")
+            logger.log(level, "%s: %.1f%% of the time spent waiting for images%s", label, 100 * share, advice)
 
     def _agree(self, images=0):
         """What all processes know together, in one collective: the sums of a batch, a signal, whether to save.
@@ -182,36 +225,39 @@ class Run:
         Returns:
             Whether a checkpoint is due, by the clock of the first process.
         """
-        batch = self._batch.sums if self._batch else 5 * [0]
+        batch, norm = self._batch if self._batch else (5 * [0], None)
         asked = [self._asked == number for number in _SIGNALS]
         due = self.leads and time.monotonic() - self._saved_at > _SAVE_EVERY
         *sums, due = self.team.total([*batch, *asked, due])
         if sums[0]:
             self.meter.add_shares(sums[:5], images)
+            self.observer.batch(images, norm)
         self._batch = None
         self._signal = next((number for number, count in zip(_SIGNALS, sums[5:], strict=True) if count), None)
         return due
 
-    def record(self, loss, logits, target):
+    def record(self, loss, logits, target, grad_norm=None):
         """Add this process's share of a training batch to the averages of the epoch, which they enter with the step.
 
         Args:
             loss: mean over the batch, of all processes.
+            grad_norm: the norm of its gradient, for the curves alone.
 
         Raises:
-            UserError: the loss is not finite: names the step, the learning rate and the last good checkpoint.
+            Diverged: the loss is not finite: names the step, the learning rate and the last good checkpoint.
         """
         loss = loss.item()
         if not math.isfinite(loss):
             raise self.diverged(f"the loss became {loss}", self.step + 1)
-        self._batch = AverageMeter()
-        self._batch.update(loss, logits, target)
+        batch = AverageMeter()
+        batch.update(loss, logits, target)
+        self._batch = batch.sums, grad_norm
 
     def diverged(self, what, step):
-        """The UserError that says what is no longer finite, where, and where to go on from."""
+        """The Diverged that says what is no longer finite, where, and where to go on from."""
         lr = self.parts["optimizer"].param_groups[0]["lr"]
         good = f"the last good checkpoint is {self.checkpoint}; " if self._begun else ""
-        return UserError(
+        return Diverged(
             f"{what} in epoch {self.epoch + 1}, step {step}, at learning rate {lr:.3g}; {good}{self._cure()}"
         )
 
@@ -229,10 +275,13 @@ class Run:
 
     def _stop_if_agreed(self):
         if self._signal is not None:
-            self.save()
-            logger.info("stopped in epoch %d after step %d; go on with:", self.epoch + 1, self.step)
-            logger.info("  %s", command(Path(sys.argv[0]).name, "--resume", self.folder, team=self.team))
+            self._save_and_say_how_to_go_on()
             sys.exit(128 + self._signal)
+
+    def _save_and_say_how_to_go_on(self):
+        self.save()
+        logger.info("stopped in epoch %d after step %d; go on with:", self.epoch + 1, self.step)
+        logger.info("  %s", command(Path(sys.argv[0]).name, "--resume", self.folder, team=self.team))
 
     def end_epoch(self, valid, **more):
         """Log and keep an epoch's numbers, step the scheduler, save, and write metrics.csv and the curves.
@@ -242,7 +291,7 @@ class Run:
             more: further columns of metrics.csv.
 
         Raises:
-            UserError: not one validation image has finite logits; the old checkpoint stays.
+            Diverged: not one validation image has finite logits; the old checkpoint stays.
         """
         lr = self.parts["optimizer"].param_groups[0]["lr"]
         logger.info(
@@ -262,8 +311,10 @@ class Run:
         self.history.append(row | dict(valid_loss=valid.loss, valid_acc=valid.top1) | more)
         self.parts["scheduler"].step()
         self.epoch, self.step, self.meter = self.epoch + 1, 0, AverageMeter()
+        self.observer.end_epoch()
         self.save()
         self.write_history()
+        self.observer.write()
 
     def report(self, genotype):
         """Log the genotype as a line that --arch takes; write genotype.json and the drawings of the two cells."""
@@ -272,13 +323,14 @@ class Run:
             return
         write_text(self.folder / "genotype.json", genotypes.to_json(genotype))
         try:
-            visualize.draw(genotype, self._figures(), name=self.folder.name)
+            self.observer.cells(visualize.draw(genotype, self.figures(), name=self.folder.name))
         except visualize.DrawingError as error:
             if not self._said_why_no_drawing:
                 logger.warning("%s", error)
             self._said_why_no_drawing = True
 
-    def _figures(self):
+    def figures(self):
+        """The folder of its pictures."""
         folder = self.folder / "figures"
         folder.mkdir(exist_ok=True)
         return folder
@@ -292,13 +344,16 @@ class Run:
         writer.writeheader()
         writer.writerows(self.history)
         write_text(self.folder / "metrics.csv", text.getvalue())
-        plot_curves(self.history, self.kind, self._figures() / "curves.png")
+        plot_curves(self.history, self.judged_by, self.figures() / "curves.png")
+        if any("eigenvalue" in row for row in self.history):
+            plot_eigenvalue(self.history, self.figures() / "eigenvalue.png")
 
     def save(self):
         """Replace checkpoint.pt.
 
         Raises:
-            UserError: the weights are not finite, or not the same in all processes; the old checkpoint stays.
+            Diverged: the weights are not finite.
+            UserError: they are not the same in all processes. The old checkpoint stays.
         """
         self._check_processes()
         weights = [*self.parts["model"].state_dict().values()]
@@ -313,6 +368,7 @@ class Run:
             history=self.history,
             threads=torch.get_num_threads(),
             processes=self.team.count,
+            observed=self.observer.state_dict(),
             random=torch.get_rng_state(),
             cuda_random=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         )
@@ -356,6 +412,11 @@ class Run:
         self._restore_parts(state)
         before = state["args"]["epochs"]
         if self.args.epochs != before:
+            if self.stopped:
+                what = (
+                    f"--resume {self.folder}: it was stopped early after epoch {self.epoch}, and more --epochs do not"
+                )
+                raise UserError(f"{what} change that; start a new run with --early_stop none")
             self._extend(before)
         if self.history:
             self.write_history()  # a kill may have come between the checkpoint and these
@@ -364,10 +425,12 @@ class Run:
         checkpoint.load_weights(self.parts["model"], state["model"], self.checkpoint)
         name = "scheduler"
         try:
-            checkpoint.load_scheduler(self.parts[name], state[name], self.epoch, state["args"]["epochs"])
+            checkpoint.load_scheduler(self.parts[name], state[name], self.epoch)
             for name in sorted({*self.parts} - {"model", "scheduler"}):
                 checkpoint.load_optimizer(self.parts[name], state[name])
             self.parts["optimizer"].step()  # without gradients, moves nothing; the scheduler wants one before its own
+            name = "observed"
+            self.observer.load_state_dict(state.get(name))  # not kept by runs of before
             name = "random"
             torch.set_rng_state(state["random"])
             if self.device.type == "cuda" and state["cuda_random"]:
@@ -377,13 +440,11 @@ class Run:
             raise UserError(f"{self.checkpoint} is damaged or of another script: its {name}: {what}") from None
 
     def _extend(self, before):
-        """Go on along the cosine of the new number of epochs, from where it is at this epoch."""
+        """Go on along the schedule of the new number of epochs, from where it is at this epoch."""
         scheduler, optimizer, epochs = self.parts["scheduler"], self.parts["optimizer"], self.args.epochs
         was = optimizer.param_groups[0]["lr"]
-        scheduler.T_max = epochs
-        for group, base in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
-            left = (1 + math.cos(math.pi * self.epoch / epochs)) / 2
-            group["lr"] = scheduler.eta_min + (base - scheduler.eta_min) * left
+        for group, rate in zip(optimizer.param_groups, schedule.learning_rates(scheduler, self.epoch), strict=True):
+            group["lr"] = rate
         if self.leads:
             path = self.folder / "config.json"
             config = json.loads(path.read_text())
@@ -391,10 +452,15 @@ class Run:
             write_text(path, json.dumps(config, indent=2) + "\n")
         self.save()
         logger.info(
-            "extended from %d to %d epochs: the learning rate is that of a cosine of %d epochs, %.3g from here on (it "
-            "was %.3g)",
+            "extended from %d to %d epochs: the learning rate is that of a schedule of %d epochs, %.3g from here on "
+            "(it was %.3g)",
             *(before, epochs, epochs, optimizer.param_groups[0]["lr"], was),
         )
+
+
+def judged_by(kind, settings):
+    """What the images behind the columns valid_* of a run with these settings (a dict) are."""
+    return "validation" if kind == "search" or settings.get("train_portion", 1) < 1 else "test"
 
 
 class _LogFile(logging.FileHandler):
@@ -412,7 +478,7 @@ class _LogFile(logging.FileHandler):
                 fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise UserError(f"{path.parent}: another process is at work on this run; stop it first") from None
+            raise UserError(f"{path.parent}: {BUSY}; stop it first") from None
         except OSError:  # a file system without locks
             pass
 
@@ -435,6 +501,40 @@ class _LogFile(logging.FileHandler):
         logging.getLogger().removeHandler(self)
         with contextlib.suppress(OSError):  # of a full disk, which has been told
             super().close()
+
+
+def is_busy(folder):
+    """Whether a process, on any machine that shares the folder, is at work on the run in it."""
+    try:
+        with open(Path(folder) / "log.txt") as log:
+            if fcntl:
+                fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no run yet, or a file system without locks
+        pass
+    return False
+
+
+def _folder(kind, args):
+    """The run folder that --resume or --folder names, or a new one."""
+    if args.resume is not None:
+        return Path(args.resume)
+    return _new_folder(kind, args.save) if args.folder is None else _named_folder(Path(args.folder))
+
+
+def _named_folder(folder):
+    """Make the folder of --folder; one that a run left which was killed before its first checkpoint is taken over."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from None
+    if (folder / checkpoint.NAME).exists():
+        raise UserError(f"--folder {folder} holds a run already: go on with it (--resume {folder}), or name another")
+    other = {path.name for path in folder.iterdir() if path.name[0] != "."} - {"config.json", "log.txt"}
+    if other:
+        raise UserError(f"--folder {folder} holds {min(other)}, which is not of a run: name a new or an empty folder")
+    return folder
 
 
 def _new_folder(kind, name):
@@ -473,16 +573,15 @@ def command(script, *arguments, team=processes.ALONE):
     return shlex.join([sys.executable if python.startswith("..") else python, script, *arguments])
 
 
-def _config(args, device, count):
+def environment(device):
+    """What a result was computed with, as plain values for a JSON file."""
     versions = {"torch": torch.__version__} | {name: version(name) for name in ("torchvision", "numpy")}
     return {
-        "script": Path(sys.argv[0]).name,
-        "args": vars(args) | {"resume": None},
         "versions": {"python": sys.version.split()[0], **versions},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "processor": processor(),
         "involution_backend": involution.backend(device),
         "threads": torch.get_num_threads(),
-        "processes": count,
         "git_commit": _git_commit(),
     }
 

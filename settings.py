@@ -11,23 +11,43 @@ import checkpoint
 from utils import UserError, number, user_value
 
 # settings that may differ between a run and its continuation: they do not change what is computed
-PORTABLE = ("data", "device", "gpu", "report_freq", "cuda_graph", "timeout")
+PORTABLE = ("data", "data_in", "workers", "device", "gpu", "report_freq", "cuda_graph", "timeout")
 # what runs did that are older than the setting
 _BEFORE = {
     "kernel_norm": "none",
     "skip_broken": False,
+    "fit": "squeeze",
+    "data_in": None,
+    "workers": None,
     "amp": False,
     "cuda_graph": False,
     "compile": False,
     "search_space": "involution",
     "sync_bn": False,
     "timeout": 600,
+    "folder": None,
+    "train_portion": 1.0,
+    "augment": "crop",
+    "color_jitter": 0.0,
+    "network": "cifar",
+    "stem_stride": 1,
+    "label_smooth": 0.0,
+    "lr_scheduler": "cosine",
+    "warmup_epochs": 0,
+    "eigenvalue_every": 0,
+    "early_stop": "none",
+    "drop_path_prob": 0.0,
 }
 
 
 def add_arguments(parser, seed):
     group = parser.add_argument_group("run")
     group.add_argument("--save", default="EXP", type=user_value(_run_name), help="name of the run folder, in runs/")
+    group.add_argument(
+        "--folder",
+        type=user_value(_not_empty),
+        help="the run folder itself, instead of a new one in runs/ with the time in its name",
+    )
     group.add_argument(
         "--resume",
         metavar="RUN_FOLDER",
@@ -118,6 +138,38 @@ def check(saved, parser, where):
         if name in saved and not _is_setting(action, saved[name]):
             raise UserError(f"{where} is damaged: {name} is {checkpoint.shown(saved[name])}")
     return {name: saved[name] for name in actions if name in saved}
+
+
+def differing(saved, parser):
+    """The settings of a run that are not what its script does by itself: (name, value, default), in the parser's order.
+
+    Those that the run is older than have the value of `_BEFORE`; those that this version does not know are left out.
+    """
+    saved = _BEFORE | saved
+    return [
+        (action.dest, saved[action.dest], action.default)
+        for action in parser._actions
+        if action.dest in saved and action.dest not in ("help", "resume") and saved[action.dest] != _default(action)
+    ]
+
+
+def _default(action):
+    """What a command line without this flag has; texts are converted, as argparse does it."""
+    return action.type(action.default) if isinstance(action.default, str) and action.type else action.default
+
+
+def flags(saved, parser):
+    """The words of a command line that has these settings."""
+    actions = {action.dest: action for action in parser._actions}
+    words = []
+    for name, value, _ in differing(saved, parser):
+        options = [option for option in actions[name].option_strings if option.startswith("--no-") == (value is False)]
+        if value is None or not options:
+            continue  # no command line says so
+        values = value if isinstance(value, (list, tuple)) else [] if isinstance(value, bool) else [value]
+        joined = len(values) == 1 and str(values[0]).startswith("-")  # it would be taken for a flag
+        words += [f"{options[0]}={values[0]}"] if joined else [options[0], *map(str, values)]
+    return words
 
 
 def _is_setting(action, value):

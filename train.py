@@ -3,6 +3,7 @@
 python train.py --auxiliary --cutout --arch DARTS                       # CIFAR-10, as in the DARTS paper
 python train.py --arch runs/search-EXP-20250101-120000                  # what a search found
 python train.py --arch "Genotype(normal=[('sep_invo_3x3', 1), ...], ...)"
+python train.py --dataset folder --data FOLDER --image_size 224 …        # the network for large images, see README
 python train.py --resume runs/train-EXP-20250101-120000                 # go on where a run was stopped
 torchrun --nproc_per_node 8 train.py --auxiliary --cutout --arch DARTS  # on eight GPUs
 """
@@ -21,12 +22,15 @@ import torch.nn as nn
 import data
 import genotypes
 import progress
+import report
 import run_folder
+import schedule
 import settings
 import utils
 from gradients import running_statistics
-from model import AuxiliaryHeadCIFAR, NetworkCIFAR
-from processes import Processes
+from model import NETWORKS, default_network
+from operations import LARGEST_SMALL_IMAGE
+from processes import ALONE, Processes
 
 logger = logging.getLogger("darts.train")
 
@@ -46,66 +50,115 @@ def train(run, batches, model, forward, criterion, optimizer, args):
         loss = loss.detach()
         grads = [w.grad for w in model.parameters() if w.grad is not None]
         run.team.mean_([loss, *grads, *running_statistics(model)], len(target))
-        nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
-        run.record(loss, logits.detach(), target)
+        run.record(loss, logits.detach(), target, norm)
 
 
 @torch.no_grad()
-def infer(batches, model, after_batch=lambda: None):
+def infer(batches, model, after_batch=lambda: None, meter=None):
     """Loss and accuracy on plain images, as a meter; `after_batch` is called after every batch."""
     model.eval()
-    meter = utils.Evaluation()
-    for input, target in progress.counted(batches, "test"):
+    meter = meter or utils.Evaluation()
+    for input, target in progress.counted(batches, "evaluation"):
         if len(target):
             meter.add(model(input)[0], target)
         after_batch()
     return meter.merged(batches.team, len(batches.labels))
 
 
-def load_data(args, device, team):
-    """Augmented batches of the training images, plain batches of the test images, what a checkpoint keeps of them."""
+def load_data(args, device, team=ALONE):
+    """Augmented batches of the training images, plain ones of those that are measured, what a checkpoint keeps.
+
+    Measured are the test images; with --train_portion, the rest of the training images, and no test image is read.
+    """
     with team.in_turn():
-        images, test_images = (data.load_as(args, train, device) for train in (True, False))
-    data.check_classes(test_images, images.classes)
-    size = images.pixels.shape[1]
-    if args.batch_size > len(images):
-        raise utils.UserError(f"--batch_size {args.batch_size} is larger than the {len(images)} training images")
-    smallest = smallest_image(args.layers)
+        images = train_images = data.load_as(args, True, device)
+    fingerprints = {"train": data.fingerprint(images)}
+    if args.train_portion < 1:
+        train_images, measured = data.split(images, args.train_portion, args.seed)
+    else:
+        measured = data.load_as(args, False, device)
+        data.check_classes(measured, images.classes)
+        fingerprints["test"] = data.fingerprint(measured)
+    count = len(train_images)
+    if args.batch_size > count:
+        raise utils.UserError(f"--batch_size {args.batch_size} is larger than the {count} training images")
+    check_auxiliary(args)
+    normalization = data.Normalization.of(args.dataset, lambda: images)
+    augmentation = data.Augmentation.of_flags(args)
+    of_all = dict(batch_size=args.batch_size, normalization=normalization, team=team)
+    train_batches = data.Batches(train_images, augmentation=augmentation, key=(args.seed, 0), **of_all)
+    batches = data.Batches(measured, augmentation=None, **of_all)
+    facts = dict(normalization=tuple(normalization), classes=images.classes, data=fingerprints)
+    return train_batches, batches, facts
+
+
+def check_auxiliary(args):
+    """Raise UserError if the images are too small for the auxiliary head that is asked for."""
+    size, smallest = data.image_size(args), NETWORKS[args.network].smallest_image(args.layers, args.auxiliary)
     if args.auxiliary and size < smallest:
         raise utils.UserError(
-            f"--auxiliary needs images of at least {smallest} pixels with --layers {args.layers}, got {size}; "
-            f"leave --auxiliary out or use --image_size {smallest}"
+            f"--auxiliary needs images of at least {smallest} pixels with --network {args.network} and --layers "
+            f"{args.layers}, got {size}; leave --auxiliary out or use --image_size {smallest}"
         )
-    normalization = data.Normalization.of(args.dataset, lambda: images)
-    augmentation = data.Augmentation.of(args.dataset, size, args.cutout_length if args.cutout else 0)
-    train_batches = data.Batches(images, args.batch_size, normalization, augmentation, (args.seed, 0), team)
-    test_batches = data.Batches(test_images, args.batch_size, normalization, None, team=team)
-    fingerprints = {"train": data.fingerprint(images), "test": data.fingerprint(test_images)}
-    facts = dict(normalization=tuple(normalization), classes=images.classes, data=fingerprints)
-    return train_batches, test_batches, facts
 
 
-def smallest_image(layers):
-    """Pixels that the auxiliary head needs: 8 after the reductions of the first two thirds of the cells."""
-    reductions = len({layers // 3, 2 * layers // 3})
-    return (AuxiliaryHeadCIFAR.smallest - 1) * 2**reductions + 1
+def make_network(args, classes):
+    """The network that the flags of a script ask for.
+
+    Raises:
+        UserError: images that are too small for it.
+    """
+    size, kind = data.image_size(args), NETWORKS[args.network]
+    smallest = kind.smallest_image(args.layers)
+    if size < smallest:
+        instead = "--network cifar, or " if args.network == "imagenet" else ""
+        raise utils.UserError(
+            f"--network {args.network} with --layers {args.layers} reduces images by {smallest}, which leaves nothing "
+            f"of {size} pixels; use {instead}--image_size {smallest} or more"
+        )
+    genotype = genotypes.parse(args.arch)
+    return kind(args.init_channels, classes, args.layers, args.auxiliary, genotype, args.kernel_norm)
+
+
+def make_criterion(args):
+    """What is trained on; evaluation is without smoothing."""
+    return nn.CrossEntropyLoss(label_smoothing=args.label_smooth)
+
+
+def choose_network(args):
+    """Fill in the --network that was not given: by the size of the images."""
+    args.network = args.network or default_network(data.image_size(args))
 
 
 def add_network_arguments(parser):
     """The arguments that say which network; returns their group."""
-    group = parser.add_argument_group("network")
+    group = add_form_arguments(parser)
     group.add_argument(
         "--arch",
         type=utils.user_value(lambda text: genotypes.format(genotypes.parse(text))),
         default="DARTS",
-        help=f"a name ({', '.join(genotypes.NAMED)}), a Genotype(...) expression, a run folder or a genotype file; "
+        help=f"a name ({', '.join(genotypes.NAMED)}), a Genotype(...) expression, a run folder (RUN@EPOCH: as it was "
+        "after that epoch) or a genotype file; "
         f"{genotypes.WHICH_DARTS}",
     )
+    return group
+
+
+def add_form_arguments(parser):
+    """The arguments that say what network is made of a genotype; returns their group."""
+    group = parser.add_argument_group("network")
     group.add_argument(
         "--init_channels", type=utils.number(int, low=1, high=4096), default=36, help="channels of the first cells"
     )
     group.add_argument("--layers", type=utils.number(int, low=1, high=1000), default=20, help="number of cells")
+    group.add_argument(
+        "--network",
+        choices=NETWORKS,
+        help="cifar: cells see the whole image; imagenet: an eighth of it, after three strided convolutions (default: "
+        f"imagenet for images of more than {LARGEST_SMALL_IMAGE} pixels)",
+    )
     group.add_argument("--auxiliary", action="store_true", help="with the auxiliary head, used in training only")
     utils.add_kernel_norm_argument(group)
     return group
@@ -122,8 +175,15 @@ def _accept_random(group):
 
 
 def parse_args(argv=None):
-    """The arguments, with the genotype that `--arch random` stands for."""
+    """The arguments, with the genotype that `--arch random` stands for and the network.
+
+    Raises:
+        UserError: as settings.parse_args; a warm-up that never ends.
+    """
     args = settings.parse_args(build_parser(), argv)
+    choose_network(args)
+    if args.warmup_epochs >= args.epochs:
+        raise utils.UserError(f"--warmup_epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
     if args.arch == "random":
         args.arch = genotypes.format(genotypes.sample(genotypes.SEARCH_SPACES[args.search_space], args.seed))
     return args
@@ -131,10 +191,16 @@ def parse_args(argv=None):
 
 def build_parser():
     parser = utils.ArgumentParser(description="Train a genotype from scratch.")
-    utils.add_data_arguments(parser)
+    group = utils.add_data_arguments(parser)
+    group.add_argument(
+        "--train_portion",
+        type=utils.number(float, above=0, high=1),
+        default=1.0,
+        help="share of the training images that trains; the rest is measured after every epoch in place of the test "
+        "images, which are then not read: for what chooses between genotypes or settings",
+    )
     group = parser.add_argument_group("augmentation and regularization")
-    group.add_argument("--cutout", action="store_true", help="cut a square out of every training image")
-    group.add_argument("--cutout_length", type=utils.number(int, low=2), default=16, help="its side, in pixels")
+    utils.add_augmentation_arguments(group)
     group.add_argument(
         "--drop_path_prob",
         type=utils.number(float, low=0, below=1),
@@ -142,11 +208,23 @@ def build_parser():
         help="probability of dropping a path, reached linearly over the epochs",
     )
     group.add_argument("--auxiliary_weight", type=utils.number(float, low=0), default=0.4, help="of its loss")
+    group.add_argument(
+        "--label_smooth",
+        type=utils.number(float, low=0, below=1),
+        default=0.0,
+        help="share of a label that is spread over all classes, in training",
+    )
     _accept_random(add_network_arguments(parser))
     group = parser.add_argument_group("weights")
     group.add_argument("--epochs", type=utils.number(int, low=1), default=600, help="passes over the training images")
     group.add_argument("--batch_size", type=utils.number(int, low=2), default=96, help="images a step")
     group.add_argument("--learning_rate", type=utils.number(float, above=0), default=0.025, help="initial, of SGD")
+    group.add_argument(
+        "--lr_scheduler", choices=schedule.SHAPES, default="cosine", help="how it falls to 0, by the epoch"
+    )
+    group.add_argument(
+        "--warmup_epochs", type=utils.number(int, low=0), default=0, help="epochs over which it rises at first"
+    )
     group.add_argument("--momentum", type=utils.number(float, low=0, below=1), default=0.9, help="of SGD")
     group.add_argument("--weight_decay", type=utils.number(float, low=0), default=3e-4, help="of SGD")
     group.add_argument("--grad_clip", type=utils.number(float, above=0), default=5.0, help="largest gradient norm")
@@ -173,32 +251,34 @@ def _not_compiled(error):
 def main():
     team = Processes.start()
     args = parse_args(team.arguments())
-    genotype = genotypes.parse(args.arch)
     device = utils.pick_device(args, team)
     utils.check_processes(args, team, device)
     team.join(device, args.timeout)
     torch.manual_seed(args.seed)
-    train_batches, test_batches, facts = load_data(args, device, team)
+    train_batches, valid_batches, facts = load_data(args, device, team)
     classes = len(facts["classes"])
-    model = NetworkCIFAR(args.init_channels, classes, args.layers, args.auxiliary, genotype, args.kernel_norm)
+    model = make_network(args, classes)
     model = team.share_batch_norm(model) if args.sync_bn else model
     model.to(device, memory_format=torch.channels_last)
-    criterion = nn.CrossEntropyLoss()
+    criterion = make_criterion(args)
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
     )
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    scheduler = schedule.make(optimizer, args.epochs, args.lr_scheduler, args.warmup_epochs)
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
     # each size of a batch is compiled by itself: what is computed does not depend on what came before
     forward = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
 
     with run_folder.Run("train", args, device, parts, team, **facts) as run:
+        genotype = genotypes.parse(args.arch)
         if genotype == genotypes.DARTS:
             logger.info(genotypes.WHICH_DARTS)
         run.report(genotype)
         logger.info("network of %.2f M weights", utils.count_parameters_in_MB(model))
+        run.observer.pace.validation_steps = len(valid_batches) / 3  # a step passes forward, and back in twice the time
         gc.freeze()  # what is there by now stays: looking through it for garbage takes 5 % of a small step
         while run.epoch < args.epochs:
+            report.update(run.folder, build_parser())
             model.drop_path_prob = args.drop_path_prob * run.epoch / args.epochs
             if args.compile and args.drop_path_prob > 0:
                 model.drop_path_prob = torch.tensor(model.drop_path_prob, device=device)
@@ -206,8 +286,11 @@ def main():
                 train(run, train_batches, model, forward, criterion, optimizer, args)
             except RuntimeError as error:
                 raise (_not_compiled(error) if args.compile else error) from None
-            valid = infer(test_batches, model, run.stop_if_asked)  # as DARTS: the test images
-            run.end_epoch(valid)
+            valid = infer(valid_batches, model, run.stop_if_asked)  # as DARTS: the test images, if all others train
+            run.end_epoch(valid, **({"valid_top5": valid.top5} if valid.has_top5 else {}))
+        run.observer.finish()
+        if run.leads:
+            logger.info("its page: %s", report.update(run.folder, build_parser()))
         logger.info("trained; now: %s", run_folder.command("test.py", "--model_path", run.folder))
     team.leave()
 

@@ -2,6 +2,7 @@
 
 python train_search.py --unrolled                                       # CIFAR-10, second order
 python train_search.py --unrolled --dataset digits --epochs 3           # a first try, no download
+python train_search.py --unrolled --dataset folder --data FOLDER --image_size 96    # cells see a quarter: 24 pixels
 python train_search.py --resume runs/search-EXP-20250101-120000         # go on where a run was stopped
 torchrun --nproc_per_node 8 train_search.py --unrolled                  # the same on eight GPUs
 """
@@ -18,14 +19,18 @@ import torch
 import torch.nn as nn
 
 import data
+import diagnostics
 import genotypes
 import progress
+import report
 import run_folder
+import schedule
 import settings
 import utils
 from architect import Architect
 from gradients import Gradients
-from model_search import Network
+from model_search import STEM_STRIDES, Network
+from operations import LARGEST_SMALL_IMAGE
 from processes import Processes
 
 logger = logging.getLogger("darts.search")
@@ -36,7 +41,7 @@ def train(run, train_batches, search_batches, architect, optimizer, args):
     gradients, weights = architect.gradients, architect.gradients.weights
     architect.model.train()
     lr = optimizer.param_groups[0]["lr"]
-    for input, target in run.steps(train_batches):
+    for input, target in run.steps(train_batches, search_batches):
         input_search, target_search = search_batches.batch(run.epoch, run.step)
         try:
             architect.step(input, target, input_search, target_search, lr, optimizer, args.unrolled)
@@ -46,9 +51,9 @@ def train(run, train_batches, search_batches, architect, optimizer, args):
         loss, logits, grads = gradients("weights", input, target)
         for w, grad in zip(weights, grads, strict=True):
             w.grad = grad
-        nn.utils.clip_grad_norm_(weights, args.grad_clip)
+        norm = nn.utils.clip_grad_norm_(weights, args.grad_clip)
         optimizer.step()
-        run.record(loss, logits, target)
+        run.record(loss, logits, target, norm)
 
 
 @torch.no_grad()
@@ -71,17 +76,51 @@ def load_data(args, device, team):
     with team.in_turn():
         images = data.load_as(args, True, device)
     normalization = data.Normalization.of(args.dataset, lambda: images)
-    cutout_length = args.cutout_length if args.cutout else 0
-    augmentation = data.Augmentation.of(args.dataset, images.pixels.shape[1], cutout_length)
+    augmentation = data.Augmentation.of_flags(args)
     parts = data.split(images, args.train_portion, args.seed)
     for part, of in zip(parts, ("train_portion", "rest of the training images"), strict=True):
         if args.batch_size > len(part):
             raise utils.UserError(f"--batch_size {args.batch_size} is larger than the {of}: {len(part)} images")
-    train_batches, search_batches = (
-        data.Batches(part, args.batch_size, normalization, augmentation, (args.seed, stream), team)
-        for stream, part in enumerate(parts)
-    )
+    of_all = dict(batch_size=args.batch_size, normalization=normalization, augmentation=augmentation, team=team)
+    train_batches = data.Batches(parts[0], key=(args.seed, 0), **of_all)
+    search_batches = data.Batches(parts[1], key=(args.seed, 1), steps=len(train_batches), **of_all)
     return train_batches, search_batches, images.classes, data.fingerprint(images)
+
+
+def measure_sharpness(run, search_batches, gradients):
+    """The dominant eigenvalue of the Hessian of the alphas, as a column of metrics.csv."""
+    groups = diagnostics.take_groups(search_batches)
+    eigenvalue = diagnostics.dominant_eigenvalue(gradients, groups, run.stop_if_asked)
+    logger.info("dominant eigenvalue of the Hessian of the validation loss by the alphas: %s", eigenvalue)
+    return {"eigenvalue": eigenvalue.value}
+
+
+def choose_interval(args, steps):
+    """Epochs between two eigenvalues, 0 for none.
+
+    Raises:
+        UserError: too few of them for --early_stop eigenvalue.
+    """
+    of_eigenvalue = args.early_stop == "eigenvalue"
+    if of_eigenvalue and args.epochs < diagnostics.FIRST_STOP:
+        logger.warning("--early_stop eigenvalue cannot stop a search before epoch %d", diagnostics.FIRST_STOP)
+    if args.eigenvalue_every is None:
+        return 1 if of_eigenvalue else diagnostics.usual_interval(steps, args.unrolled)
+    if of_eigenvalue and not 1 <= args.eigenvalue_every <= diagnostics.WINDOW:
+        raise utils.UserError(
+            f"--early_stop eigenvalue compares means over {diagnostics.WINDOW} epochs: it needs --eigenvalue_every 1 "
+            f"to {diagnostics.WINDOW}, got {args.eigenvalue_every}"
+        )
+    return args.eigenvalue_every
+
+
+def report_genotype(run, args):
+    """Write the genotype that the epochs so far end with, and say so if it is that of an early stop."""
+    row = diagnostics.final_row(run.history)
+    if run.stopped:
+        what = "stopped early by --early_stop %s after epoch %d of %d; the genotype is that of epoch %d"
+        logger.info(what, args.early_stop, run.epoch, args.epochs, row["epoch"])
+    run.report(genotypes.parse(row["genotype"]))
 
 
 def count_skips(genotype):
@@ -101,8 +140,7 @@ def build_parser():
     parser = utils.ArgumentParser(description="Search for an architecture with DARTS.")
     utils.add_data_arguments(parser)
     group = parser.add_argument_group("augmentation and split")
-    group.add_argument("--cutout", action="store_true", help="cut a square out of every training image")
-    group.add_argument("--cutout_length", type=utils.number(int, low=2), default=16, help="its side, in pixels")
+    utils.add_augmentation_arguments(group)
     group.add_argument(
         "--train_portion",
         type=utils.number(float, above=0, below=1),
@@ -120,6 +158,13 @@ def build_parser():
         help="number of cells, two of which reduce",
     )
     group.add_argument("--search_space", choices=genotypes.SEARCH_SPACES, default="involution", help="primitives")
+    group.add_argument(
+        "--stem_stride",
+        type=int,
+        choices=STEM_STRIDES,
+        help="by which the stem reduces images before the cells, with strided convolutions where it is not 1 (default: "
+        f"4 for images of more than {LARGEST_SMALL_IMAGE} pixels, else 1)",
+    )
     utils.add_kernel_norm_argument(group)
     group = parser.add_argument_group("weights")
     group.add_argument("--epochs", type=utils.number(int, low=1), default=50, help="passes over the training images")
@@ -129,10 +174,31 @@ def build_parser():
     group.add_argument("--momentum", type=utils.number(float, low=0, below=1), default=0.9, help="of SGD")
     group.add_argument("--weight_decay", type=utils.number(float, low=0), default=3e-4, help="of SGD")
     group.add_argument("--grad_clip", type=utils.number(float, above=0), default=5.0, help="largest gradient norm")
+    group.add_argument(
+        "--drop_path_prob",
+        type=utils.number(float, low=0, below=1),
+        default=0.0,
+        help="probability of dropping an edge of the supernet for an image, reached linearly over the epochs",
+    )
     group = parser.add_argument_group("alphas")
     group.add_argument("--unrolled", action="store_true", help="second order: look one step of the weights ahead")
     group.add_argument("--arch_learning_rate", type=utils.number(float, above=0), default=3e-4, help="of Adam")
     group.add_argument("--arch_weight_decay", type=utils.number(float, low=0), default=1e-3, help="of Adam")
+    group = parser.add_argument_group("watching and stopping")
+    group.add_argument(
+        "--eigenvalue_every",
+        metavar="EPOCHS",
+        type=utils.number(int, low=0),
+        help="measure the sharpness of the minimum in the alphas after every so many epochs, 0: never (default: as "
+        "often as takes about 5%% of the time; at the sizes of the paper 1, and 2 in first order)",
+    )
+    group.add_argument(
+        "--early_stop",
+        choices=diagnostics.RULES,
+        default="none",
+        help="eigenvalue: when the dominant eigenvalue rises, with the genotype of before (RobustDARTS); skips: when "
+        "the normal cell has two skip connections, with the genotype of the epoch before (DARTS+)",
+    )
     group = utils.add_device_arguments(parser)
     group.add_argument("--amp", action="store_true", help="bfloat16 but for the finite differences and validation")
     group.add_argument("--cuda_graph", action="store_true", help="replay a step as CUDA graphs: no launch overhead")
@@ -141,9 +207,30 @@ def build_parser():
     return parser
 
 
+def parse_args(argv=None):
+    """The arguments, with the stem for images of this size.
+
+    Raises:
+        UserError: as settings.parse_args; images of which the supernet leaves nothing; CUDA graphs of what changes.
+    """
+    args = settings.parse_args(build_parser(), argv)
+    size = data.image_size(args)
+    if args.stem_stride is None:
+        args.stem_stride = 4 if size > LARGEST_SMALL_IMAGE else 1
+    smallest = 4 * args.stem_stride  # two cells halve what the stem leaves
+    if size < smallest:
+        raise utils.UserError(
+            f"the supernet with --stem_stride {args.stem_stride} reduces images by {smallest}, which leaves nothing of "
+            f"{size} pixels; use --image_size {smallest} or more"
+        )
+    if args.cuda_graph and (args.drop_path_prob > 0 or "noise" in genotypes.SEARCH_SPACES[args.search_space]):
+        raise utils.UserError("--cuda_graph records a step once: leave it out with --drop_path_prob, and in space s4")
+    return args
+
+
 def main():
     team = Processes.start()
-    args = settings.parse_args(build_parser(), team.arguments())
+    args = parse_args(team.arguments())
     device = utils.pick_device(args, team)
     utils.check_processes(args, team, device)
     if args.cuda_graph and device.type != "cuda":
@@ -155,28 +242,44 @@ def main():
     torch.manual_seed(args.seed)
     train_batches, search_batches, classes, fingerprint = load_data(args, device, team)
     primitives = genotypes.SEARCH_SPACES[args.search_space]
-    form = dict(primitives=primitives, kernel_norm=args.kernel_norm)
+    form = dict(primitives=primitives, kernel_norm=args.kernel_norm, stem_stride=args.stem_stride)
     model = Network(args.init_channels, len(classes), args.layers, nn.CrossEntropyLoss(), **form)
     model = team.share_batch_norm(model) if args.sync_bn else model
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
     )
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=args.learning_rate_min)
+    scheduler = schedule.make(optimizer, args.epochs, lowest=args.learning_rate_min)
     architect = Architect(model, args, Gradients(model, args.amp, args.cuda_graph, team))
+    every = choose_interval(args, len(train_batches))
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, arch_optimizer=architect.optimizer)
 
     with run_folder.Run("search", args, device, parts, team, data={"train": fingerprint}) as run:
         logger.info("supernet of %.2f M weights, %s space", utils.count_parameters_in_MB(model), args.search_space)
         if run.history:
-            run.report(genotypes.parse(run.history[-1]["genotype"]))  # a kill may have come before
+            report_genotype(run, args)  # a kill may have come before
+        # a step passes 13 batches forward or back if unrolled, else 5; a validation passes each batch forward
+        run.observer.pace.validation_steps = len(search_batches) / (13 if args.unrolled else 5)
         gc.freeze()  # as in train.py
-        while run.epoch < args.epochs:
+        while run.epoch < args.epochs and not run.stopped:
+            if run.leads:
+                report.update(run.folder, build_parser())
+            model.drop_path_prob = args.drop_path_prob * run.epoch / args.epochs
             train(run, train_batches, search_batches, architect, optimizer, args)
             valid = infer(run, search_batches, model)
             genotype = model.genotype()
-            run.end_epoch(valid, skip_connects=count_skips(genotype), genotype=genotypes.format(genotype))
-            run.report(genotype)
+            more = dict(skip_connects=count_skips(genotype), **run.observer.entropies())
+            if every and (run.epoch + 1) % every == 0:
+                more |= measure_sharpness(run, search_batches, architect.gradients)
+            stop = diagnostics.early_stop(args.early_stop, [*run.history, more])
+            if stop:
+                logger.info("%s", stop.why)
+                more["kept_epoch"] = stop.kept_epoch
+            run.end_epoch(valid, **more, genotype=genotypes.format(genotype))
+            report_genotype(run, args)
+        run.observer.finish()
+        if run.leads:
+            logger.info("its page: %s", report.update(run.folder, build_parser()))
         logger.info("searched; now: %s", run_folder.command("train.py", "--arch", run.folder))
     team.leave()
 

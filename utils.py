@@ -5,6 +5,7 @@ import logging
 import logging.handlers
 import math
 import os
+import platform
 import re
 import sys
 import time
@@ -24,7 +25,15 @@ logger = logging.getLogger("darts")
 
 
 class UserError(ValueError):
-    """Something the user can mend; scripts show it as one line and exit with code 2."""
+    """Something the user can mend; scripts show it as one line and exit with its code."""
+
+    exit_code = 2
+
+
+class Diverged(UserError):
+    """Numbers of a run are no longer finite: a result of its settings, which has an exit code of its own."""
+
+    exit_code = 3
 
 
 # --------------------------------------------------------------------------------------------- command lines
@@ -104,8 +113,42 @@ def add_data_arguments(parser):
         help="pixels; images are resized to it (default: 8 for digits, else 32)",
     )
     group.add_argument("--subset", metavar="N", type=number(int, low=2), help="use at most N images of each set")
+    group.add_argument(
+        "--fit",
+        choices=("crop", "squeeze"),
+        default="crop",
+        help="of images in a folder that are not square: keep their middle, or distort them",
+    )
     group.add_argument("--skip_broken", action="store_true", help="leave out image files that cannot be read")
+    group.add_argument(
+        "--data_in",
+        choices=("memory", "disk"),
+        help="where images in a folder are kept; disk: decoded as they are needed (default: memory, up to 2 GiB)",
+    )
+    group.add_argument(
+        "--workers",
+        metavar="N",
+        type=number(int, low=1, high=256),
+        help="processes that decode images in a folder (default: one for each core but one, at most 8)",
+    )
     return group
+
+
+def add_augmentation_arguments(group):
+    group.add_argument("--cutout", action="store_true", help="cut a square out of every training image")
+    group.add_argument("--cutout_length", type=number(int, low=2), default=16, help="its side, in pixels")
+    group.add_argument(
+        "--augment",
+        choices=("crop", "resized_crop"),
+        default="crop",
+        help="crop: of the image padded by an eighth; resized_crop: 8 to 100 %% of the image, enlarged",
+    )
+    group.add_argument(
+        "--color_jitter",
+        type=number(float, low=0, high=1),
+        default=0.0,
+        help="change brightness, contrast and saturation by factors of up to 1 + this, hue by half of it in turns",
+    )
 
 
 def add_kernel_norm_argument(group):
@@ -152,7 +195,7 @@ def check_processes(args, team, device):
 
 
 def run_script(main):
-    """Call a script's `main`; what the user can mend ends in one line and exit code 2."""
+    """Call a script's `main`; what the user can mend ends in one line and exit code 2 (3: a run diverged)."""
     script = Path(sys.argv[0]).name
     try:
         _add_handlers()
@@ -161,7 +204,7 @@ def run_script(main):
         sys.exit(_fail(f"{script}: error: {error}; a restart by torchrun, or --resume, goes on", 1))
     except (UserError, processes.StartError) as error:
         message = " ".join(str(error).split())
-        sys.exit(_fail(f"{script}: error: {message}", 2))
+        sys.exit(_fail(f"{script}: error: {message}", error.exit_code))
     except OSError as error:
         sys.exit(_fail(f"{script}: error: {error.filename or 'a file'}: {error.strerror or error}", 2))
     except (MemoryError, RuntimeError) as error:
@@ -218,6 +261,22 @@ def pick_device(args, team=processes.ALONE):
     except ValueError as error:
         raise UserError(str(error)) from None
     return device
+
+
+def processor():
+    """The processor of this machine and the number of its cores, in words."""
+    info = Path("/proc/cpuinfo")  # of Linux, where `platform` does not know it
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def synchronize(device):
+    """Wait until a device has done what it was asked to, so that a clock may be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def log_device(device):
@@ -312,13 +371,13 @@ class Evaluation(AverageMeter):
     def __init__(self):
         super().__init__()
         self.losses = torch.empty(0, dtype=torch.float64)  # (images,)
-        self._chance = 0.0  # the loss of a network that knows nothing
+        self.classes = 1
 
     def add(self, logits, target):
         """Add a batch: logits (N, classes), target (N,)."""
         losses = torch.nn.functional.cross_entropy(logits, target, reduction="none").cpu().double()
         self.losses = torch.cat([self.losses, losses])
-        self._chance = math.log(logits.shape[1])
+        self.classes = logits.shape[1]
         self.update(losses.mean().item(), logits, target)
 
     def merged(self, team, images):
@@ -330,8 +389,16 @@ class Evaluation(AverageMeter):
         losses[team.rank :: team.count] = self.losses
         sums = team.total([*self.sums, *losses.tolist()])
         merged.sums, merged.losses = _whole(sums[:5]), torch.tensor(sums[5:], dtype=torch.float64)
-        merged._chance = self._chance
+        merged.classes = self.classes
         return merged
+
+    @property
+    def has_top5(self):
+        """Whether top-5 accuracy says anything."""
+        return self.classes > 5
+
+    def __str__(self):
+        return super().__str__() + (f" top-5 {self.top5:.2f}%" if self.has_top5 else "")
 
     def extreme(self):
         """The images, worst first, that make more than half of the loss by losses far above its median; or none.
@@ -341,7 +408,8 @@ class Evaluation(AverageMeter):
         finite = self.losses[self.losses.isfinite()]
         if len(finite) == 0:
             return []
-        threshold = 10 * max(finite.median().item(), self._chance)
+        chance = math.log(self.classes)  # the loss of a network that knows nothing
+        threshold = 10 * max(finite.median().item(), chance)
         far = self.losses.isfinite() & (self.losses > threshold)
         if self.losses[far].sum() <= finite.sum() / 2:
             return []
@@ -372,9 +440,26 @@ def accuracy(logits, target, topk=(1,)):
     return [100 * hits[:, :k].any(dim=1).double().mean().item() for k in topk]
 
 
+def count_parameters(model):
+    """The number of weights, without the auxiliary head."""
+    return sum(p.numel() for name, p in model.named_parameters() if "auxiliary" not in name)
+
+
+def duration(seconds):
+    """Seconds as people say them: 42 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
 def count_parameters_in_MB(model):
     """Millions of weights, without the auxiliary head."""
-    return sum(p.numel() for name, p in model.named_parameters() if "auxiliary" not in name) / 1e6
+    return count_parameters(model) / 1e6
 
 
 @contextmanager
@@ -398,10 +483,15 @@ def replacing(path):
 def remove_temporaries(folder):
     """Remove what killed processes left below a folder while they were `replacing` files of it; none is at work now."""
     for path in Path(folder).rglob(".*"):
-        if re.fullmatch(r"\..+\.(pt|json|csv|png|gv)\.\d+", path.name) and path.is_file():
+        if re.fullmatch(r"\..+\.(pt|json|csv|png|gv|gif|html)\.\d+", path.name) and path.is_file():
             path.unlink()
 
 
 def write_text(path, text):
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")  # of file names that are no UTF-8
+
+
+def readable(name):
+    """The name of a file as it can be printed, whatever its bytes are."""
+    return name.encode(errors="replace").decode()

@@ -161,7 +161,7 @@ def table(works, ways, counts, rounds):
 
 
 def parse_args():
-    import report
+    import tables
 
     parser = argparse.ArgumentParser(
         description="Steps beside busy processes.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -172,7 +172,7 @@ def parse_args():
     parser.add_argument("--busy", type=int, nargs="+", default=[0, CORES], help="numbers of busy processes")
     parser.add_argument("--rounds", type=int, default=15, help="steps that are measured")
     parser.add_argument("--spins", type=int, nargs="+", default=[], help="further ways: spin so often, then sleep")
-    report.add_arguments(parser)
+    tables.add_arguments(parser)
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds must be at least 2, for the quartiles")
@@ -180,19 +180,19 @@ def parse_args():
 
 
 def main():
-    import report
+    import tables
 
     args = parse_args()
     ways = WAYS | {f"{spins} spins": {"GOMP_SPINCOUNT": str(spins)} for spins in args.spins}
     given = {name: getattr(args, name) for name in WORKS["train"] if getattr(args, name) is not None}
     works = {name: WORKS[name] | given for name in args.works}
     text = [
-        f"{report.machine()}; {CORES} threads or one; median of {args.rounds} steps (least–most), and of the ratios of "
+        f"{tables.machine()}; {CORES} threads or one; median of {args.rounds} steps (least–most), and of the ratios of "
         "the rounds (quartiles).",
         "",
         *table(works, ways, args.busy, args.rounds),
     ]
-    report.save("bench_busy", "\n".join(text), args.out, args.update)
+    tables.save("bench_busy", "\n".join(text), args.out, args.update)
 
 
 if __name__ == "__main__":

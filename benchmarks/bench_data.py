@@ -21,7 +21,7 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import report
+import tables
 
 import data
 
@@ -106,13 +106,13 @@ def plot(found, rounds, path):
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axis = figure.subplots()
     axis.set_title(f"median of {rounds} rounds, least to most", fontsize="medium")
-    for (name, label), style in zip({OURS: "this code", THEIRS: THEIRS}.items(), report.STYLES, strict=False):
+    for (name, label), style in zip({OURS: "this code", THEIRS: THEIRS}.items(), tables.STYLES, strict=False):
         rates = [(statistics.median(rates[name]), min(rates[name]), max(rates[name])) for rates in found.values()]
-        axis.errorbar(list(found), [rate[0] for rate in rates], report.spread(rates), label=label, capsize=3, **style)
+        axis.errorbar(list(found), [rate[0] for rate in rates], tables.spread(rates), label=label, capsize=3, **style)
     axis.set(xlabel="images a batch", ylabel="augmented images a second", xscale="log", yscale="log")
     axis.set_xticks(list(found), [str(size) for size in found])
     axis.xaxis.minorticks_off()
-    report.round_ticks(axis.yaxis)
+    tables.round_ticks(axis.yaxis)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=110)
@@ -125,7 +125,7 @@ def parse_args():
     parser.add_argument("--batch_size", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--seconds", type=float, default=1.0, help="of each, a round")
     parser.add_argument("--rounds", type=int, default=7)
-    report.add_arguments(parser)
+    tables.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -136,7 +136,7 @@ def main():
     images = data.Images(pixels, torch.randint(10, (len(pixels),)), [str(k) for k in range(10)])
     found = {size: measure(images, size, args) for size in args.batch_size}
     lines = [
-        f"{report.machine()}; {torch.get_num_threads()} threads; images of 32x32 with cutout, images/s, median of "
+        f"{tables.machine()}; {torch.get_num_threads()} threads; images of 32x32 with cutout, images/s, median of "
         f"{args.rounds} rounds (least–most).",
         "",
         f"| batch size | {OURS} | {THEIRS} | ratio |",
@@ -146,7 +146,7 @@ def main():
         cells = [f"{statistics.median(v):,.0f} ({min(v):,.0f}–{max(v):,.0f})" for v in rates.values()]
         ratio = statistics.median(rates[OURS]) / statistics.median(rates[THEIRS])
         lines.append(f"| {size} | {' | '.join(cells)} | **{ratio:.1f}×** |")
-    report.save("bench_data", "\n".join(lines), args.out, args.update)
+    tables.save("bench_data", "\n".join(lines), args.out, args.update)
     plot(found, args.rounds, args.out / "bench_data.png")
 
 

@@ -39,11 +39,11 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import involution
-from benchmarks import cuda_peer, report
+from benchmarks import cuda_peer, tables
 from involution import Involution2d, involution2d, involution2d_fused
 
 SHAPES = ((16, 32), (32, 16), (64, 8))  # channels and image size of a search's three stages
-PANELS = {  # what a row of panels shows: {provider: (its name for readers, which of report.STYLES)}
+PANELS = {  # what a row of panels shows: {provider: (its name for readers, which of tables.STYLES)}
     "kernels given": {
         "unfold": ("textbook (unfolded patches)", 1),
         "torch": ("plain PyTorch, tap by tap", 2),
@@ -251,7 +251,7 @@ def pass_limits(row, batch, element, bandwidth, rate):
 
 def heading(device, args):
     return (
-        f"{report.machine(device)}, {torch.get_num_threads()} threads; backend `{involution.backend(device)}`; batch "
+        f"{tables.machine(device)}, {torch.get_num_threads()} threads; backend `{involution.backend(device)}`; batch "
         f"{args.batch}, {args.dtype}, channels-last; C allocator: {args.allocator}; median of {args.rounds} rounds in "
         "ms (first to third quartile)."
     )
@@ -314,15 +314,15 @@ def plot(rows, rounds, path):
             for name, (label, style) in names.items():
                 found = [row for row in rows if (row["C"], row["provider"]) == (C, name)]
                 times = [(row["full"], *row["full spread"]) for row in found]
-                middles, bars = [t[0] for t in times], report.spread(times)
-                panel.errorbar([row["K"] for row in found], middles, bars, label=label, ms=5, **report.STYLES[style])
+                middles, bars = [t[0] for t in times], tables.spread(times)
+                panel.errorbar([row["K"] for row in found], middles, bars, label=label, ms=5, **tables.STYLES[style])
             panel.set(title=f"{C} channels, {size}×{size}", yscale="log", xticks=sorted({row["K"] for row in rows}))
             panel.grid(alpha=0.3)
         line[0].set_ylabel(f"{what}\nmilliseconds")
         line[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     for panel in panels[-1]:
         panel.set_xlabel("kernel size K")
-    report.round_ticks(panels[0][0].yaxis)  # which all share
+    tables.round_ticks(panels[0][0].yaxis)  # which all share
     figure.savefig(path, dpi=110)
 
 
@@ -343,7 +343,7 @@ def parse_args():
     parser.add_argument("--kernel_sizes", type=int, nargs="+", default=[3, 5, 7])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of every provider")
-    report.add_arguments(parser)
+    tables.add_arguments(parser)
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds must be at least 2: one measurement has no spread")
@@ -358,7 +358,7 @@ def main():
         keep_freed_memory()
     if device.type == "cuda" and not cuda_peer.available():
         print("no cuda peer: this PyTorch cannot compile CUDA kernels (torch.cuda._compile_kernel)", file=sys.stderr)
-    limits = report.machine_limits(device, dtype)
+    limits = tables.machine_limits(device, dtype)
     rows = []
     for C, size in (shape for shape in SHAPES if shape[0] in args.channels):
         for K in args.kernel_sizes:
@@ -377,7 +377,7 @@ def main():
         bandwidth, rate = CARDS[card]
         rates = f"Prediction for {card}: {bandwidth / 1e9:.0f} GB/s and {rate / 1e9:.0f} GFLOP/s by its data sheet."
         text += f"\n\n{limits_table(rates, rows, used, args, *CARDS[card])}"
-    report.save("bench_involution", text, args.out, args.update)
+    tables.save("bench_involution", text, args.out, args.update)
     plot(rows, args.rounds, args.out / "bench_involution.png")
 
 

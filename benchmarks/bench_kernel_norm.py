@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import report
+import tables
 
 import data
 import genotypes
@@ -336,7 +336,7 @@ def parse_args():
     parser.add_argument("--cost", type=int, default=0, metavar="ROUNDS", help="of steps that are timed, 2 or more")
     parser.add_argument("--threads", type=int, default=1, help="of each")
     parser.add_argument("--csv", type=Path, default=CSV, help="where the runs are kept")
-    report.add_arguments(parser)
+    tables.add_arguments(parser)
     args = parser.parse_args()
     if args.data is None and not read(args)[1]:
         parser.error(f"{args.csv} holds no runs of these settings yet: give --data FOLDER")
@@ -348,11 +348,11 @@ def main():
     if args.data is not None:
         run_missing(args)
     _, rows = read(args)
-    lines = [report.machine(), "", *make_table(rows)]
+    lines = [tables.machine(), "", *make_table(rows)]
     if args.cost:
         torch.set_num_threads(args.threads)
         lines += ["", *cost_table(args.cost)]
-    report.save("bench_kernel_norm", "\n".join(lines), args.out, args.update)
+    tables.save("bench_kernel_norm", "\n".join(lines), args.out, args.update)
     plot(rows, args.out / "bench_kernel_norm.png")
 
 

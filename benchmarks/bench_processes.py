@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import report
+import tables
 
 import utils
 from architect import Architect
@@ -96,7 +96,7 @@ def parse_args():
         parser.add_argument(f"--{name}", type=number, default=default, help=f"(default: {default})")
     parser.add_argument("--space", choices=SEARCH_SPACES, nargs="+", default=["involution", "darts"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    report.add_arguments(parser)
+    tables.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -121,13 +121,13 @@ def main():
             f"| {100 * middle / (median + middle):.2g} % |"
         )
     head = (
-        f"{report.machine(device)}; {team.count} processes, {torch.get_num_threads()} threads each; median of "
+        f"{tables.machine(device)}; {team.count} processes, {torch.get_num_threads()} threads each; median of "
         f"{args.steps} steps (least–most).\n\n| search | collectives a step | bytes a step | step, "
         f"{'processor time of a process' if args.device == 'cpu' else 'seconds'} | in collectives | share |\n"
         "| --- | --- | --- | --- | --- | --- |"
     )
     if team.rank == 0:
-        report.save("bench_processes", "\n".join([head, *rows]), args.out, args.update)
+        tables.save("bench_processes", "\n".join([head, *rows]), args.out, args.update)
     team.leave()
 
 

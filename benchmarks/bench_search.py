@@ -322,9 +322,9 @@ def limits_table(base, settings, bars):
     convolution makes one product backward (that of its input); else it makes two, as an involution always does, whose
     kernels depend on its input. Bytes: what this code keeps for backward, once written and once read.
     """
-    import report
+    import tables
 
-    bandwidth, rate = report.machine_limits(base["device"])
+    bandwidth, rate = tables.machine_limits(base["device"])
     lines = [
         f"Copying moves {bandwidth / 1e9:.1f} GB/s here, a matrix product does {rate / 1e9:.0f} GFLOP/s.",
         "",
@@ -396,15 +396,15 @@ def plot(settings, bars, curves, rounds, path):
 
 def plot_bars(axis, bars, names):
     """A bar for every variant, by its name, of each setting: bars are {setting: {variant: (median, least, most)}}."""
-    import report
+    import tables
 
     variants = list(dict.fromkeys(name for times in bars.values() for name in times))
     height = 0.8 / len(variants)
-    for k, (name, style) in enumerate(zip(variants, report.STYLES, strict=False)):
+    for k, (name, style) in enumerate(zip(variants, tables.STYLES, strict=False)):
         places = [y + k * height for y, times in enumerate(bars.values()) if name in times]
         times = [times[name] for times in bars.values() if name in times]
         axis.barh(places, [t[0] for t in times], 0.9 * height, color=style["color"], label=names.get(name, name))
-        axis.errorbar([t[0] for t in times], places, xerr=report.spread(times), fmt="none", color="black", capsize=2)
+        axis.errorbar([t[0] for t in times], places, xerr=tables.spread(times), fmt="none", color="black", capsize=2)
         for y, (middle, _, most) in zip(places, times, strict=True):
             axis.text(most, y, f"  {middle:.3g}", va="center", fontsize="small")
     axis.set_yticks([y + (len(variants) - 1) * height / 2 for y in range(len(bars))], list(bars))
@@ -414,21 +414,21 @@ def plot_bars(axis, bars, names):
 
 def plot_growth(axis, name, sizes, times):
     """Times (median, least, most) as a size grows, as long as there is memory."""
-    import report
+    import tables
 
     sizes, middles = sizes[: len(times)], [t[0] for t in times]
-    axis.errorbar(sizes, middles, report.spread(times), label="measured", **report.STYLES[0])
+    axis.errorbar(sizes, middles, tables.spread(times), label="measured", **tables.STYLES[0])
     axis.plot(sizes, [middles[0] * size / sizes[0] for size in sizes], ":", color="grey", label="linear")
     axis.set(xlabel=SIZES[name], xscale="log", yscale="log")
     axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.xaxis.minorticks_off()
-    report.round_ticks(axis.yaxis)
+    tables.round_ticks(axis.yaxis)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small", loc="upper left")
 
 
 def parse_args():
-    import report
+    import tables
 
     parser = argparse.ArgumentParser(
         description="Time and memory of a search step.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -446,7 +446,7 @@ def parse_args():
     parser.add_argument("--growth", action="store_true", help="the growth table too")
     parser.add_argument("--limits", action="store_true", help="the table of FLOPs and bytes too")
     parser.add_argument("--profile", action="store_true", help="one step by operator instead of tables")
-    report.add_arguments(parser)
+    tables.add_arguments(parser)
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
@@ -456,7 +456,7 @@ def parse_args():
 
 
 def main():
-    import report
+    import tables
 
     args = parse_args()
     base = {name: getattr(args, name) for name in ("init_channels", "layers", "image_size", "threads", "device")}
@@ -473,7 +473,7 @@ def main():
     chosen = VARIANTS[args.device]
     names = args.variants or [name for name in chosen if name != "textbook"]  # which can take all of a machine's memory
     variants = {name: (ROOT, chosen[name]) for name in names}
-    text = [f"{report.machine(args.device)}; median of {args.rounds} steps (least–most).", ""]
+    text = [f"{tables.machine(args.device)}; median of {args.rounds} steps (least–most).", ""]
     with contextlib.ExitStack() as stack:
         if args.against:
             variants[args.against] = stack.enter_context(worktree(args.against)), {}
@@ -485,7 +485,7 @@ def main():
         text += ["", *lines]
     if args.limits:  # last: a worker that starts later would have this process's peak memory for its own
         text += ["", *limits_table(base, settings, bars)]
-    report.save("bench_search", "\n".join(text), args.out, args.update)
+    tables.save("bench_search", "\n".join(text), args.out, args.update)
     if bars:
         plot(settings, bars, curves, args.rounds, args.out / "bench_search.png")
 

@@ -185,9 +185,9 @@ def limits_table(args, bars):
 
     Backward makes two products for each one of forward. Bytes: what is kept for backward, once written and once read.
     """
-    import report
+    import tables
 
-    bandwidth, rate = report.machine_limits(args.device)
+    bandwidth, rate = tables.machine_limits(args.device)
     lines = [
         f"Copying moves {bandwidth / 1e9:.1f} GB/s here, a matrix product does {rate / 1e9:.0f} GFLOP/s.",
         "",
@@ -212,7 +212,7 @@ def limits_table(args, bars):
 
 def plot(bars, curves, path):
     """Bars: a training step by network and variant; curves: that of the first network as a size grows."""
-    import report
+    import tables
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 + 2.6 * len(curves), 3.6), layout="constrained")
@@ -222,14 +222,14 @@ def plot(bars, curves, path):
     axis.tick_params(axis="y", labelsize="small")
     axis.set(xlabel="seconds", xscale="log")
     axis.set_xlim(right=2 * max(t[2] for times in bars.values() for t in times.values()))
-    report.round_ticks(axis.xaxis)
+    tables.round_ticks(axis.xaxis)
     for axis, (name, times) in zip(axes, curves.items(), strict=True):
         plot_growth(axis, name, GROWTH[name], times)
     figure.savefig(path, dpi=110)
 
 
 def parse_args():
-    import report
+    import tables
 
     parser = argparse.ArgumentParser(
         description="Time and memory of retraining.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -244,7 +244,7 @@ def parse_args():
     parser.add_argument("--peer", type=Path, metavar="FOLDER", help="a checkout of the original DARTS code")
     parser.add_argument("--growth", action="store_true", help="the growth table too")
     parser.add_argument("--limits", action="store_true", help="the table of FLOPs and bytes too")
-    report.add_arguments(parser)
+    tables.add_arguments(parser)
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
@@ -254,7 +254,7 @@ def parse_args():
 
 
 def main():
-    import report
+    import tables
 
     args = parse_args()
     sys.path.insert(0, str(ROOT))
@@ -264,7 +264,7 @@ def main():
         variants = {"fast": (ROOT, {}), "plain": (ROOT, {"fast": False})}
     if args.peer:
         variants["peer"] = args.peer / "cnn", {"peer": True}
-    text = [f"{report.machine(args.device)}; median of {args.rounds} steps (least–most; of ratios: quartiles).", ""]
+    text = [f"{tables.machine(args.device)}; median of {args.rounds} steps (least–most; of ratios: quartiles).", ""]
     with contextlib.ExitStack() as stack:
         if args.against:
             variants[args.against] = stack.enter_context(worktree(args.against)), {}
@@ -276,7 +276,7 @@ def main():
         text += ["", *lines]
     if args.limits:  # last: a worker that starts later would have this process's peak memory for its own
         text += ["", *limits_table(args, bars)]
-    report.save("bench_train", "\n".join(text), args.out, args.update)
+    tables.save("bench_train", "\n".join(text), args.out, args.update)
     if bars:
         plot(bars, curves, args.out / "bench_train.png")
 

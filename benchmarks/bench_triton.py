@@ -45,7 +45,7 @@ from triton.runtime.autotuner import Autotuner
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import bench_involution, report
+from benchmarks import bench_involution, tables
 from involution import Involution2d
 from kernels import involution_triton as backend
 
@@ -281,7 +281,7 @@ def parse_args():
     parser.add_argument("--batch", type=int, default=512, help="images, of the prediction")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--csv", type=Path, default=CSV, help="file for a row of every kernel")
-    report.add_arguments(parser)
+    tables.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -293,7 +293,7 @@ def main():
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    report.save("bench_triton", text_of(rows, args), args.out, args.update)
+    tables.save("bench_triton", text_of(rows, args), args.out, args.update)
     if any("error" in row for row in rows):
         sys.exit(1)
 

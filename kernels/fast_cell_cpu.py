@@ -14,7 +14,7 @@ node's gradient g and q = s (diag(M Wᵀ) - mean v * G), the sum of g * norm(v),
     d z     = alpha Wᵀ (s g - s² q/P (W z - mean v) - s G/P)
     d W     = alpha s (M - G mᵀ - s q (W S)).
 
-In a derived network the batch norm has parameters, and drop path a factor m for every image: the term is
+Drop path has a factor m for every image, and in a derived network the batch norm has parameters: the term is
 m (gamma norm(v) + beta). With alpha = gamma, g = m times the node's gradient, d gamma = q, d beta = G, and the first
 summand of d z alone has the factor m.
 
@@ -92,9 +92,9 @@ def spread(images, alphas):
     return _Spread.apply(alphas, *images)
 
 
-def mix(parts, linear, linear_alphas):
+def mix(parts, linear, linear_alphas, factors):
     """A node, as fast_cell_torch.mix."""
-    return _mix(parts, linear, linear_alphas, [None] * len(linear), (True, False))[0]
+    return _mix(parts, linear, linear_alphas, [None] * len(linear), (True, False), factors)[0]
 
 
 def node(parts, terms, factors, wanted):
@@ -105,15 +105,16 @@ def node(parts, terms, factors, wanted):
     scale and shift being the norm's parameters, where it has any, and a factor None or one number for every image.
     """
     norms = [term.norm for term in terms]
+    factors = [[factor] for factor in factors]
     return _mix(parts, [[term] for term in terms], _scales(norms), _shifts(norms), wanted, factors)
 
 
-def _mix(parts, groups, scales, shifts, wanted, factors=None):
+def _mix(parts, groups, scales, shifts, wanted, factors):
     tensors = list(parts)
     for terms in groups:
         tensors += [term.input for term in terms] + [term.weight for term in terms]
     norms = [[term.norm for term in terms] for terms in groups]
-    return _Mix.apply(norms, factors or [None] * len(groups), len(parts), wanted, *scales, *shifts, *tensors)
+    return _Mix.apply(norms, factors, len(parts), wanted, *scales, *shifts, *tensors)
 
 
 def project(images, weights, norms, wanted):
@@ -294,8 +295,8 @@ class _Spread(Function):
 
 
 class _Mix(Function):
-    """Arguments: norms and factors of each group; how many parts; what of (node, its positive part) is wanted; scales
-    and shifts of each group; parts; inputs, weights of each group.
+    """Arguments: norms and factors of each group's terms; how many parts; what of (node, its positive part) is wanted;
+    scales and shifts of each group; parts; inputs, weights of each group.
 
     Scales are those of the terms or, of a group of one term, of its channels; the latter where there are shifts.
     """
@@ -319,8 +320,8 @@ class _Mix(Function):
         results = [plain if wanted[0] else positive]
         packed = [not wanted[0], *_parts(results), _address(positive if wanted[0] else None), *_operands(parts)]
         packed.append(sum(map(len, norms)))
-        for (z, weights), scale, shift, factor, stats in zip(linear, scales, shifts, factors, ctx.stats, strict=True):
-            for k, (x, weight) in enumerate(zip(z, weights, strict=True)):
+        for (z, weights), scale, shift, of_terms, stats in zip(linear, scales, shifts, factors, ctx.stats, strict=True):
+            for k, (x, weight, factor) in enumerate(zip(z, weights, of_terms, strict=True)):
                 packed += _candidate(x, factor, weight, scale, shift, stats, k)
         ctx.training = any(group[0].training for group in norms)
         _call_with_statistics("mix", results[0], ctx.training, packed)
@@ -342,11 +343,11 @@ class _Mix(Function):
         left = iter(zip(tensors, to_inputs, strict=True))
         to_scales, to_shifts = ([_double_like(x) for x in affine] for affine in (scales, shifts))
         packed = [*_sums([gradient]), sum(len(stats) for stats in ctx.stats)]
-        for scale, shift, to_scale, to_shift, factor, stats in zip(
+        for scale, shift, to_scale, to_shift, factors, stats in zip(
             scales, shifts, to_scales, to_shifts, ctx.factors, ctx.stats, strict=True
         ):
             z, weights = [next(left) for _ in stats], [next(left) for _ in stats]
-            for k, ((x, to_x), (weight, to_weight)) in enumerate(zip(z, weights, strict=True)):
+            for k, ((x, to_x), (weight, to_weight), factor) in enumerate(zip(z, weights, factors, strict=True)):
                 packed += _candidate(x, factor, weight, scale, shift, stats, k)
                 to_own = to_scale if to_scale is None or len(stats) == 1 else to_scale[k]
                 packed += [_address(to_own), _address(to_shift), _address(to_weight), _address(to_x), 0]

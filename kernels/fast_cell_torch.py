@@ -59,14 +59,15 @@ def spread(images, alphas):
     return [sum(alpha * x for alpha, x in zip(row, images, strict=True)) for row in alphas.unbind()]
 
 
-def mix(parts, linear, linear_alphas):
-    """A node: the sum of its parts (N, C, H, W), + sum_k alpha_k norm_k(weight_k * z_k).
+def mix(parts, linear, linear_alphas, factors):
+    """A node: the sum of its parts (N, C, H, W), + sum_k factor_k alpha_k norm_k(weight_k * z_k).
 
     Args:
         linear: groups of terms whose inputs z_k (N, K, H, W) are equally wide; linear_alphas: (terms,) of each group.
+        factors: of each term of each group one number for every image, (N, 1, 1, 1); or None for all.
     """
     node = sum(parts)
-    for terms, alphas in zip(linear, linear_alphas, strict=True):
+    for terms, alphas, of_terms in zip(linear, linear_alphas, factors, strict=True):
         convolved = F.conv2d(
             torch.cat([term.input for term in terms], 1), torch.cat([term.weight for term in terms]), groups=len(terms)
         )
@@ -74,7 +75,10 @@ def mix(parts, linear, linear_alphas):
         C = len(terms[0].weight)
         weight = alphas[:, None].expand(-1, C).flatten().contiguous()
         weighted = _normalized(convolved, [term.norm for term in terms], weight)
-        node = node + weighted.unflatten(1, (len(terms), C)).sum(1)
+        weighted = weighted.unflatten(1, (len(terms), C))
+        if of_terms[0] is not None:
+            weighted = weighted * torch.stack(of_terms, dim=1)
+        node = node + weighted.sum(1)
     return node
 
 

@@ -1,10 +1,7 @@
 """Scripts as subprocesses, several processes as one, and small sets of images."""
 
 import contextlib
-import functools
-import multiprocessing.forkserver
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,10 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+import scripts
 from involution import Involution2d
 from processes import Processes
-
-ROOT = Path(__file__).parent.parent
 
 # tests are small: threads would spend their time waiting for each other, above all on a busy machine
 torch.set_num_threads(1)
@@ -32,27 +28,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def script(tmp_path):
-    """Call a script in an empty folder: `script("train.py", "--layers", 3)` -> CompletedProcess."""
-    return lambda *command: start_script(tmp_path, *command, run=subprocess.run)
-
-
-def start_script(folder, name, *arguments, run=subprocess.Popen):
-    command = [sys.executable, str(ROOT / name), *(str(argument) for argument in arguments)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return run(command, cwd=folder, **pipes)
-
-
-@functools.cache
-def _forkserver():
-    """A process that has imported what runs need, and done nothing else: its forks start in no time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["test_processes", "train", "train_search", "torch._dynamo", "sklearn.model_selection"]
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
-        multiprocessing.forkserver.ensure_running()
-    return context
+    """Call a script in an empty folder: `script("train.py", "--layers", 3)` -> what `scripts.run` returns."""
+    return lambda *command: scripts.run(tmp_path, *command)
 
 
 @contextlib.contextmanager
@@ -61,14 +38,13 @@ def start_processes(count, folder, function, *arguments, **environment):
 
     What one prints is in the folder, in `printed-RANK`. They are killed when the context ends.
     """
-    context = _forkserver()
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun has one
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
     started = []
     for rank in range(count):
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         own = {name: str(value) for name, value in (place | numbers | environment).items()}
-        started.append(context.Process(target=_as_started, args=(own, folder, rank, function, arguments)))
+        started.append(scripts.server.Process(target=_as_started, args=(own, folder, rank, function, arguments)))
         started[-1].start()
     try:
         yield started
@@ -173,3 +149,63 @@ def image_folder(tmp_path_factory):
                 pixels[..., label] += 190
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{k:03d}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """What a folder of one's own looks like: 60 training and 15 test images of many sizes, formats and modes."""
+    root = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: to be turned clockwise
+    kinds = (  # mode, extension, how it is saved
+        ("RGB", "jpg", dict(quality=90)),
+        ("RGB", "JPEG", dict(exif=turned)),
+        ("RGBA", "png", {}),
+        ("CMYK", "jpg", {}),
+        ("P", "gif", {}),
+        ("L", "webp", {}),
+        ("I;16", "png", {}),
+        ("LA", "png", {}),
+        ("1", "bmp", {}),
+        ("RGB", "tiff", {}),
+    )
+    for part, count in (("train", 20), ("test", 5)):
+        for hue, name in enumerate(("dawn", "noon", "dusk")):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for k in range(count):
+                mode, extension, options = kinds[k % len(kinds)]
+                width, height = rng.integers(9, 70, 2)
+                scene = rng.integers(0, 256, (3, 4, 3)) // 2 + 127 * (np.arange(3) == hue)
+                scene = Image.fromarray(scene.astype(np.uint8)).resize((int(width), int(height)), Image.BICUBIC)
+                if mode == "I;16":
+                    scene = Image.fromarray(np.asarray(scene.convert("L")).astype(np.uint16) * 257)
+                (scene if mode == "I;16" else scene.convert(mode)).save(folder / f"{k:03d}.{extension}", **options)
+    return root
+
+
+def read_curves(folder):
+    """TensorBoard's scalars and histograms of a run folder: (writer, tag) -> [(step, value), …], but for speeds."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = {}
+    for name in ("steps", "epochs"):
+        events = EventAccumulator(str(folder / "events" / name), size_guidance=dict(scalars=0, histograms=0, images=0))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            curves[name, tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["histograms"]:
+            curves[name, tag] = [(event.step, event.histogram_value) for event in events.Histograms(tag)]
+        for tag in events.Tags()["images"]:
+            curves[name, tag] = [event.step for event in events.Images(tag)]
+    curves.pop(("steps", "images_per_second"), None)
+    return curves
+
+
+def assert_same_curves(folder, expected):
+    """But for the heat map, which is drawn now and then."""
+    curves, as_expected = read_curves(folder), read_curves(expected)
+    for each in (curves, as_expected):
+        each.pop(("epochs", "alphas/heat_map"), None)
+    assert curves == as_expected

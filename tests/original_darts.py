@@ -36,11 +36,9 @@ def _op(prefix, primitive, C, stride, affine):
     return {}  # none, identity, pooling
 
 
-def _network(C, classes, layers, multipliers, affine, cell_ops):
-    """Stem, cells and classifier; `cell_ops(prefix, C, reduction)` gives the keys of a cell's operations."""
-    keys = {"stem.0.weight": (3 * C, 3, 3, 3)} | _bn("stem.1", 3 * C, True)
-    C_prev_prev = C_prev = 3 * C
-    reduction_prev, C_to_auxiliary = False, None
+def _cells(C, C_prev_prev, C_prev, reduction_prev, classes, layers, multipliers, affine, cell_ops):
+    """Cells and classifier; `cell_ops(prefix, C, reduction)` gives the keys of a cell's operations."""
+    keys, C_to_auxiliary = {}, None
     for i in range(layers):
         reduction = i in (layers // 3, 2 * layers // 3)
         C *= 2 if reduction else 1
@@ -53,6 +51,12 @@ def _network(C, classes, layers, multipliers, affine, cell_ops):
         if i == 2 * layers // 3:
             C_to_auxiliary = C_prev
     return keys | {"classifier.weight": (classes, C_prev), "classifier.bias": (classes,)}, C_to_auxiliary
+
+
+def _small_images(C, *arguments):
+    """Stem, cells and classifier of a network for CIFAR."""
+    keys, C_to_auxiliary = _cells(C, 3 * C, 3 * C, False, *arguments)
+    return {"stem.0.weight": (3 * C, 3, 3, 3)} | _bn("stem.1", 3 * C, True) | keys, C_to_auxiliary
 
 
 def search_network(C, classes, layers, primitives):
@@ -71,11 +75,11 @@ def search_network(C, classes, layers, primitives):
                 edge += 1
         return keys
 
-    return _network(C, classes, layers, (4, 4), False, cell_ops)[0]
+    return _small_images(C, classes, layers, (4, 4), False, cell_ops)[0]
 
 
-def network_cifar(C, classes, layers, auxiliary, genotype):
-    """Keys of `model.NetworkCIFAR`."""
+def _derived(genotype):
+    """What `_cells` needs of a genotype: multipliers, affine, cell_ops."""
 
     def cell_ops(prefix, C, reduction):
         keys = {}
@@ -83,12 +87,25 @@ def network_cifar(C, classes, layers, auxiliary, genotype):
             keys |= _op(f"{prefix}._ops.{k}", primitive, C, 2 if reduction and node < 2 else 1, True)
         return keys
 
-    multipliers = len(genotype.normal_concat), len(genotype.reduce_concat)
-    keys, C_to_auxiliary = _network(C, classes, layers, multipliers, True, cell_ops)
-    if auxiliary:
-        keys["auxiliary_head.features.2.weight"] = (128, C_to_auxiliary, 1, 1)
-        keys |= _bn("auxiliary_head.features.3", 128, True)
-        keys["auxiliary_head.features.5.weight"] = (768, 128, 2, 2)
-        keys |= _bn("auxiliary_head.features.6", 768, True)
-        keys |= {"auxiliary_head.classifier.weight": (classes, 768), "auxiliary_head.classifier.bias": (classes,)}
-    return keys
+    return (len(genotype.normal_concat), len(genotype.reduce_concat)), True, cell_ops
+
+
+def _auxiliary_head(C, classes, last_norm):
+    keys = {"auxiliary_head.features.2.weight": (128, C, 1, 1)} | _bn("auxiliary_head.features.3", 128, True)
+    keys["auxiliary_head.features.5.weight"] = (768, 128, 2, 2)
+    keys |= _bn("auxiliary_head.features.6", 768, True) if last_norm else {}
+    return keys | {"auxiliary_head.classifier.weight": (classes, 768), "auxiliary_head.classifier.bias": (classes,)}
+
+
+def network_cifar(C, classes, layers, auxiliary, genotype):
+    """Keys of `model.NetworkCIFAR`."""
+    keys, C_to_auxiliary = _small_images(C, classes, layers, *_derived(genotype))
+    return keys | (_auxiliary_head(C_to_auxiliary, classes, True) if auxiliary else {})
+
+
+def network_imagenet(C, classes, layers, auxiliary, genotype):
+    """Keys of `model.NetworkImageNet`."""
+    keys = {"stem0.0.weight": (C // 2, 3, 3, 3), "stem0.3.weight": (C, C // 2, 3, 3), "stem1.1.weight": (C, C, 3, 3)}
+    keys |= _bn("stem0.1", C // 2, True) | _bn("stem0.4", C, True) | _bn("stem1.2", C, True)
+    cells, C_to_auxiliary = _cells(C, C, C, True, classes, layers, *_derived(genotype))
+    return keys | cells | (_auxiliary_head(C_to_auxiliary, classes, False) if auxiliary else {})

@@ -108,6 +108,15 @@ def test_bench_data_compares_both_pipelines(tmp_path):
     assert (tmp_path / "bench_data.png").stat().st_size > 1000
 
 
+def test_bench_stream_compares_costs_and_waits(tmp_path):
+    small = ["--size", 16, "--files", 32, "--workers", 1, "--pace", 0, "--steps", 1, "--rounds", 1]
+    done = run("bench_stream.py", *small, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "bench_stream.md").read_text().splitlines()
+    assert sum(row.startswith(("| 500×375 | 16 |", "| 2000×1500 | 16 |")) for row in rows) == 2
+    assert rows[-1].startswith("| 16 | 1 | 0× |") and rows[-1].count(" % |") == 2
+
+
 def test_bench_busy_compares_ways_to_wait(tmp_path):
     small = "--init_channels 4 --layers 3 --batch_size 2 --rounds 2".split()
     done = run("bench_busy.py", *small, "--busy", 0, 1, "--works", "train", "--spins", 100, "--out", tmp_path)

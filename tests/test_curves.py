@@ -34,7 +34,7 @@ def in_frame(axes, line):
     ],
 )
 def test_every_loss_is_in_the_frame(train, valid, scale):
-    figure = curves.make_figure(history(train, valid), "search")
+    figure = curves.make_figure(history(train, valid), "validation")
     figure.draw_without_rendering()
     axes = figure.axes[1]
     assert axes.get_yscale() == scale
@@ -46,7 +46,7 @@ def test_every_loss_is_in_the_frame(train, valid, scale):
     "valid, lost", [([2.2, math.nan, 1.9, math.inf], [2, 4]), ([math.nan] * 4, [1, 2, 3, 4]), ([math.nan], [1])]
 )
 def test_epochs_that_are_not_finite_are_marked_at_the_upper_edge(valid, lost):
-    figure = curves.make_figure(history([2.3, 2.0, 1.5, 1.0][: len(valid)], valid), "train")
+    figure = curves.make_figure(history([2.3, 2.0, 1.5, 1.0][: len(valid)], valid), "test")
     figure.draw_without_rendering()
     axes = figure.axes[1]
     assert len(axes.lines) == 3
@@ -58,16 +58,35 @@ def test_epochs_that_are_not_finite_are_marked_at_the_upper_edge(valid, lost):
     assert labels == ["training images", "test images", "test loss not finite"]
 
 
-def test_the_images_of_a_search_are_validation_images():
-    figure = curves.make_figure(history([2.0], [2.1]), "search")
+def test_the_images_are_called_what_they_are():
+    figure = curves.make_figure(history([2.0], [2.1]), "validation")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["training images", "validation images"]
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 6, 50, 600])
 def test_epochs_are_whole_numbers(epochs):
-    figure = curves.make_figure(history([2.0] * epochs, [2.1] * epochs), "search")
+    figure = curves.make_figure(history([2.0] * epochs, [2.1] * epochs), "validation")
     figure.draw_without_rendering()
     for axes in figure.axes:
         left, right = axes.get_xlim()
         ticks = [tick for tick in axes.get_xticks() if left <= tick <= right]
         assert ticks and all(tick == round(tick) for tick in ticks)
+
+
+def test_the_eigenvalue_is_shown_where_it_was_measured():
+    values = {1: 0.5, 3: 50.0, 4: math.nan, 6: 0.7}
+    history = [dict(epoch=k, skip_connects=k // 2) for k in range(1, 7)]
+    for k, value in values.items():
+        history[k - 1]["eigenvalue"] = value
+    top, bottom = curves.make_eigenvalue_figure(history).axes
+    line, mark = top.lines
+    assert line.get_xydata().tolist() == [[1, 0.5], [3, 50.0], [6, 0.7]] and list(mark.get_xdata()) == [4]
+    assert top.get_yscale() == "log" and bottom.lines[0].get_ydata().tolist() == [0, 1, 1, 2, 2, 3]
+    assert bottom.get_xlim()[0] < 1 and bottom.get_xlim()[1] > 6
+
+
+@pytest.mark.parametrize("values", [[-0.5], [math.nan], [0.0, -3.0, 40.0]])
+def test_any_eigenvalues_can_be_drawn(values, tmp_path):
+    history = [dict(epoch=k, skip_connects=0, eigenvalue=value) for k, value in enumerate(values, 1)]
+    curves.plot_eigenvalue(history, tmp_path / "eigenvalue.png")
+    assert (tmp_path / "eigenvalue.png").stat().st_size > 1000

@@ -8,6 +8,7 @@ import torch
 
 import data
 from processes import Processes
+from train import parse_args
 from utils import UserError
 
 
@@ -75,8 +76,9 @@ def test_one_image_is_too_few_to_train_on_but_not_to_evaluate():
     assert len(list(data.Batches(numbered_images(1), 2, PLAIN, None))) == 1
 
 
-def test_a_batch_depends_on_seed_epoch_and_step_alone():
-    images, augmentation = numbered_images(), data.Augmentation(pad=2, flip=True, cutout_length=3)
+@pytest.mark.parametrize("more", [{}, dict(resized_crop=True, color_jitter=0.4)], ids=["crop", "resized_crop"])
+def test_a_batch_depends_on_seed_epoch_and_step_alone(more):
+    images, augmentation = numbered_images(), data.Augmentation(pad=2, flip=True, cutout_length=3, **more)
     first, second = (data.Batches(images, 6, PLAIN, augmentation, key=(1, 0)) for _ in range(2))
     ahead = first.batch(3, 2)
     for step in range(4):
@@ -96,7 +98,7 @@ def test_a_second_lap_is_shuffled_anew():
 def test_processes_share_the_batches_of_one(count):
     images, augmentation = numbered_images(21), data.Augmentation(pad=2, flip=True, cutout_length=3)
     whole, *shares = (
-        data.Batches(images, 8, PLAIN, augmentation, (1, 0), Processes(rank, of))
+        data.Batches(images, 8, PLAIN, augmentation, (1, 0), team=Processes(rank, of))
         for rank, of in [(0, 1), *((rank, count) for rank in range(count))]
     )
     for step in range(2):
@@ -110,7 +112,9 @@ def test_processes_share_the_batches_of_one(count):
 
 @pytest.mark.parametrize("images", [21, 25, 2])
 def test_processes_share_an_evaluation(images):
-    shares = [list(data.Batches(numbered_images(images), 8, PLAIN, None, (0, 0), Processes(r, 3))) for r in range(3)]
+    shares = [
+        list(data.Batches(numbered_images(images), 8, PLAIN, None, (0, 0), team=Processes(r, 3))) for r in range(3)
+    ]
     assert len({len(batches) for batches in shares}) == 1  # so that they can agree after each
     for rank, batches in enumerate(shares):
         assert torch.cat([target for _, target in batches]).tolist() == list(range(rank, images, 3))
@@ -175,6 +179,23 @@ def test_every_image_is_mirrored_half_of_the_time_independently_of_the_others():
     assert together.abs().max() < 0.35
 
 
+def test_a_resized_crop_is_a_part_of_its_image_and_jitter_changes_its_colours():
+    images = numbered_images()
+    images.pixels[:] = images.labels[:, None, None, None] * 10 + 20
+    crop = data.Augmentation.of("folder", 8, 0, resized_crop=True)
+    input, target = data.Batches(images, 20, PLAIN, crop).batch(0, 0)
+    assert torch.allclose(input, (target[:, None, None, None] * 10 + 20).expand_as(input).float())
+    jittered, same = data.Batches(images, 20, PLAIN, crop._replace(color_jitter=0.5)).batch(0, 0)
+    assert torch.equal(target, same) and (jittered - input).abs().amax((1, 2, 3)).gt(0.1).float().mean() > 0.9
+    assert jittered.min() >= 0 and jittered.max() <= 255 and jittered.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_augmentation_of_flags():
+    args = parse_args("--dataset digits --augment resized_crop --color_jitter 0.3 --cutout --cutout_length 4".split())
+    assert data.Augmentation.of_flags(args) == (0, False, 4, True, 0.3)
+    assert data.Augmentation.of_flags(parse_args([])) == (4, True, 0, False, 0.0)
+
+
 def test_digits_are_not_mirrored():
     found, _ = mirrored_at_random(data.Augmentation.of("digits", 8, 0).flip, epochs=5)
     assert not found.any()
@@ -192,8 +213,8 @@ def test_cutout_cuts_a_square_that_the_edge_may_clip():
 
 
 def test_padding_is_in_the_originals_proportion():
-    assert data.Augmentation.of("cifar10", 32, 16) == (4, True, 16)
-    assert data.Augmentation.of("digits", 8, 0) == (1, False, 0)
+    assert data.Augmentation.of("cifar10", 32, 16) == data.Augmentation(pad=4, flip=True, cutout_length=16)
+    assert data.Augmentation.of("digits", 8, 0) == data.Augmentation(pad=1, flip=False, cutout_length=0)
 
 
 def test_input_is_channels_last():
@@ -245,5 +266,75 @@ def test_test_classes_must_be_the_training_classes(image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "test" / "red").rename(tmp_path / "test" / "rot")
     train, test = (data.load("folder", tmp_path, part) for part in (True, False))
-    with pytest.raises(UserError, match="differ in 'red'"):
+    with pytest.raises(UserError, match="they lack 'red'"):
         data.check_classes(test, train.classes)
+    with pytest.raises(UserError, match="'rot' is not one of those"):
+        data.check_classes(test, ["blue", "green"])
+
+
+def same(batch, other):
+    return all(map(torch.equal, batch, other))
+
+
+@pytest.mark.parametrize("fit", ["crop", "squeeze"])
+def test_batches_from_the_disk_are_those_from_memory(photographs, fit):
+    kept, streamed = (
+        data.load("folder", photographs, True, 16, subset=41, seed=2, fit=fit, data_in=where, workers=2)
+        for where in ("memory", "disk")
+    )
+    assert kept.names == streamed.names and kept.classes == streamed.classes
+    normalization = data.Normalization.of("folder", lambda: kept)
+    assert normalization == data.Normalization.of("folder", lambda: streamed)
+    augmentation = data.Augmentation(pad=2, flip=True, cutout_length=6)
+    for part, other in zip(data.split(kept, 0.4, 2), data.split(streamed, 0.4, 2), strict=True):
+        batches, ahead = (data.Batches(p, 6, normalization, augmentation, (2, 0), steps=5) for p in (part, other))
+        assert len(batches) == len(ahead) < 5  # the last steps of an epoch begin another pass
+        for epoch, step in [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (7, 3), (7, 4), (8, 0), (0, 0)]:
+            assert same(batches.batch(epoch, step), ahead.batch(epoch, step))
+        for _ in range(2):
+            assert all(same(*pair) for pair in zip(batches, ahead, strict=True))
+        assert same(batches.batch(3, 1), ahead.batch(3, 1))
+
+
+def test_an_epoch_from_the_disk_waits_for_nothing_at_its_end(photographs):
+    """What is read ahead is what is asked for, from epoch to epoch and from validation to validation."""
+    images = data.load("folder", photographs, True, 8, data_in="disk", workers=1)
+    batches = data.Batches(images, 25, PLAIN, BARE, steps=4)
+    batches.batch(0, 0)
+    started = batches._reader._results._sampler_iter
+    for epoch, step in [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]:
+        batches.batch(epoch, step)
+    assert batches._reader._results._sampler_iter is started
+    plain = data.Batches(images, 25, PLAIN, None)
+    assert len([*plain]) == 3
+    started = plain._reader._results._sampler_iter
+    assert len([*plain]) == 3 and plain._reader._results._sampler_iter is started
+
+
+def test_large_sets_stay_on_the_disk(photographs, monkeypatch):
+    kinds = []
+    for limit in (60 * 8 * 8 * 3, 60 * 8 * 8 * 3 - 1):
+        monkeypatch.setattr(data, "IN_MEMORY", limit)
+        kinds.append(type(data.load("folder", photographs, True, 8)))
+    assert kinds == [data.Images, data.StreamedImages]
+    assert type(data.load("folder", photographs, True, 8, data_in="memory")) is data.Images
+    with pytest.raises(UserError, match="--data_in disk is for --dataset folder"):
+        data.load("digits", "unused", True, data_in="disk")
+
+
+def test_statistics_of_many_images_are_those_of_some(monkeypatch):
+    images = numbered_images(100)
+    monkeypatch.setattr(data, "_SAMPLE", 20)
+    expected = images.pixels[::5].float().mean((0, 1, 2)) / 255
+    assert torch.allclose(torch.tensor(data.Normalization.of("folder", lambda: images).mean), expected)
+
+
+@pytest.mark.parametrize("before, now", [("memory", "disk"), ("disk", "memory"), ("disk", "disk")])
+def test_images_may_move_between_memory_and_disk_but_not_change(photographs, tmp_path, before, now):
+    root = shutil.copytree(photographs, tmp_path / "elsewhere")
+    first = data.fingerprint(data.load("folder", photographs, True, 8, data_in=before))
+    data.check_unchanged("train", first, data.fingerprint(data.load("folder", root, True, 8, data_in=now)))
+    path = root / "train" / "dawn" / "000.jpg"
+    path.write_bytes((root / "train" / "dawn" / "010.jpg").read_bytes())
+    with pytest.raises(UserError, match="as many images, but other"):
+        data.check_unchanged("train", first, data.fingerprint(data.load("folder", root, True, 8, data_in=now)))

@@ -9,8 +9,9 @@ from conftest import only_run
 
 
 @pytest.mark.parametrize("kind", ["digits", "folder"])
-def test_search_train_test_visualize(script, image_folder, tmp_path, kind):
-    own = ["--dataset", "folder", "--data", image_folder, "--image_size", 8, "--batch_size", 6]
+def test_search_train_test_visualize(script, photographs, tmp_path, kind):
+    own = ["--dataset", "folder", "--data", photographs, "--image_size", 8, "--batch_size", 6, "--subset", 30]
+    own += ["--data_in", "disk", "--workers", 1]
     data = own if kind == "folder" else ["--dataset", "digits", "--subset", 96, "--batch_size", 16]
     small = ["--init_channels", 4, "--layers", 3, "--epochs", 1]
     assert script("train_search.py", "--unrolled", *data, *small).returncode == 0

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 import data
+import image_folder
 from utils import UserError
 
 
@@ -138,3 +140,127 @@ def test_pixels_of_an_unknown_range_are_not_guessed_at(root, values):
     Image.fromarray(values).save(root / "train" / "red" / "000.tiff")
     with pytest.raises(UserError, match="000.tiff .its pixels"):
         labels(root)
+
+
+def read_one(folder, image, size=8, fit="crop", **options):
+    """The pixels (size, size, 3) of an image that is saved and read."""
+    path = folder / options.pop("name", "image.png")
+    image.save(path, **options)
+    _, _, (pixels,) = image_folder.read([(str(path), 0)], size, fit, "train")
+    return pixels.astype(int)
+
+
+def stripes(width, height, left="red", right="blue"):
+    image = Image.new("RGB", (width, height), left)
+    image.paste(right, (width // 2, 0, width, height))
+    return image
+
+
+def test_the_middle_of_a_photograph_is_kept_or_all_of_it_squeezed(tmp_path):
+    image = Image.new("RGB", (64, 16), "red")
+    image.paste("blue", (24, 0, 40, 16))
+    assert (read_one(tmp_path, image)[:, 1:-1] == [0, 0, 255]).all()  # the filter reaches over the edge
+    squeezed = read_one(tmp_path, image, fit="squeeze")
+    assert (squeezed[:, 0] == [255, 0, 0]).all() and squeezed[0, 3:5, 2].min() > 200
+
+
+@pytest.mark.parametrize("name", ["turned.jpg", "turned.png", "turned.tiff", "turned.webp"])
+def test_photographs_are_turned_as_the_camera_was(tmp_path, name):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: left is up
+    pixels = read_one(tmp_path, stripes(64, 64), name=name, exif=exif)
+    assert (pixels[0, :, 0] > 200).all() and (pixels[-1, :, 2] > 200).all()
+
+
+def test_transparent_pixels_are_white(tmp_path):
+    image = stripes(8, 8).convert("RGBA")
+    image.putalpha(Image.new("L", (8, 8), 0))
+    assert (read_one(tmp_path, image) == 255).all()
+    image.putalpha(Image.new("L", (8, 8), 51))  # a fifth of the colour
+    assert np.abs(read_one(tmp_path, image)[0, 0] - [255, 204, 204]).max() <= 1
+    palette = stripes(8, 8).quantize(4)
+    index = palette.getpixel((0, 0))
+    pixels = read_one(tmp_path, palette, transparency=index)
+    assert (pixels[0, 0] == 255).all() and (pixels[0, -1] == [0, 0, 255]).all()
+    gray = Image.new("LA", (8, 8), (0, 0))
+    assert (read_one(tmp_path, gray) == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "RGBA", "LA", "YCbCr"])
+def test_modes(tmp_path, mode):
+    """White and black, in colours, in a palette, in inks."""
+    image = stripes(64, 64, "white", "black").convert(mode)
+    name = {"CMYK": "image.jpg", "YCbCr": "image.jpg"}.get(mode, "image.png")
+    pixels = read_one(tmp_path, image, name=name)
+    assert (pixels[:, 0] > 240).all() and (pixels[:, -1] < 15).all()
+
+
+def test_large_photographs_are_decoded_at_a_fraction_of_their_size(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    scene = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((640, 480), Image.BICUBIC)
+    reduced = read_one(tmp_path, scene, size=24, name="scene.jpg", quality=95)
+    monkeypatch.setattr(JpegImageFile, "draft", lambda *_: None)
+    entire = read_one(tmp_path, scene, size=24, name="scene.jpg", quality=95)
+    assert 0 < np.abs(reduced - entire).mean() < 0.5
+
+
+def cut(path, left):
+    path.write_bytes(path.read_bytes()[:left])
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("dawn/000.jpg", lambda path: cut(path, -2)),
+        ("dawn/000.jpg", lambda path: cut(path, 300)),
+        ("dawn/000.jpg", lambda path: path.write_bytes(b"")),
+        ("dawn/002.png", lambda path: cut(path, -60)),
+        ("dawn/004.gif", lambda path: cut(path, 200)),
+        ("dawn/005.webp", lambda path: cut(path, -10)),
+        ("dawn/006.png", lambda path: cut(path, -60)),
+        ("dawn/008.bmp", lambda path: cut(path, -9)),
+        ("dawn/009.tiff", lambda path: cut(path, 100)),
+        ("dawn/009.tiff", lambda path: Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(path)),
+        ("dawn/009.tiff", lambda path: Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(path)),
+    ],
+)
+def test_a_check_finds_what_reading_would(photographs, tmp_path, name, damage):
+    root = shutil.copytree(photographs, tmp_path / "images")
+    assert len(data.load("folder", root, True, data_in="disk")) == 60
+    damage(root / "train" / name)
+    for where in ("disk", "memory"):
+        with pytest.raises(UserError, match=f"broken image .*{name} "):
+            data.load("folder", root, True, data_in=where)
+        assert len(data.load("folder", root, True, data_in=where, skip_broken=True)) == 59
+
+
+def test_bytes_after_the_end_of_a_photograph_do_no_harm(photographs, tmp_path):
+    path = tmp_path / "000.jpg"
+    path.write_bytes((photographs / "train" / "dawn" / "000.jpg").read_bytes() + bytes(10_000))
+    assert len(image_folder.check([(str(path), 0)], "train")[0]) == 1
+
+
+def test_a_file_that_broke_since_is_named(photographs, tmp_path):
+    path = str(tmp_path / "gone.jpg")
+    good = str(photographs / "train" / "dawn" / "000.jpg")
+    assert image_folder.decode(8, "crop", [os.fsencode(good)] * 2).shape == (2, 8, 8, 3)
+    failure = image_folder.decode(8, "crop", [os.fsencode(good), os.fsencode(path)])
+    assert failure == f"cannot read {path} (No such file or directory) any more"
+
+
+def test_what_is_found_of_pictures(root, tmp_path):
+    """Files as they are given, whatever their names; of folders, the images in and below them."""
+    notes = tmp_path / "notes.txt"
+    notes.touch()
+    hidden, empty = root / "train" / "red" / ".hidden", tmp_path / "empty"
+    empty.mkdir()
+    hidden.mkdir()
+    (hidden / "000.png").touch()
+    (root / "train" / "red" / "list.txt").touch()
+    found = image_folder.find([str(notes), str(root / "train" / "red")])
+    assert found == [str(notes), *(str(root / "train" / "red" / f"{k:03d}.png") for k in range(8))]
+    assert len(image_folder.find([str(root)])) == 36
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        image_folder.find(["nowhere"])
+    with pytest.raises(UserError, match="holds no image file"):
+        image_folder.find([str(empty)])

@@ -527,7 +527,7 @@ def test_compile_without_a_graph_break(monkeypatch, name, kernel_norm):
 def test_compile_for_several_kernel_sizes(monkeypatch, name, dynamic):
     monkeypatch.setenv("INVOLUTION_BACKEND", name)
     compiled = torch.compile(involution2d, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for K, H in ((3, 6), (5, 6), (7, 9)):
+    for K, H in ((3, 6), (5, 6), (7, 9))[: 2 if name == "reference" else 3]:  # which has operations by the tap
         input, weight, grad_output, *_ = operands((2, 8, 2, H, 7, K, 1, 1))
         inputs = [input, weight]
         assert_close(run(compiled, inputs, grad_output), run(involution2d, inputs, grad_output), torch.float64)

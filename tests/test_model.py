@@ -15,11 +15,12 @@ import torch.utils.checkpoint
 
 import fast_cell
 import original_darts
-from conftest import ROOT, logits_of_scaled_images, vary_kernels
+from conftest import logits_of_scaled_images, vary_kernels
 from genotypes import NAMED, Genotype, known_primitives
 from involution import KERNEL_NORMS, Involution2d, set_kernel_norm
-from model import NetworkCIFAR
+from model import NETWORKS, NetworkCIFAR, NetworkImageNet
 from operations import KERNEL_NORM, OPS, ReLUConvBN
+from scripts import ROOT
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -79,21 +80,60 @@ def test_a_bound_of_the_kernels_reaches_every_involution():
 
 @pytest.mark.parametrize("name", ["DARTS_V1", "DARTS_V2", "NASNet", "AmoebaNet", "DARTS_L8"])
 @pytest.mark.parametrize("auxiliary", [False, True])
-def test_state_dict_is_the_originals_for_convolutional_genotypes(name, auxiliary):
-    net = NetworkCIFAR(8, 10, 6, auxiliary, NAMED[name])
-    expected = original_darts.network_cifar(8, 10, 6, auxiliary, NAMED[name])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_state_dict_is_the_originals_for_convolutional_genotypes(name, auxiliary, network):
+    net = NETWORKS[network](8, 10, 6, auxiliary, NAMED[name])
+    expected = getattr(original_darts, f"network_{network}")(8, 10, 6, auxiliary, NAMED[name])
     assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == expected
 
 
-def test_published_weights_load_strictly_also_without_batch_counters():
-    shapes = original_darts.network_cifar(36, 10, 20, True, NAMED["DARTS_V2"])
+PUBLISHED = {  # C, classes, layers, and the parameters that the original's scripts print, without the auxiliary head
+    "cifar": (36, 10, 20, 3_349_342),
+    "imagenet": (48, 1000, 14, 4_718_752),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_published_weights_load_strictly_also_without_batch_counters(network):
+    *sizes, count = PUBLISHED[network]
+    shapes = getattr(original_darts, f"network_{network}")(*sizes, True, NAMED["DARTS_V2"])
     published = {k: torch.zeros(s) for k, s in shapes.items() if not k.endswith("num_batches_tracked")}
-    NetworkCIFAR(36, 10, 20, True, NAMED["DARTS_V2"]).load_state_dict(published, strict=True)
+    net = NETWORKS[network](*sizes, True, NAMED["DARTS_V2"])
+    net.load_state_dict(published, strict=True)
+    assert sum(p.numel() for name, p in net.named_parameters() if "auxiliary" not in name) == count
 
 
-def test_the_size_of_the_published_network():
-    net = NetworkCIFAR(36, 10, 20, False, NAMED["DARTS_V2"])
-    assert sum(p.numel() for p in net.parameters()) == 3_349_342  # the published 3.3 M parameters
+@pytest.mark.parametrize("network, layers, auxiliary, smallest", [
+    ("cifar", 1, True, 15), ("cifar", 2, True, 29), ("cifar", 20, True, 29), ("cifar", 20, False, 4),
+    ("imagenet", 1, True, 97), ("imagenet", 14, True, 193), ("imagenet", 14, False, 32),
+])  # fmt: skip
+def test_the_smallest_image(network, layers, auxiliary, smallest):
+    """Nothing is halved that is a single pixel, and the auxiliary head has its 2x2."""
+    kind = NETWORKS[network]
+    assert kind.smallest_image(layers, auxiliary) == smallest
+    net = kind(2, 10, min(layers, 3), auxiliary, NAMED["DARTS_V2"])
+    assert net(torch.randn(2, 3, smallest, smallest))[0].shape == (2, 10)
+    if auxiliary:
+        with pytest.raises(RuntimeError):
+            net(torch.randn(2, 3, smallest - 1, smallest - 1))
+
+
+@pytest.mark.parametrize("size", [224, 96])
+def test_cells_for_large_images_begin_at_an_eighth(size):
+    net, seen = NetworkImageNet(4, 7, 3, False, NAMED["DARTS_V2"]).eval(), []
+    for cell in net.cells:
+        cell.register_forward_hook(lambda module, args, output: seen.append([x.shape[2] for x in (*args[:2], output)]))
+    assert net(torch.randn(1, 3, size, size))[0].shape == (1, 7)
+    assert [[size // x for x in found] for found in seen] == [[4, 8, 8], [8, 8, 16], [8, 16, 32]]
+
+
+def test_the_auxiliary_head_of_large_images_reads_what_two_thirds_of_the_cells_leave():
+    net = NetworkImageNet(4, 7, 4, True, NAMED["DARTS_V2"])
+    logits, logits_aux = net(torch.randn(2, 3, 224, 224))
+    assert logits.shape == logits_aux.shape == (2, 7)
+    cells = [cell.preprocess1.op[1].weight for cell in net.cells]
+    grads = torch.autograd.grad(logits_aux.sum(), cells, allow_unused=True)
+    assert [grad is not None and bool(grad.any()) for grad in grads] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("size", [32, 40, 64])
@@ -154,10 +194,10 @@ def test_the_compiled_step_is_the_plain_one():
 # ------------------------------------------------------------------------------------- fast cells against plain ones
 
 
-def make(genotype, C=8, layers=3, drop_path_prob=0.4, auxiliary=False):
+def make(genotype, C=8, layers=3, drop_path_prob=0.4, auxiliary=False, kind=NetworkCIFAR):
     """A float64 network with a reduction cell after a normal one; weights and running statistics at random."""
     torch.manual_seed(0)
-    net = vary_kernels(NetworkCIFAR(C, 5, layers, auxiliary, genotype))
+    net = vary_kernels(kind(C, 5, layers, auxiliary, genotype))
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -205,6 +245,27 @@ def of_primitives(normal, reduce):
 def test_fast_cells_are_equal_to_plain_ones(name):
     assert_equal_to_plain(make(NAMED[name]))
     assert_equal_to_plain(make(NAMED[name]).eval())
+
+
+@pytest.mark.parametrize(
+    "name, auxiliary, size", [("DARTS", True, 193), ("DARTS_L20", False, 41), ("NASNet", False, 32)]
+)
+def test_fast_cells_of_large_images(name, auxiliary, size):
+    net = make(NAMED[name], C=4, auxiliary=auxiliary, kind=NetworkImageNet)
+    assert_equal_to_plain(net, size)
+    assert_equal_to_plain(net.eval(), size)
+
+
+def test_stems_of_large_images_that_are_not_as_they_were_made():
+    net, seen = make(NAMED["DARTS"], kind=NetworkImageNet), []
+    hooked = net.stem0[0], net.stem1[0], net.stem1[2], net.cells[0]
+    for module in hooked:
+        module.register_forward_hook(lambda module, args, output: seen.append(module))
+    net.stem0[4] = nn.BatchNorm2d(8, momentum=0.5).double()
+    assert_equal_to_plain(net, 32)
+    assert set(hooked) <= set(seen)
+    net.stem1 = nn.Sequential(nn.Conv2d(8, 8, 2, 2), nn.Tanh()).double()
+    assert_equal_to_plain(net, 32)
 
 
 @pytest.mark.parametrize("primitive", known_primitives())

@@ -9,7 +9,7 @@ import original_darts
 from conftest import logits_of_scaled_images
 from genotypes import PRIMITIVES, SEARCH_SPACES, Genotype, format, parse
 from involution import Involution2d, set_kernel_norm
-from model_search import MixedOp, Network
+from model_search import STEM_STRIDES, MixedOp, Network
 from operations import KERNEL_NORM
 
 CRITERION = torch.nn.CrossEntropyLoss()
@@ -34,6 +34,18 @@ def test_a_supernet_is_of_degree_one_where_kernels_are_bounded(kernel_norm, fast
     first, _, at_100, at_1000 = logits_of_scaled_images(net)
     assert math.isfinite(first)
     assert at_1000 <= 15 * at_100 if kernel_norm == KERNEL_NORM else not math.isfinite(at_1000)
+
+
+@pytest.mark.parametrize("stride", STEM_STRIDES)
+@pytest.mark.parametrize("size", [32, 33], ids=["even", "odd"])
+def test_a_stem_reduces_images_before_the_cells(stride, size):
+    net, seen = make(stem_stride=stride), []
+    net.cells[0].preprocess0.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1:]))
+    assert net(torch.randn(2, 3, size, size)).shape == (2, 5)
+    assert seen == [(12, -(-size // stride), -(-size // stride))]
+    assert {name for name, _ in net.named_parameters() if "stem" not in name} == {
+        name for name, _ in make().named_parameters() if "stem" not in name
+    }
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -87,7 +99,7 @@ def test_new_keeps_what_bounds_the_kernels():
 
 
 def test_new_keeps_every_argument_and_the_alphas():
-    arguments = dict(C=2, num_classes=7, layers=4, steps=3, multiplier=2, stem_multiplier=5, fast=False)
+    arguments = dict(C=2, num_classes=7, layers=4, steps=3, multiplier=2, stem_multiplier=5, fast=False, stem_stride=4)
     net = make(**arguments, primitives=SEARCH_SPACES["darts"])
     new = net.new()
     assert {k: v.shape for k, v in new.state_dict().items()} == {k: v.shape for k, v in net.state_dict().items()}
@@ -164,6 +176,7 @@ def test_none_weighs_on_an_edge_through_the_softmax():
         (dict(primitives=["none"]), "besides none"),
         (dict(C=0), "C must be at least 1, got 0"),
         (dict(layers=-1), "layers must be at least 1, got -1"),
+        (dict(stem_stride=3), "stem_stride must be one of 1, 4, 8, got 3"),
         (dict(multiplier=3), "multiplier must be at most steps = 2, got 3"),
     ],
 )

@@ -1,14 +1,17 @@
 """Several processes as one: over gloo, and as torchrun starts, stops and restarts them."""
 
+import copy
 import functools
 import importlib
 import os
 import pkgutil
+import runpy
 import shutil
 import signal
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +25,7 @@ from conftest import in_processes, meet_and_call, print_into, printed, start_pro
 from genotypes import SEARCH_SPACES
 from gradients import Gradients
 from model_search import Network
-from processes import ALONE, digest
+from processes import ALONE, Processes, digest
 from test_train_search import assert_same_run
 
 ARGS = Namespace(momentum=0.9, weight_decay=3e-4, arch_learning_rate=3e-3, arch_weight_decay=1e-3)
@@ -340,3 +343,30 @@ def test_bad_input_is_one_line_for_all(count, more, environment, says, tmp_path)
     assert [process.exitcode for process in started] == count * [2] and not list(tmp_path.glob("runs"))
     assert len(set(said)) == 1 and says in said[0]
     assert len(said) == 1 or environment  # they have nothing to meet by
+
+
+def benchmark(_):
+    folder = Path(__file__).parent.parent / "benchmarks"
+    sys.path.insert(0, str(folder))
+    small = "--init_channels 4 --layers 3 --image_size 8 --batch_size 4 --steps 1 --space darts --out .".split()
+    sys.argv = ["bench_processes.py", *small]
+    runpy.run_path(str(folder / "bench_processes.py"), run_name="__main__")
+
+
+def test_a_step_has_a_few_collectives(tmp_path):
+    with start_processes(2, tmp_path, benchmark) as started:
+        for process in started:
+            process.join(900)
+    assert [process.exitcode for process in started] == [0, 0], printed(tmp_path)
+    row = (tmp_path / "bench_processes.md").read_text().splitlines()[-1].split("|")
+    assert "`darts`, 4 channels, 3 cells, batch 4" in row[1] and row[2].strip() == "5"
+
+
+def test_shared_batch_norm_keeps_cells_fast_and_right():
+    net, _, (input, _), _ = make_search(training=True)
+    shared = Processes(0, 2).share_batch_norm(copy.deepcopy(net))  # without others there, it is batch norm
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in shared.modules())
+    assert shared.state_dict().keys() == net.state_dict().keys()
+    assert torch.allclose(shared(input), net(input), rtol=1e-9)
+    for (name, one), other in zip(net.named_buffers(), shared.buffers(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-9), name

@@ -8,8 +8,8 @@ import time
 import pytest
 
 import progress
-from conftest import ROOT
 from processes import ALONE
+from scripts import ROOT
 
 
 @pytest.fixture

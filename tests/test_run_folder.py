@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ import checkpoint
 import data
 import progress
 import run_folder
+import schedule
+import stream
 import utils
 from involution import Involution2d
 
@@ -31,9 +34,8 @@ def working_folder(tmp_path, monkeypatch):
 
 
 def settings(**kwargs):
-    return argparse.Namespace(
-        **(dict(save="EXP", resume=None, epochs=2, report_freq=1, learning_rate=0.1, seed=0) | kwargs)
-    )
+    own = dict(save="EXP", folder=None, resume=None, epochs=2, report_freq=1, learning_rate=0.1, train_portion=1.0)
+    return argparse.Namespace(**own | dict(seed=0) | kwargs)
 
 
 def make_run(kind="train", model=None, **kwargs):
@@ -41,7 +43,7 @@ def make_run(kind="train", model=None, **kwargs):
     model = model or torch.nn.Linear(3, 2)
     epochs = kwargs.get("epochs", 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    scheduler = schedule.make(optimizer, epochs, kwargs.get("lr_scheduler", "cosine"))
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
     run = run_folder.Run(kind, settings(**kwargs), torch.device("cpu"), parts)
     if run.args.resume is None:
@@ -55,10 +57,10 @@ def go_on(run, **kwargs):
     return make_run(resume=run.folder, **kwargs)
 
 
-def make_batches():
+def make_batches(kind=data.Batches):
     images = data.Images(torch.zeros(8, 4, 4, 3, dtype=torch.uint8), torch.tensor([0, 1] * 4), ["a", "b"])
     plain = data.Normalization((0.0,) * 3, (1.0,) * 3)
-    return data.Batches(images, 2, plain, data.Augmentation(0, False, 0))
+    return kind(images, 2, plain, data.Augmentation(0, False, 0))
 
 
 def meter(images=10, loss=1.0, top1=40.0, finite=10):
@@ -77,7 +79,8 @@ def test_a_folder_and_its_files():
     run.meter = meter(3, 1 / 3, 50.0)
     run.end_epoch(meter(), note="x")
     names = {path.name for path in run.folder.iterdir()}
-    assert names == {"config.json", "log.txt", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "figures"}
+    expected = "config.json log.txt metrics.csv summary.json checkpoint.pt checkpoint.previous.pt figures events"
+    assert names == set(expected.split())
     config = json.loads((run.folder / "config.json").read_text())
     assert config["args"]["epochs"] == 2 and config["versions"]["torch"] == torch.__version__
     assert config["device"] == "cpu" and config["involution_backend"]
@@ -91,6 +94,46 @@ def test_a_folder_and_its_files():
 def test_runs_of_the_same_second_get_folders_of_their_own(monkeypatch):
     monkeypatch.setattr("time.strftime", lambda *_: "NOW")
     assert [make_run().folder.name for _ in range(3)] == ["train-EXP-NOW", "train-EXP-NOW-2", "train-EXP-NOW-3"]
+
+
+def test_a_folder_of_ones_own(tmp_path):
+    own = str(tmp_path / "deep" / "mine")
+    run = make_run(folder=own)
+    assert run.folder == Path(own) and (run.folder / "checkpoint.pt").exists()
+    assert go_on(run, folder=own).folder == run.folder
+    with pytest.raises(utils.UserError, match="mine holds a run already: go on with it \\(--resume"):
+        make_run(folder=own)
+    assert (run.folder / "checkpoint.pt").exists()
+
+
+def test_a_folder_of_a_run_that_never_saved_is_taken_over():
+    run = make_run(folder="mine")
+    run.__exit__()
+    for name in ("checkpoint.pt", ".metrics.csv.17"):
+        Path("mine", name).touch()
+    Path("mine", "checkpoint.pt").unlink()
+    make_run(folder="mine").__exit__()
+    Path("mine", "checkpoint.pt").unlink()
+    Path("mine", "thesis.tex").touch()
+    with pytest.raises(utils.UserError, match="holds thesis.tex, which is not of a run: name a new or an empty folder"):
+        make_run(folder="mine")
+    with pytest.raises(utils.UserError, match="cannot make the run folder mine/thesis.tex"):
+        make_run(folder="mine/thesis.tex")
+    assert Path("mine", "thesis.tex").exists()
+
+
+@pytest.mark.skipif(run_folder.fcntl is None, reason="no locks on this system")
+def test_a_folder_that_another_run_is_at_work_in_is_left_alone():
+    run = make_run(folder="mine")
+    run.checkpoint.unlink()  # as before its first
+    with pytest.raises(utils.UserError, match="mine: another process is at work on this run"):
+        make_run(folder="mine")
+    assert (run.folder / "config.json").exists()
+
+
+def test_what_a_run_is_judged_by():
+    assert make_run().judged_by == "test"
+    assert make_run(train_portion=0.9).judged_by == make_run(kind="search").judged_by == "validation"
 
 
 def test_everything_is_restored():
@@ -169,6 +212,51 @@ def test_a_signal_finishes_the_step_and_saves(number, caplog):
     assert f"--resume {run.folder}" in caplog.text
     assert caplog.text.index("stopped in epoch 1 after step 2") < caplog.text.index("--resume")
     assert signal.getsignal(number) != run._on_signal
+
+
+def test_images_that_cannot_be_read_any_more_stop_the_run_after_a_whole_step(caplog):
+    caplog.set_level(logging.INFO, "darts")
+
+    class Lost(data.Batches):
+        def batch(self, epoch, step):
+            if step == 2:
+                raise stream.ReadError("cannot read a.jpg any more")
+            return super().batch(epoch, step)
+
+    with pytest.raises(stream.ReadError), make_run() as run:
+        for _ in run.steps(make_batches(Lost)):
+            record(run)
+    assert checkpoint.load(run.checkpoint)["step"] == 2
+    assert "stopped in epoch 1 after step 2" in caplog.text and f"--resume {run.folder}" in caplog.text
+    assert f"--resume {run.folder}" in (run.folder / "log.txt").read_text()
+    with pytest.raises(SystemExit) as caught, go_on(run) as again:
+        os.kill(os.getpid(), signal.SIGTERM)  # which may have reached the processes that read
+        raise stream.ReadError("a process was killed")
+    assert caught.value.code == 143 and again._log.stream is None
+
+
+@pytest.mark.parametrize("seconds, level", [(0, None), (0.001, logging.DEBUG), (1000, logging.WARNING)])
+def test_time_spent_waiting_for_images_is_logged(seconds, level, caplog):
+    caplog.set_level(logging.DEBUG, "darts")
+
+    class Slow(data.Batches):
+        waited = 0.0
+
+        def batch(self, epoch, step):
+            self.waited += seconds
+            return super().batch(epoch, step)
+
+    for _ in make_run().steps(make_batches(Slow), make_batches()):
+        time.sleep(0.03)
+    lines = [record for record in caplog.records if "waiting for images" in record.getMessage()]
+    assert [line.levelno for line in lines] == ([level] if level else [])
+    assert all(("more --workers" in line.getMessage()) == (level == logging.WARNING) for line in lines)
+
+
+def test_a_run_that_cannot_read_its_first_images_leaves_nothing():
+    with pytest.raises(stream.ReadError), make_run():
+        raise stream.ReadError("a process was killed")
+    assert not os.path.exists("runs")
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
@@ -267,7 +355,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_nothing(working_folder):
     assert run.checkpoint.exists()
 
 
-@pytest.mark.parametrize("fails", ["os.fsync", "run_folder._config", "logging.FileHandler._open"])
+@pytest.mark.parametrize("fails", ["os.fsync", "run_folder.environment", "logging.FileHandler._open"])
 def test_a_full_disk_is_named_and_leaves_nothing(working_folder, monkeypatch, fails):
     def no_space(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -325,7 +413,6 @@ DAMAGES = {  # what is put where in a checkpoint: the last key of a path gets th
     "optimizer state 0 momentum_buffer": [torch.zeros(7), torch.full((2, 3), NAN), 3],
     "optimizer state 0": [{}, {"zz": torch.zeros(2, 3)}][1:],
     "scheduler": [{}],
-    "scheduler T_max": [0, 77, "x"],
     "scheduler last_epoch": [-5, None],
     "scheduler base_lrs": [[9.0], []],
     "args": [None, []],
@@ -364,7 +451,7 @@ def test_a_step_beyond_the_epoch_is_named():
         next(run.steps(make_batches()))
 
 
-def test_an_extended_run_goes_on_along_the_cosine_of_its_new_length(caplog):
+def test_an_extended_run_goes_on_along_the_schedule_of_its_new_length(caplog):
     caplog.set_level(logging.INFO, "darts")
     folder = trained_run()
     with make_run(resume=folder, epochs=5) as run:
@@ -379,3 +466,20 @@ def test_an_extended_run_goes_on_along_the_cosine_of_its_new_length(caplog):
     assert json.loads((folder / "config.json").read_text())["args"]["epochs"] == 5
     assert len((folder / "metrics.csv").read_text().splitlines()) == 6
     make_run(resume=folder, epochs=5)
+
+
+def test_a_run_with_the_cosine_schedule_of_before_goes_on():
+    """PyTorch's, whose state is another."""
+    folder = trained_run()
+    path = folder / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.1)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
+    optimizer.step()
+    cosine.step()
+    state["scheduler"] = cosine.state_dict()
+    torch.save(state, path)
+    with make_run(resume=folder) as run:
+        assert run.parts["optimizer"].param_groups[0]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
+        run.end_epoch(meter())
+        assert run.parts["optimizer"].param_groups[0]["lr"] == pytest.approx(0)

@@ -1,5 +1,6 @@
 """The settings of a run: what --resume brings, and what config.json and a checkpoint may hold."""
 
+import argparse
 import json
 
 import pytest
@@ -20,6 +21,7 @@ def parse(*argv):
     parser = utils.ArgumentParser(prog="train.py")
     parser.add_argument("--epochs", type=utils.number(int, low=1), default=9)
     parser.add_argument("--data", default="data")
+    parser.add_argument("--train_portion", type=utils.number(float, above=0, high=1), default=1.0)
     parser.add_argument("--learning_rate", type=utils.number(float, above=0), default=0.1)
     parser.add_argument("--amp", action="store_true")
     utils.add_kernel_norm_argument(parser)
@@ -144,3 +146,27 @@ def test_a_run_name_is_a_name(name, capsys):
     with pytest.raises(SystemExit):
         parse("--save", name)
     assert "must be a name, not a path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", ["", "--epochs 5 --fast --sizes 3 4", "--no-careful --rate -0.5", "--rate 0 --name=--fast", "--limit 3"]
+)
+def test_flags_give_the_settings_again(line):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=9)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--careful", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--rate", type=float, default=1.0)
+    parser.add_argument("--name", default="")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1])
+    args = parser.parse_args(line.split())
+    words = settings.flags(vars(args), parser)
+    assert parser.parse_args(words) == args and len(words) <= len(line.split()) + 1
+
+
+def test_a_run_from_before_a_setting_differs_in_what_it_did():
+    parser = argparse.ArgumentParser()
+    utils.add_kernel_norm_argument(parser)
+    assert settings.differing({}, parser) == [("kernel_norm", "none", KERNEL_NORM)]
+    assert settings.differing({"kernel_norm": KERNEL_NORM, "forgotten": 3}, parser) == []

@@ -2,21 +2,25 @@
 
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 
 import threads
+from scripts import ROOT
 
 
 @pytest.fixture
-def spins(script, monkeypatch):
+def spins(monkeypatch):
     """A function: how often a script's threads spin before they sleep, as libgomp prints it."""
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")
 
     def call(name):
-        found = re.search("GOMP_SPINCOUNT = '([0-9]+)'", script(name, "--help").stderr)
+        started = subprocess.run([sys.executable, ROOT / name, "--help"], capture_output=True, text=True)
+        found = re.search("GOMP_SPINCOUNT = '([0-9]+)'", started.stderr)
         return int(found[1]) if found else pytest.skip("the OpenMP of this PyTorch is not libgomp")
 
     return call

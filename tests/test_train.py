@@ -1,22 +1,28 @@
 """train.py and test.py as people run them: retraining, evaluation, exact resume, bad input."""
 
 import csv
+import json
 import shutil
 import signal
 import subprocess
+import sys
 from argparse import Namespace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 
 import genotypes
 import original_darts
+import scripts
 import test as test_script
-from conftest import assert_one_clear_line, only_run, start_script
+from conftest import assert_one_clear_line, assert_same_curves, only_run
 from model import NetworkCIFAR
 from processes import ALONE
-from train import parse_args, train
+from train import infer, load_data, make_criterion, parse_args, train
 from utils import UserError
 
 TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 2 --epochs 2 --report_freq 1".split()
@@ -29,7 +35,7 @@ PRINTED_ARCH = """Genotype(normal=[('sep_invo_3x3', 1), ('sep_invo_3x3', 0), ('s
 def uninterrupted(tmp_path_factory):
     """The folder of a training with drop-path that nobody stopped."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    result = start_script(folder, "train.py", *TINY, "--drop_path_prob", 0.5, run=subprocess.run)
+    result = scripts.run(folder, "train.py", *TINY, "--drop_path_prob", 0.5)
     assert result.returncode == 0, result.stderr
     return only_run(folder, "train")
 
@@ -49,18 +55,83 @@ def test_the_printed_command_works(script, image_folder, tmp_path):
 
 
 def test_a_killed_training_resumes_exactly(uninterrupted, tmp_path):
-    process = start_script(tmp_path, "train.py", *TINY, "--drop_path_prob", 0.5)
+    process = scripts.Script(tmp_path, "train.py", *TINY, "--drop_path_prob", 0.5)
     for printed in process.stdout:
         if "epoch 2/2 step 2/6" in printed:
             process.send_signal(signal.SIGKILL)
             break
     process.communicate(timeout=120)
     folder = only_run(tmp_path, "train")
-    result = start_script(tmp_path, "train.py", "--resume", folder, run=subprocess.run)
+    result = scripts.run(tmp_path, "train.py", "--resume", folder)
     assert result.returncode == 0, result.stderr
     assert (folder / "metrics.csv").read_bytes() == (uninterrupted / "metrics.csv").read_bytes()
+    assert_same_curves(folder, uninterrupted)
     states = [torch.load(f / "checkpoint.pt", weights_only=True)["model"] for f in (folder, uninterrupted)]
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
+def test_a_training_from_the_disk_survives_a_file_that_breaks(photographs, tmp_path):
+    """It names the file, and goes on once that is mended, from memory too, to the bits of one that met no trouble."""
+    root = shutil.copytree(photographs, tmp_path / "images")
+    own = ["--dataset", "folder", "--data", root, "--image_size", 8, "--batch_size", 8, "--subset", 50, *TINY[6:]]
+    own += ["--drop_path_prob", 0.5, "--arch", "DARTS_L20", "--data_in", "disk", "--workers", 2]
+    result = scripts.run(tmp_path, "train.py", *own, "--save", "whole")
+    assert result.returncode == 0, result.stderr
+    process = scripts.Script(tmp_path, "train.py", *own, "--save", "broken")
+    path = root / "train" / "noon" / "001.JPEG"
+    content = path.read_bytes()
+    for printed in process.stdout:
+        if "epoch 1/2 step 2/7" in printed:
+            path.write_bytes(content[:100])
+            break
+    output, errors = process.communicate(timeout=120)
+    assert_one_clear_line(
+        SimpleNamespace(returncode=process.returncode, stdout=output, stderr=errors), f"cannot read {path}"
+    )
+    whole, broken = (next((tmp_path / "runs").glob(f"train-{name}-*")) for name in ("whole", "broken"))
+    assert "go on with:" in output and f"--resume runs/{broken.name}" in output
+    path.write_bytes(content)
+    result = scripts.run(tmp_path, "train.py", "--resume", broken, "--data_in", "memory")
+    assert result.returncode == 0, result.stderr
+    assert (broken / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    states = [torch.load(f / "checkpoint.pt", weights_only=True)["model"] for f in (broken, whole)]
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
+def test_the_protocol_for_large_images_resumes_exactly(script, tmp_path):
+    """The other network, schedule and augmentation, in a run that is killed; test.py knows them all."""
+    own = [*TINY, *"--network imagenet --image_size 32 --augment resized_crop --color_jitter 0.4".split()]
+    own += "--label_smooth 0.1 --lr_scheduler linear --warmup_epochs 1 --subset 64 --arch DARTS_V2 --cutout".split()
+    assert script("train.py", *own, "--save", "whole").returncode == 0
+    process = scripts.Script(tmp_path, "train.py", *own, "--save", "killed")
+    for printed in process.stdout:
+        if "epoch 2/2 step 1/4" in printed:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate(timeout=120)
+    whole, killed = (next((tmp_path / "runs").glob(f"train-{name}-*")) for name in ("whole", "killed"))
+    assert script("train.py", "--resume", killed).returncode == 0
+    assert (killed / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    last = list(csv.DictReader((whole / "metrics.csv").open()))[-1]
+    assert float(last["lr"]) == pytest.approx(0.025 / 2)
+    tested = script("test.py", "--model_path", killed).stdout
+    assert f"top-1 {float(last['valid_acc']):.2f}%, top-5 {float(last['valid_top5']):.2f}% on 64 images" in tested
+
+
+@pytest.mark.parametrize("size, network", [(64, "cifar"), (65, "imagenet")])
+def test_the_network_goes_by_the_size_of_the_images(size, network):
+    assert parse_args(["--image_size", str(size)]).network == network
+    assert parse_args(["--image_size", str(size), "--network", "cifar"]).network == "cifar"
+
+
+def test_smoothed_labels_are_trained_on_and_not_tested_on():
+    torch.manual_seed(0)
+    logits, target = torch.randn(6, 5), torch.arange(6) % 5
+    spread = 0.8 * torch.nn.functional.one_hot(target, 5) + 0.2 / 5  # arXiv 1512.00567, section 7
+    expected = -(spread * logits.log_softmax(1)).sum(1).mean()
+    assert make_criterion(parse_args(["--label_smooth", "0.2"]))(logits, target).item() == pytest.approx(
+        expected.item()
+    )
 
 
 def test_a_random_genotype_is_kept_as_itself():
@@ -68,7 +139,25 @@ def test_a_random_genotype_is_kept_as_itself():
     assert genotypes.parse(args.arch) == genotypes.sample(genotypes.SEARCH_SPACES["darts"], 3)
 
 
-@pytest.mark.parametrize("flag", ["amp", "compile"])
+def test_what_chooses_is_a_part_of_the_training_images(script, image_folder, tmp_path):
+    """The rest of --train_portion is measured; there are no test images to read."""
+    shutil.copytree(image_folder / "train", tmp_path / "images" / "train")
+    own = ["--dataset", "folder", "--data", "images", "--batch_size", 8, "--init_channels", 4, "--layers", 2]
+    own += ["--epochs", 1, "--image_size", 8, "--folder", "held"]
+    result = script("train.py", *own, "--train_portion", 0.75)
+    assert result.returncode == 0, result.stderr
+    args = parse_args([str(value) for value in own + ["--train_portion", 0.75, "--data", tmp_path / "images"]])
+    train_batches, valid_batches, facts = load_data(args, "cpu")
+    assert (len(train_batches.labels), len(valid_batches.labels), set(facts["data"])) == (18, 6, {"train"})
+    model = NetworkCIFAR(4, 3, 2, False, genotypes.DARTS)
+    state = torch.load(tmp_path / "held" / "checkpoint.pt", weights_only=True)
+    model.load_state_dict(state["model"])
+    assert infer(valid_batches, model).top1 == pytest.approx(state["history"][-1]["valid_acc"])
+    assert_one_clear_line(script("train.py", *own[:-2], "--train_portion", 0.001), "leaves one part empty")
+    assert script("train.py", "--resume", "held").returncode == 0
+
+
+@pytest.mark.parametrize("flag", ["amp", pytest.param("compile", marks=pytest.mark.slow)])  # a minute of compiling
 def test_amp_and_compile_resume_exactly(flag, tmp_path, monkeypatch):
     """A cell of one involution: compiling takes long."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
@@ -76,9 +165,9 @@ def test_amp_and_compile_resume_exactly(flag, tmp_path, monkeypatch):
     edges = "[('sep_invo_3x3', 0), ('skip_connect', 1)]"
     cell = f"Genotype(normal={edges}, normal_concat=[2], reduce={edges}, reduce_concat=[2])"
     small = [*TINY, "--layers", 1, "--arch", cell, "--drop_path_prob", 0.5, f"--{flag}"]
-    result = start_script(tmp_path, "train.py", *small, "--save", "whole", run=subprocess.run)
+    result = scripts.run(tmp_path, "train.py", *small, "--save", "whole")
     assert result.returncode == 0, result.stderr
-    process = start_script(tmp_path, "train.py", *small, "--save", "killed")
+    process = scripts.Script(tmp_path, "train.py", *small, "--save", "killed")
     for printed in process.stdout:
         if "epoch 2/2 step 2/6" in printed:
             process.send_signal(signal.SIGKILL)
@@ -86,7 +175,7 @@ def test_amp_and_compile_resume_exactly(flag, tmp_path, monkeypatch):
     process.communicate(timeout=120)
     whole, killed = (next((tmp_path / "runs").glob(f"train-{name}-*")) for name in ("whole", "killed"))
     assert f'"{flag}": true' in (killed / "config.json").read_text()
-    result = start_script(tmp_path, "train.py", "--resume", killed, run=subprocess.run)
+    result = scripts.run(tmp_path, "train.py", "--resume", killed)
     assert result.returncode == 0, result.stderr
     assert (killed / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
     states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (killed, whole)]
@@ -108,10 +197,12 @@ def test_amp_is_in_bfloat16_but_for_the_losses():
     assert seen == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
 
 
-def test_without_a_compiler_for_compile(script, monkeypatch, tmp_path):
+def test_without_a_compiler_for_compile(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    result = script("train.py", *TINY, "--layers", 1, "--arch", "DARTS_L20", "--compile")
+    line = [*TINY, "--layers", "1", "--arch", "DARTS_L20", "--compile"]
+    command = [sys.executable, scripts.ROOT / "train.py", *line]  # a process that has not read CXX before
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "torch.compile failed" in result.stderr and "start a run without --compile" in result.stderr
 
@@ -125,6 +216,7 @@ def test_a_trained_network_is_tested_as_it_was_in_training(script, uninterrupted
         expected = f"test loss {float(last['valid_loss']):.4f}, top-1 {float(last['valid_acc']):.2f}%"
         assert expected in result.stdout
         assert ", top-5 " in result.stdout and "on 96 images" in result.stdout
+        assert ("tables and pictures: " in result.stdout) == path.is_dir()
 
 
 def test_a_run_keeps_what_bounds_its_kernels(script, tmp_path):
@@ -166,8 +258,87 @@ def test_images_that_make_the_loss_are_named(script, image_folder, tmp_path):
     assert result.stdout.count("loss 1e+05  ") == 4 and "test/red/003.png" in result.stdout
 
 
+def test_a_run_has_its_page(uninterrupted):
+    page = (uninterrupted / "report.html").read_text()
+    assert "2 of 2 epochs" in page and page.count('src="data:image/png') >= 1 and "test images, SHA-256" in page
+
+
+def test_results_go_to_the_run_and_its_page(script, uninterrupted, tmp_path):
+    run = tmp_path / "runs" / "train-tested"
+    shutil.copytree(uninterrupted, run)
+    result = script("test.py", "--model_path", run)
+    assert result.returncode == 0, result.stderr
+    numbers = json.loads((run / "test" / "test.json").read_text())
+    assert f"top-1 {numbers['top1']:.2f}%" in result.stdout and numbers["epoch"] == 2
+    assert {path.suffix for path in (run / "test").iterdir()} == {".csv", ".json", ".png"}
+    page = (run / "report.html").read_text()
+    assert "Test after 2 epochs" in page and page.count('src="data:image/png') >= 5
+    assert script("report.py", run / "test").returncode == 0  # a page of the test alone
+    assert f'test.py <span class="flag">--model_path</span> {run}' in (run / "test" / "report.html").read_text()
+
+
+def test_results_go_where_output_says(script, uninterrupted, tmp_path):
+    result = script("test.py", "--model_path", uninterrupted / "checkpoint.pt", "--output", "mine")
+    assert result.returncode == 0 and "tables and pictures: mine; page: mine/report.html" in result.stdout
+    assert (tmp_path / "mine" / "test.json").exists()
+    (tmp_path / "taken").touch()
+    assert_one_clear_line(script("test.py", "--model_path", uninterrupted, "--output", "taken"), "taken is no folder")
+
+
+def test_pictures_of_ones_own(script, uninterrupted, tmp_path):
+    """A photograph that is turned by its EXIF, a palette, one with transparency: as if they were plain."""
+    digit = Image.fromarray(np.kron(load_digits().images[0] * 15, np.ones((4, 4))).astype(np.uint8)).convert("RGB")
+    (tmp_path / "own" / "below").mkdir(parents=True)
+    digit.save(tmp_path / "own" / "a.png")
+    turned, exif = digit.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # as it is shown: turned by 270 degrees
+    turned.save(tmp_path / "own" / "b.png", exif=exif)
+    digit.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "own" / "below" / "c.gif")
+    digit.convert("RGBA").save(tmp_path / "d.webp", lossless=True)
+    result = script("test.py", "--model_path", uninterrupted, "--images", "d.webp", "own")
+    assert result.returncode == 0, result.stderr
+    lines = [line.split(": ") for line in result.stdout.splitlines() if "%" in line]
+    assert [name for name, _ in lines] == ["d.webp", "own/a.png", "own/b.png", "own/below/c.gif"]
+    assert len({found for _, found in lines}) == 1
+    shares = [part.split() for part in lines[0][1].split(", ")]
+    assert len(shares) == 5 and {name for name, _ in shares} < set("0123456789")
+    values = [float(share.rstrip("%")) for _, share in shares]
+    assert values == sorted(values, reverse=True) and sum(values) <= 100.3
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["notes.txt"], "broken image notes.txt"),
+        (["missing.png"], "missing.png: no such file or folder"),
+        (["empty"], "empty holds no image file"),
+        (["notes.txt", "--output", "there"], "--output is for the results of a test"),
+    ],
+)
+def test_what_is_no_picture(script, uninterrupted, tmp_path, arguments, says):
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    assert_one_clear_line(script("test.py", "--model_path", uninterrupted, "--images", *arguments), says)
+
+
+def test_pictures_need_a_run_that_knows_its_classes(script, tmp_path):
+    torch.save(NetworkCIFAR(4, 10, 3, False, genotypes.DARTS).state_dict(), tmp_path / "weights.pt")
+    assert_one_clear_line(script("test.py", "--model_path", "weights.pt", "--images", "."), "--images needs a run")
+
+
 def test_settings_given_to_test_win(script, uninterrupted):
     assert "on 50 images" in script("test.py", "--model_path", uninterrupted, "--subset", 50).stdout
+
+
+def test_the_published_checkpoint_of_imagenet_is_tested(script, tmp_path):
+    """Which is wrapped by the original's script, and older than batch norm's counters."""
+    shapes = original_darts.network_imagenet(4, 10, 3, True, genotypes.DARTS_V2)
+    weights = {k: torch.ones(s) for k, s in shapes.items() if not k.endswith("num_batches_tracked")}
+    torch.save({"epoch": 250, "state_dict": weights, "best_acc_top1": 73.3, "optimizer": {}}, tmp_path / "imagenet.pt")
+    network = "--arch DARTS_V2 --init_channels 4 --layers 3 --auxiliary --dataset digits --subset 4 --image_size 65"
+    result = script("test.py", "--model_path", "imagenet.pt", *network.split())
+    assert result.returncode == 0, result.stderr
+    assert "on 4 images" in result.stdout
 
 
 def test_a_published_state_dict_is_tested(script, tmp_path):
@@ -189,7 +360,13 @@ def test_a_published_state_dict_is_tested(script, tmp_path):
         (["--arch", "__import__('os').mkdir('executed')"], "must be Genotype(...)"),
         (["--arch", PRINTED_ARCH.replace("sep_invo_3x3', 1", "sep_invo_9x9', 1")], "unknown primitive 'sep_invo_9x9'"),
         (["--arch", PRINTED_ARCH.replace("sep_invo_3x3', 1", "sep_invo_3x3', 2")], "input node 2 does not exist yet"),
-        (["--auxiliary"], "--auxiliary needs images of at least 29 pixels with --layers 2, got 8"),
+        (["--auxiliary"], "--auxiliary needs images of at least 29 pixels with --network cifar and --layers 2, got 8"),
+        (
+            ["--network", "imagenet"],
+            "--network imagenet with --layers 2 reduces images by 32, which leaves nothing of 8",
+        ),
+        (["--image_size", 2], "--network cifar with --layers 2 reduces images by 4, which leaves nothing of 2"),
+        (["--warmup_epochs", 2], "--warmup_epochs 2 must be less than --epochs 2"),
         (["--batch_size", 97], "--batch_size 97 is larger than the 96 training images"),
         (["--drop_path_prob", 1], "--drop_path_prob: must be a number at least 0 and below 1, got 1"),
         (["--resume", "."], "--resume .: no checkpoint.pt in it"),
@@ -199,17 +376,6 @@ def test_a_published_state_dict_is_tested(script, tmp_path):
 def test_bad_input(script, tmp_path, arguments, says):
     assert_one_clear_line(script("train.py", *TINY, *arguments), says)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("layers, smallest", [(1, 15), (2, 29), (3, 29), (20, 29)])
-def test_the_auxiliary_head_takes_images_of_the_size_that_the_message_names(layers, smallest):
-    from train import smallest_image
-
-    assert smallest_image(layers) == smallest
-    net = NetworkCIFAR(4, 10, layers, True, genotypes.DARTS_V2)
-    net(torch.randn(2, 3, smallest, smallest))
-    with pytest.raises(RuntimeError):
-        net(torch.randn(2, 3, smallest - 1, smallest - 1))
 
 
 def test_empty_class_folder_and_broken_image(script, image_folder, tmp_path):

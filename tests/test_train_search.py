@@ -4,23 +4,25 @@ import csv
 import os
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
 import torch
 
 import genotypes
-from conftest import assert_one_clear_line, only_run, start_script
+import scripts
+from conftest import assert_one_clear_line, assert_same_curves, only_run
 
 TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 3 --epochs 2 --report_freq 1".split()
+
+ALPHAS = {f"alphas_{what}.png" for what in ("normal", "reduction", "heat_map")}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """The folder of a second-order search that nobody stopped, and what it printed."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    result = start_script(folder, "train_search.py", "--unrolled", *TINY, run=subprocess.run)
+    result = scripts.run(folder, "train_search.py", "--unrolled", *TINY)
     assert result.returncode == 0, result.stderr
     return only_run(folder, "search"), result.stdout
 
@@ -35,8 +37,11 @@ def test_a_search_leaves_everything_in_its_folder(uninterrupted):
     assert genotypes.parse(rows[-1]["genotype"]) == genotype
     for name in ("curves.png", "normal.gv", "reduction.gv"):
         assert (folder / "figures" / name).stat().st_size > 0
+    for name in ALPHAS:
+        assert (folder / "figures" / name).read_bytes()[:4] == b"\x89PNG"
     if shutil.which("dot"):
         assert (folder / "figures" / "normal.png").read_bytes()[:4] == b"\x89PNG"
+        assert (folder / "figures" / "evolution.gif").read_bytes()[:3] == b"GIF"
     assert "involution backend" in (folder / "log.txt").read_text()
 
 
@@ -47,11 +52,13 @@ def test_piped_output_is_plain_lines(uninterrupted):
 
 def assert_same_run(folder, expected):
     assert (folder / "metrics.csv").read_bytes() == (expected / "metrics.csv").read_bytes()
-    assert (folder / "genotype.json").read_bytes() == (expected / "genotype.json").read_bytes()
+    for name in ("genotype.json", "alphas.csv", "winners.csv"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes()
+    assert_same_curves(folder, expected)
     states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, expected)]
     for a, b in zip(states[0]["model"].items(), states[1]["model"].items(), strict=True):
         assert a[0] == b[0] and torch.equal(a[1], b[1])
-    for name in ("optimizer", "arch_optimizer"):
+    for name in {"optimizer", "arch_optimizer"} & {*states[1]}:
         for k, state in states[1][name]["state"].items():
             for key, value in state.items():
                 assert torch.equal(torch.as_tensor(states[0][name]["state"][k][key]), torch.as_tensor(value))
@@ -59,7 +66,7 @@ def assert_same_run(folder, expected):
 
 def start_and_signal(folder, number, line):
     """Start the search, send a signal when `line` has been printed, and return (exit code, run folder)."""
-    process = start_script(folder, "train_search.py", "--unrolled", *TINY)
+    process = scripts.Script(folder, "train_search.py", "--unrolled", *TINY)
     for printed in process.stdout:
         if line in printed:
             process.send_signal(number)
@@ -74,7 +81,7 @@ def start_and_signal(folder, number, line):
 def test_a_killed_search_resumes_exactly(uninterrupted, tmp_path, line):
     code, folder = start_and_signal(tmp_path, signal.SIGKILL, line)
     assert code == -signal.SIGKILL
-    result = start_script(tmp_path, "train_search.py", "--resume", folder, run=subprocess.run)
+    result = scripts.run(tmp_path, "train_search.py", "--resume", folder)
     assert result.returncode == 0, result.stderr
     assert_same_run(folder, uninterrupted[0])
 
@@ -85,7 +92,7 @@ def test_an_interrupted_search_says_how_to_resume_and_resumes_exactly(uninterrup
     assert code == 128 + number
     assert f"train_search.py --resume {folder.relative_to(tmp_path)}" in (folder / "log.txt").read_text()
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] > 0
-    result = start_script(tmp_path, "train_search.py", "--resume", folder, run=subprocess.run)
+    result = scripts.run(tmp_path, "train_search.py", "--resume", folder)
     assert result.returncode == 0, result.stderr
     assert_same_run(folder, uninterrupted[0])
 
@@ -95,7 +102,7 @@ def test_a_finished_search_can_be_resumed_to_write_its_results(uninterrupted, tm
     shutil.copytree(uninterrupted[0], folder)
     (folder / "metrics.csv").unlink()
     (folder / "genotype.json").unlink()
-    result = start_script(tmp_path, "train_search.py", "--resume", folder, run=subprocess.run)
+    result = scripts.run(tmp_path, "train_search.py", "--resume", folder)
     assert result.returncode == 0, result.stderr
     assert_same_run(folder, uninterrupted[0])
 
@@ -105,7 +112,7 @@ def test_a_run_with_cuda_graphs_goes_on_without_a_gpu(uninterrupted, tmp_path):
     config = tmp_path / "run" / "config.json"
     config.write_text(config.read_text().replace('"cuda_graph": false', '"cuda_graph": true'))
     line = ["--resume", "run", "--device", "cpu"]
-    result = start_script(tmp_path, "train_search.py", *line, run=subprocess.run)
+    result = scripts.run(tmp_path, "train_search.py", *line)
     assert result.returncode == 0, result.stderr
     assert "no CUDA graphs on this device: going on without" in result.stdout
 
@@ -133,12 +140,13 @@ def test_own_images_of_an_odd_size(script, image_folder, tmp_path):
 def test_without_dot_the_search_goes_on_and_says_so_once(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     monkeypatch.setenv("INVOLUTION_BACKEND", "torch")  # there is no compiler either
-    result = start_script(tmp_path, "train_search.py", *TINY, run=subprocess.run)
+    result = scripts.run(tmp_path, "train_search.py", *TINY)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("install Graphviz") == 1
     assert "searched" in result.stdout
+    assert "Genotype(" in (only_run(tmp_path, "search") / "report.html").read_text()  # without its drawings
     figures = {path.name for path in (only_run(tmp_path, "search") / "figures").iterdir()}
-    assert figures == {"curves.png", "normal.gv", "reduction.gv"}
+    assert figures == {"curves.png", "normal.gv", "reduction.gv", *ALPHAS}
 
 
 @pytest.mark.parametrize(
@@ -224,6 +232,6 @@ def test_a_dot_program_that_fails_is_one_warning(tmp_path, monkeypatch):
     dot.write_text("#!/bin/sh\nexit 1\n")
     dot.chmod(0o755)
     monkeypatch.setenv("PATH", f"{dot.parent}:{os.environ['PATH']}")
-    result = start_script(tmp_path, "train_search.py", *TINY, run=subprocess.run)
+    result = scripts.run(tmp_path, "train_search.py", *TINY)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("dot failed on") == 1

@@ -112,3 +112,10 @@ def test_without_cuda(caplog):
     assert [r.getMessage() for r in caplog.records] == ["--gpu 0: no CUDA device here, going on with the CPU"]
     with pytest.raises(utils.UserError, match="--device cpu"):
         utils.pick_device(arguments(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    "seconds, words", [(0.4, "0 s"), (119, "119 s"), (150, "2 min"), (3700, "1 h 02 min"), (200_000, "2 d 7 h")]
+)
+def test_duration(seconds, words):
+    assert utils.duration(seconds) == words

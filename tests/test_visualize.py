@@ -1,12 +1,15 @@
 """Drawing cells."""
 
+import csv
 import shlex
 import shutil
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image, ImageSequence
 
+import alphas
 import genotypes
 import visualize
 from conftest import assert_one_clear_line
@@ -92,6 +95,105 @@ def test_expressions_and_run_folders(script, tmp_path):
         of_expression, of_run = ((tmp_path / folder / f"{name}.svg").read_text() for folder in "ab")
         assert f"<title>{name} cell of run</title>" in of_run and f"<title>{name} cell of Genotype(" in of_expression
         assert of_expression.split("</title>")[1:] == of_run.split("</title>")[1:]
+
+
+def search_rows(seeds):
+    """Rows of metrics.csv of a search whose genotypes are random ones."""
+    found = [genotypes.format(genotypes.sample(genotypes.PRIMITIVES, seed)) for seed in seeds]
+    return [dict(epoch=k + 1, valid_acc=40.0 + k, genotype=genotype) for k, genotype in enumerate(found)]
+
+
+def write_rows(folder, rows):
+    folder.mkdir()
+    (folder / "genotype.json").write_text(genotypes.to_json(genotypes.parse(rows[-1]["genotype"])))
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+@needs_dot
+def test_an_evolution_has_a_frame_for_every_change(tmp_path):
+    folder = write_rows(tmp_path / "run", search_rows([1, 1, 2, 3, 3]))
+    visualize.draw_evolution(visualize.read_history(folder), tmp_path / "evolution.gif")
+    with Image.open(tmp_path / "evolution.gif") as picture:
+        assert (picture.format, picture.n_frames) == ("GIF", 3)
+        durations, pixels = [], []
+        for frame in ImageSequence.Iterator(picture):
+            durations.append(frame.info["duration"])
+            pixels.append(np.asarray(frame.convert("RGB")).astype(int))
+    assert durations[0] == durations[1] < durations[2]
+    colored = [(frame[..., 0] - frame[..., 2] > 120).any() for frame in pixels]  # what is new
+    assert colored == [False, True, True]
+
+
+@needs_dot
+def test_nothing_moves_from_frame_to_frame_and_no_line_crosses_a_label():
+    found = [genotypes.sample(genotypes.PRIMITIVES, seed) for seed in range(4)]
+    frames = [
+        (layout(graph), graph) for graph in visualize._frames([(cell.normal, cell.normal_concat) for cell in found])
+    ]
+    (first, _), _ = frames[0]
+    for cell, ((boxes, lines), graph) in zip(found, frames, strict=True):
+        assert boxes == first
+        assert graph.source.count("style=invis") == 1 + 3 * (len(boxes) - 7 - 8)  # the order of inputs; no edges now
+        shown = {f"edge {(node, 2 + k // 2)}" for k, (_, node) in enumerate(cell.normal)}
+        for node in shown:
+            left, bottom, right, top = boxes[node]
+            for start, end, points in lines:
+                inside = (points > (left, bottom)).all(1) & (points < (right, top)).all(1)
+                assert node in (start, end) or not inside.any(), (node, start, end)
+
+
+def test_what_a_search_leaves_is_drawn(script, tmp_path):
+    folder = write_rows(tmp_path / "run", search_rows([1, 2]))
+    trajectory = alphas.Trajectory(["skip_connect", "sep_conv_3x3"])
+    trajectory.add(0, [np.full((2, 2), 0.5)] * 2)
+    trajectory.write(folder)
+    result = script("visualize.py", "run", "--what", "alphas", "--format", "svg", "--output", "a")
+    names = ["a/alphas_normal.svg", "a/alphas_reduction.svg", "a/alphas_heat_map.svg"]
+    assert result.stdout.split() == names and all((tmp_path / name).stat().st_size > 0 for name in names)
+    if shutil.which("dot"):
+        assert script("visualize.py", "run", "--what", "evolution").stdout.split() == ["evolution.gif"]
+        assert (tmp_path / "evolution.gif").read_bytes()[:3] == b"GIF"
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["DARTS", "--what", "alphas"], "--what alphas needs the run folder of a search, got 'DARTS'"),
+        (
+            [genotypes.format(genotypes.DARTS), "--what", "evolution"],
+            "--what evolution needs the run folder of a search",
+        ),
+        (["training", "--what", "alphas"], "training/alphas.csv: no such file: not a search"),
+        (["empty", "--what", "evolution"], "empty has no epochs in a metrics.csv: give the folder of a search"),
+        (["training", "--what", "evolution"], "metrics.csv has no column 'genotype': not a search"),
+        (["damaged", "--what", "evolution"], "metrics.csv is damaged: "),
+        (["damaged", "--what", "evolution", "--format", "png"], "--format png: an evolution is a GIF"),
+        (["damaged", "--what", "alpha"], "invalid choice: 'alpha'"),
+    ],
+)
+def test_a_folder_without_what_is_to_be_drawn(script, tmp_path, arguments, says):
+    (row,) = search_rows([1])
+    write_rows(tmp_path / "training", [row])
+    (tmp_path / "training" / "metrics.csv").write_text("epoch,valid_acc\n1,40.0\n")
+    write_rows(tmp_path / "damaged", [row])
+    write_rows(tmp_path / "empty", [row])
+    (tmp_path / "empty" / "metrics.csv").unlink()
+    (tmp_path / "damaged" / "metrics.csv").write_text("epoch,valid_acc,genotype\n1,high,DARTS\n")
+    before = set(tmp_path.rglob("*"))
+    assert_one_clear_line(script("visualize.py", *arguments), says)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_without_dot_there_is_no_evolution(script, tmp_path, monkeypatch):
+    write_rows(tmp_path / "run", search_rows([1, 2]))
+    monkeypatch.setenv("PATH", "")
+    result = script("visualize.py", "run", "--what", "evolution")
+    assert_one_clear_line(result, "evolution.gif is not made: install Graphviz")
+    assert not list(tmp_path.glob("*.gif"))
 
 
 def test_without_dot_the_source_is_kept(script, tmp_path, monkeypatch):

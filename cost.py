@@ -1,0 +1,163 @@
+"""What a run will cost, after its first steps, and what it has cost: hours, images, memory.
+
+These are the only numbers of a run that depend on the clock or on the machine. They are in the log, in summary.json and
+under `cost` of what a checkpoint keeps for `observer.Observer`: there, a run that was resumed may differ from one that
+was not.
+"""
+
+import sys
+import time
+from collections import deque
+
+import torch
+
+import utils
+
+try:
+    import resource
+except ImportError:  # Windows: the memory of the process is not known
+    resource = None
+
+_MEASURED = 5  # steps after which the estimate is made
+
+
+class Pace:
+    """How long what is left of a run will take, from the last steps of this process and from its last validation.
+
+    Attributes:
+        validation_steps: how many steps take as long as a validation; counts until one was measured.
+    """
+
+    def __init__(self):
+        self.validation_steps = 0.0
+        self.steps = self._first = self._done = 0  # of an epoch; left of this process's first one; of the process
+        self._seconds = deque(maxlen=100)  # of the last steps
+        self._between = self._last = None  # seconds from the last step of an epoch to the next epoch; when it was
+
+    def begin_epoch(self, steps, done):
+        """An epoch of so many steps begins, or goes on after some of them."""
+        now = time.monotonic()
+        if self._last is not None:
+            self._between = now - self._last
+        self._last, self.steps = now, steps
+        self._first = self._first or steps - done
+
+    def step(self):
+        now = time.monotonic()
+        if self._done == 1:
+            self._seconds.clear()  # the first one warms up
+        self._seconds.append(now - self._last)
+        self._last = now
+        self._done += 1
+
+    def remaining(self, step, epochs):
+        """Seconds that are left after `step` steps of an epoch, with so many epochs to come after it."""
+        return self.epoch() - step * self._per_step() + epochs * self.epoch()
+
+    def epoch(self):
+        """Seconds of an epoch with its validation."""
+        between = self.validation_steps * self._per_step() if self._between is None else self._between
+        return self.steps * self._per_step() + between
+
+    def _per_step(self):
+        return sum(self._seconds) / len(self._seconds)
+
+    @property
+    def validation_is_known(self):
+        return self._between is not None
+
+    @property
+    def is_news(self):
+        """Whether there is an estimate since this step: after some, or at the end of a first epoch of fewer."""
+        return self._done == min(_MEASURED, self._first)
+
+
+class Cost:
+    """What a run has cost so far, over all processes that worked on it (a session each).
+
+    Args:
+        command, started: the command line that started the run, and when.
+        since_epoch: epochs that were over when counting began: not zero in a run from before there was a count.
+    """
+
+    def __init__(self, command, started=None, since_epoch=0):
+        texts = dict(command=command, started=started or _now(), updated=_now())
+        counts = dict(since_epoch=since_epoch, sessions=0, images=0)
+        self._state = texts | counts | dict(seconds=0.0, memory=0.0, cuda_memory=0.0)
+        self._clock = None
+
+    def begin(self):
+        """This process begins its first step; what it read and built before is not counted."""
+        if self._clock is None:
+            self._clock = time.monotonic()
+            self._state["sessions"] += 1
+
+    def count(self, images):
+        """Count images of a training step."""
+        self._state["images"] += images
+
+    def state_dict(self):
+        """Everything up to now, as plain values."""
+        if self._clock is not None:
+            now = time.monotonic()
+            self._state["seconds"] += now - self._clock
+            self._state["updated"], self._clock = _now(), now
+        for name, value in zip(("memory", "cuda_memory"), peak_memory(), strict=True):
+            self._state[name] = max(self._state[name], value)
+        return dict(self._state)
+
+    def load_state_dict(self, state):
+        """Go on from what another process kept.
+
+        Raises:
+            ValueError: not what `state_dict` returns.
+        """
+        for name, value in self._state.items():
+            if type(state[name]) is not type(value) or (not isinstance(value, str) and not 0 <= state[name] < 1e18):
+                raise ValueError(f"{name} is {state[name]!r}"[:100])
+        self._state = {name: state[name] for name in self._state}
+
+    def summary(self, ended):
+        """The columns of summary.json; counts stop at the last checkpoint."""
+        state = self._state
+        return {
+            "command": state["command"],
+            "started": state["started"],
+            "ended": state["updated"] if ended else None,
+            "hours": round(state["seconds"] / 3600, 4),
+            "sessions": state["sessions"],
+            "counted_since_epoch": state["since_epoch"],
+            "images": state["images"],
+            "images_per_second": round(state["images"] / state["seconds"], 2) if state["seconds"] else None,
+            "peak_memory_GB": round(state["memory"], 3) or None,
+            "peak_cuda_memory_GB": round(state["cuda_memory"], 3) or None,
+        }
+
+    def __str__(self):
+        state = self._state
+        sessions = f" in {state['sessions']} sessions" if state["sessions"] > 1 else ""
+        since = f" since epoch {state['since_epoch']}" if state["since_epoch"] else ""
+        spent, rate = utils.duration(state["seconds"]), state["images"] / max(state["seconds"], 1e-9)
+        images = f"{state['images']:,} training images ({rate:.3g} a second, validation included)"
+        return f"{spent}{sessions}{since} for {images}; {in_words(state['memory'], state['cuda_memory'])}"
+
+
+def peak_memory():
+    """The most that this process has had so far, in GB (10^9 bytes): in memory, and on the GPU; 0 where unknown."""
+    memory = 0.0
+    if resource:
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, else KiB
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    # asked of a process without a CUDA context, this would make one
+    cuda = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_initialized() else 0.0
+    return memory, cuda
+
+
+def in_words(memory, cuda_memory):
+    """What `peak_memory` returns, for a log."""
+    parts = [f"{memory:.2f} GB of memory"] * (memory > 0) + [f"{cuda_memory:.2f} GB on the GPU"] * (cuda_memory > 0)
+    return f"at most {' and '.join(parts)}" if parts else "memory unknown"
+
+
+def _now():
+    return time.strftime("%Y-%m-%d %H:%M:%S")

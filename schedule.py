@@ -1,0 +1,33 @@
+"""The learning rate of an epoch, a function of the epoch alone.
+
+    rate = (lowest + (highest - lowest) * shape(epoch / epochs)) * min(1, (epoch + 1) / (warmup_epochs + 1))
+
+with epochs counted from 0. The second factor is the warm-up, which raises the rate in equal steps (arXiv 1706.02677,
+section 2.2, by the epoch). Nothing depends on the rates before, so that a run that is extended goes on along the
+schedule of its new length.
+"""
+
+import math
+
+from torch.optim.lr_scheduler import LambdaLR
+
+SHAPES = {
+    "cosine": lambda part: (1 + math.cos(math.pi * part)) / 2,  # arXiv 1608.03983, without restarts
+    "linear": lambda part: 1 - part,
+}
+
+
+def make(optimizer, epochs, shape="cosine", warmup_epochs=0, lowest=0.0):
+    """The scheduler, to be stepped once an epoch, of an optimizer that was made with the highest rate."""
+    floor = lowest / optimizer.param_groups[0]["lr"]
+
+    def factor(epoch):
+        warmup = min(1.0, (epoch + 1) / (warmup_epochs + 1))
+        return (floor + (1 - floor) * SHAPES[shape](epoch / epochs)) * warmup
+
+    return LambdaLR(optimizer, factor)
+
+
+def learning_rates(scheduler, epoch):
+    """The learning rate that a scheduler of `make` has for every parameter group at an epoch."""
+    return [base * factor(epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
