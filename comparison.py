@@ -164,14 +164,17 @@ def compare(entries):
         for (other_kind, other), drawn in groups.items():
             if (kind, other_kind) == ("searched", "random"):
                 sentences += _compare_two(name, searched, other, drawn)
+    ranking = _ranking(entries)
+    return sentences + [f"Short against final accuracy: {ranking} genotypes."] * bool(ranking)
+
+
+def _ranking(entries):
+    """Whether the best of the short training are the best of the final one, in numbers; "" for fewer than three."""
     pairs = [pair for pair in map(_short_and_final, entries) if None not in pair]
-    if len(pairs) > 2:
-        tau = stats.kendalltau(*zip(*pairs, strict=True))
-        sentences.append(
-            f"Short against final accuracy: Kendall's tau = {tau.statistic:.2f}, p = {tau.pvalue:.3g}, "
-            f"n = {len(pairs)} genotypes."
-        )
-    return sentences
+    if len(pairs) < 3:
+        return ""
+    tau = stats.kendalltau(*zip(*pairs, strict=True))
+    return f"Kendall's τ = {tau.statistic:.2f}, p = {tau.pvalue:.3g}, n = {len(pairs)}"
 
 
 def _compare_two(name, searched, other, drawn):
@@ -327,6 +330,7 @@ def plot_ranking(entries):
             bars = [statistics.stdev(e.accuracies["final"]) if len(e.accuracies["final"]) > 1 else 0 for e in members]
             axes.errorbar(short, final, bars, label=group, elinewidth=1, capsize=3, **style)
     axes.set(xlabel="validation accuracy, short training (%)", ylabel="test accuracy, final training (%)")
+    axes.set_title(_ranking(entries), fontsize="medium")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure

@@ -90,9 +90,8 @@ class Events:
             for cell in CELLS:
                 weights = trajectory.weights[cell][-1]
                 for edge, values in zip(edge_names(len(weights)), weights, strict=True):
-                    writer.add_histogram(
-                        f"alphas_{cell}/{_NOT_IN_TAGS.sub('', edge.replace(' -> ', '_to_'))}", values, epoch
-                    )
+                    name = _NOT_IN_TAGS.sub("", edge.replace(" -> ", "_to_"))
+                    writer.add_histogram(f"alphas_{cell}/{name}", values, epoch)
 
     def image(self, tag, path, epoch):
         """Write a picture file, if there is one."""

@@ -32,7 +32,6 @@ import jobs
 import measure
 import plan
 import progress
-import report
 import run_folder
 import utils
 
@@ -131,8 +130,15 @@ def run_jobs(todo, known, the_plan, folder, args, children):
     command += ["--threads", str(args.threads)] if args.threads else []
     # a worker need not be able to import this code: what it calls is of the standard library
     call = joblib.delayed(partial(subprocess.call, cwd=os.getcwd()))
-    with cluster(args.cluster), Report(todo, known, the_plan, folder, joblib.effective_n_jobs(-1)):
-        joblib.Parallel(batch_size=1)(call([*command, "--job", job.name]) for job in todo)
+    try:
+        with cluster(args.cluster), Report(todo, known, the_plan, folder, joblib.effective_n_jobs(-1)):
+            codes = joblib.Parallel(batch_size=1)(call([*command, "--job", job.name]) for job in todo)
+    except KeyboardInterrupt:
+        logger.info("stopped; jobs that are at work on the cluster go on, and the same command waits for them")
+        sys.exit(130)
+    for job, code in zip(todo, codes, strict=True):
+        if code:
+            logger.warning("%s: a worker could not run it (exit code %d, see its output)", job.name, code)
 
 
 def run_here(todo, folder, args, children):
@@ -140,7 +146,7 @@ def run_here(todo, folder, args, children):
     gpus = queue.SimpleQueue()
     for k in range(args.jobs):
         gpus.put(visible_gpus()[k % len(visible_gpus())] if visible_gpus() else None)
-    threads = args.threads or int(os.environ.get("OMP_NUM_THREADS", max(1, cores() // args.jobs)))
+    threads = args.threads or (None if "OMP_NUM_THREADS" in os.environ else max(1, cores() // args.jobs))
 
     def run_one(job):
         gpu = gpus.get()
@@ -153,31 +159,35 @@ def run_here(todo, folder, args, children):
     joblib.Parallel(n_jobs=args.jobs, backend="threading", batch_size=1)(joblib.delayed(run_one)(job) for job in todo)
 
 
-def cluster(address):
-    """The joblib.parallel_config of `dask://HOST:PORT` or `ray`.
-
-    Raises:
-        UserError: another address, or a package that is missing.
-    """
+def check_cluster(address):
+    """Raise UserError unless this is `dask://HOST:PORT` or `ray`, and its package is installed."""
     kind, _, scheduler = address.partition("://")
     package = {"dask": "distributed", "ray": "ray"}.get(kind)
     if package is None or (kind == "dask") != bool(scheduler):
         raise utils.UserError(f"--cluster must be dask://HOST:PORT or ray, got {address!r}")
     if find_spec(package) is None:
         raise utils.UserError(f"--cluster {kind} needs the package {package}: pip install {package}")
-    if kind == "dask":
-        try:
-            return joblib.parallel_config("dask", n_jobs=-1, scheduler_host=scheduler)
-        except OSError as error:
-            raise utils.UserError(f"--cluster {address}: no Dask scheduler answers there ({error})") from None
-    import ray
-    from ray.util.joblib import register_ray
 
-    register_ray()
-    if not ray.is_initialized():
-        ray.init(address="auto")
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    return joblib.parallel_config("ray", n_jobs=-1, ray_remote_args={"num_gpus": gpus})
+
+def cluster(address):
+    """The joblib.parallel_config of an address that has been checked.
+
+    Raises:
+        UserError: nothing answers there.
+    """
+    try:
+        if address != "ray":
+            return joblib.parallel_config("dask", n_jobs=-1, scheduler_host=address.partition("://")[2])
+        import ray
+        from ray.util.joblib import register_ray
+
+        ray.init(address="auto", ignore_reinit_error=True)
+        register_ray()
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        return joblib.parallel_config("ray", n_jobs=-1, ray_remote_args={"num_gpus": gpus})
+    except (OSError, ValueError) as error:  # a ConnectionError is an OSError
+        reason = " ".join(str(error).split())[:200]
+        raise utils.UserError(f"--cluster {address}: no cluster answers there ({reason})") from None
 
 
 def cores():
@@ -249,7 +259,7 @@ class Report:
                 left += max(0, epochs - done[stage]) * spent[stage] / done[stage]
             elif epochs:
                 unknown.append(stage)
-        words = f"about {report.duration(left / self.at_once)} left"
+        words = f"about {utils.duration(left / self.at_once)} left"
         return words + f", and what is not known yet: {' and '.join(unknown)}" * bool(unknown)
 
 
@@ -259,7 +269,7 @@ def tell(job, state, folder):
         return f"{state.status}: {state.line}"
     if state.status != "finished":
         return f"{state.status}, {state.epochs} of {job.args.epochs} epochs"
-    return f"{state.value('valid_acc'):.2f} % {job.measured_on} accuracy, {report.duration(jobs.seconds(job, folder))}"
+    return f"{state.value('valid_acc'):.2f} % {job.measured_on} accuracy, {utils.duration(jobs.seconds(job, folder))}"
 
 
 # ------------------------------------------------------------------------------------------------- the script
@@ -296,6 +306,8 @@ def parse_args(argv=None):
         raise utils.UserError("name a plan, such as plans/small.toml, or give --quick" + ", not both" * args.quick)
     if args.cluster and args.jobs:
         raise utils.UserError("--jobs is for this machine: the workers of a --cluster say how many jobs run at a time")
+    if args.cluster:
+        check_cluster(args.cluster)
     args.plan = args.plan or _QUICK
     args.jobs = args.jobs or max(1, len(visible_gpus()))
     return args
@@ -330,8 +342,7 @@ def listen(children):
 def main():
     args = parse_args()
     the_plan = plan.load(args.plan)
-    if args.cluster:
-        cluster(args.cluster)
+    progress.doing("looks at what there is to do")
     folder, children = open_folder(args, the_plan), jobs.Children()
     if args.list:
         return list_jobs(the_plan, folder)
@@ -369,6 +380,7 @@ def run_one(args, the_plan, folder, children):
     if args.job not in known:
         raise utils.UserError(f"--job {args.job}: no job of this plan, or not yet; --list says which there are")
     jobs.check(known[args.job], folder)
+    progress.doing(args.job)
     jobs.run(known[args.job], folder, children, args.threads)
 
 

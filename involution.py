@@ -270,14 +270,16 @@ class Involution2d(nn.Module):
         self._kernel_norm = self.conv1.kernel_norm = kernel_norm
 
     def forward(self, x):
+        if self.kernel_norm == "filter" or not _fusable(self.conv2):
+            return involution2d(x, self.kernels(x), self.stride, self.dilation)
+        span = self.conv2.conv
         hidden = self.conv1(self.avgpool(x))
-        if self.kernel_norm != "filter" and _fusable(self.conv2):
-            span = self.conv2.conv
-            return involution2d_fused(x, hidden, span.weight, span.bias, self.kernel_size, self.stride, self.dilation)
-        weight = self.conv2(hidden).unflatten(1, (self.groups, self.kernel_size**2))
-        if self.kernel_norm == "filter":
-            weight = filter_norm(weight)
-        return involution2d(x, weight, self.stride, self.dilation)
+        return involution2d_fused(x, hidden, span.weight, span.bias, self.kernel_size, self.stride, self.dilation)
+
+    def kernels(self, x):
+        """The weight (N, G, K*K, Ho, Wo) that is made of an input (N, C, H, W)."""
+        weight = self.conv2(self.conv1(self.avgpool(x))).unflatten(1, (self.groups, self.kernel_size**2))
+        return filter_norm(weight) if self.kernel_norm == "filter" else weight
 
     def extra_repr(self):
         return (

@@ -11,6 +11,7 @@ are waited for by whoever wants to go on with them.
 import contextlib
 import csv
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -27,6 +28,8 @@ import report
 import run_folder
 import settings
 from utils import Diverged, UserError, write_text
+
+logger = logging.getLogger("darts.jobs")
 
 ENDED = ("finished", "diverged", "failed")
 _OWN = ("save", "folder", "resume", "search_space")  # settings that make no other run; what --arch random draws from
@@ -162,9 +165,12 @@ def arguments(job, folder):
 
 def run(job, folder, children, threads=None, gpu=None):
     """Take a job to its end. What became of it is in the folder: its run folder, `logs/JOB.txt`, `logs/JOB.failed`."""
-    log = folder / "logs" / f"{job.name}.txt"
+    log, waits = folder / "logs" / f"{job.name}.txt", False
     while look(job, folder).status not in ENDED and not children.stopping:
         if run_folder.is_busy(folder / job.name):  # as after this experiment, or a worker of a cluster, was killed
+            if not waits:
+                logger.info("%s: %s: waiting for it", job.name, run_folder.BUSY)
+            waits = True
             time.sleep(_PROBE)
             continue
         line = [sys.executable, Path(__file__).with_name(job.script), *arguments(job, folder)]

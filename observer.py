@@ -18,6 +18,7 @@ import torch
 
 import alphas
 import cost
+import diagnostics
 import utils
 import visualize
 from events import Events
@@ -178,12 +179,16 @@ class Observer:
 
     def _write_summary(self, ended):
         run = self.run
-        row = run.history[-1] if run.history else {}
+        row = diagnostics.final_row(run.history) if run.history else {}
         summary = dict(kind=run.kind, epochs=run.epoch) | self.cost.summary(ended)
+        summary["result_of_epoch"] = row.get("epoch")  # an early stop keeps an earlier one than the last
         for column, images in (("train_acc", "training"), ("valid_acc", run.judged_by)):
             summary[f"{images}_accuracy"] = row.get(column)
         summary["parameters"] = sum(w.numel() for w in self.model.parameters())
-        summary["genotype"] = row.get("genotype", getattr(run.args, "arch", None))
+        final = diagnostics.final_row(run.history) if run.history else {}
+        summary["genotype"] = final.get("genotype", getattr(run.args, "arch", None))
+        if run.stopped:
+            summary["genotype_of_epoch"] = final["epoch"]
         utils.write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def close(self):

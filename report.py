@@ -37,7 +37,7 @@ _KINDS = {"train_search.py": "search", "train.py": "train", "test.py": "test"}
 _GROUPS = (  # sections of pictures: title, how the names of their files begin, in order
     ("Curves", ("curves",)),
     ("Cells", ("normal", "reduction")),
-    ("Alphas", ("alphas",)),
+    ("Alphas", ("alphas_normal", "alphas_reduction", "alphas")),
     ("Sharpness", ("eigenvalue",)),
     ("Evolution", ("evolution",)),
 )
@@ -67,6 +67,7 @@ _COLUMNS = {  # of metrics.csv, as people read them; {} is what the run is judge
     "valid_top5": "{} top-5 accuracy (%)",
     "skip_connects": "skip connections",
     "eigenvalue": "eigenvalue",
+    "kept_epoch": "stopped: genotype of epoch",
     "entropy_normal": "entropy, normal cell (nats)",
     "entropy_reduce": "entropy, reduction cell (nats)",
 }
@@ -137,9 +138,10 @@ def _of_run(folder, parser, kind):
     hours = summary.get("hours")
     seconds = 3600 * hours if isinstance(hours, (int, float)) else seconds_at_work(folder / "log.txt")
     judge, done, epochs = judged_by(kind, saved), len(history), saved["epochs"]
-    over = done == epochs or bool(summary.get("ended"))
+    kept = history[-1].get("kept_epoch") if history else None  # of an early stop
+    over = done == epochs or bool(kept)
     return dict(
-        status=f"{done} of {epochs} epochs{', stopped early' if over and done < epochs else ''}",
+        status=f"{done} of {epochs} epochs" + (f", stopped early with the genotype of epoch {kept}" if kept else ""),
         over=over,
         tiles=_tiles(judge, history, tests, seconds),
         command=_command(config["script"], parser, saved),
@@ -284,7 +286,7 @@ def _sections(folder, genotype):
     paths = sorted(path for path in folder.glob("*") if path.suffix in _MEDIA and path.name[0] != ".")
     groups = {}
     for title, stems in _GROUPS:
-        groups[title] = [path for stem in stems for path in paths if path.name.startswith(stem)]
+        groups[title] = [*dict.fromkeys(path for stem in stems for path in paths if path.name.startswith(stem))]
         paths = [path for path in paths if path not in groups[title]]
     groups["More pictures"] = paths
     sections = [
@@ -381,12 +383,12 @@ def _machine(config):
 
 
 def _cost(summary):
-    """What summary.json has besides what the page says elsewhere: names in words, numbers that can be read."""
+    """What summary.json has, but for what is zero or elsewhere on the page: names in words, readable numbers."""
     elsewhere = ("kind", "epochs", "command", "genotype")
     return [
         (name.replace("_GB", " (GB)").replace("_", " "), _shown(value))
         for name, value in summary.items()
-        if value is not None and name not in elsewhere and not name.endswith("_accuracy")
+        if value not in (None, 0) and name not in elsewhere and not name.endswith("_accuracy")
     ]
 
 

@@ -60,7 +60,7 @@ def build_parser():
 
 
 def load_run(parser, argv=None):
-    """The settings, the weights and, of a run of train.py, the whole checkpoint (else an empty dict)."""
+    """The settings (of a run all it has), the weights and, of a run of train.py, the whole checkpoint (else {})."""
     args = parser.parse_args(argv)
     path = Path(args.model_path)
     if path.is_dir():
@@ -75,17 +75,16 @@ def load_run(parser, argv=None):
     if "arch_optimizer" in state:
         raise utils.UserError(f"{path} is a search: train what it found (python train.py --arch {path.parent}) first")
     if not {"model", "args", "normalization", "classes"} <= set(state):
-        train.choose_network(args)
         return args, state, {}
     checkpoint.check(state, path)
     saved = settings.check(state["args"], train.build_parser(), path)
-    own = {name: value for name, value in saved.items() if hasattr(args, name)}
-    return argparse.Namespace(**(vars(args) | own | parser.given(argv))), state["model"], state
+    return argparse.Namespace(**(vars(args) | saved | parser.given(argv))), state["model"], state
 
 
 def main():
     parser = build_parser()
     args, weights, state = load_run(parser)
+    train.choose_network(args)
     device = utils.pick_device(args)
     utils.log_device(device)
     if args.images:

@@ -148,21 +148,17 @@ def draw_evolution(history, path):
     """
     groups = [list(rows) for _, rows in itertools.groupby(history, key=lambda row: row["genotype"])]
     found = [genotypes.parse(rows[0]["genotype"]) for rows in groups]
-    columns = [
-        [_picture(graph, path) for graph in _frames([(g.normal, g.normal_concat) for g in found])],
-        [_picture(graph, path) for graph in _frames([(g.reduce, g.reduce_concat) for g in found])],
-    ]
+    normal = _frames([(genotype.normal, genotype.normal_concat) for genotype in found])
+    reduction = _frames([(genotype.reduce, genotype.reduce_concat) for genotype in found])
     frames = []
-    for rows, *cells in zip(groups, *columns, strict=True):
+    for rows, *graphs in zip(groups, normal, reduction, strict=True):
         first, last = int(rows[0]["epoch"]), int(rows[-1]["epoch"])
         epochs = f"epoch {first}" if first == last else f"epochs {first} to {last}"
         text = f"{epochs} of {int(history[-1]['epoch'])}: validation accuracy {float(rows[-1]['valid_acc']):.1f} %"
-        frames.append(_compose(text, cells))
+        frames.append(_compose(text, [_picture(graph, path) for graph in graphs]))
     durations = [_FRAME_MS] * (len(frames) - 1) + [_LAST_MS]
     with utils.replacing(path) as temporary:
-        frames[0].save(
-            temporary, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False
-        )
+        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def _frames(cells):

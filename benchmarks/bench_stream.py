@@ -6,8 +6,8 @@ python benchmarks/bench_stream.py --update                             # and the
 Both make the same distribution: shorter side resized, middle, pad, random crop, random flip, normalisation, cutout.
 The photographs are details of the two that scikit-learn ships, saved as JPEG of quality 90. What an image costs is
 processor time of one thread, which other work on the machine disturbs little. How much of the time a training waits is
-measured with steps that take no processor time, as a GPU's: they sleep, for as long as their images take to decode, or
-longer.
+measured with steps that take no processor time, as a GPU's: they sleep, for multiples (--pace) of the time in which the
+processes of this code decode a batch when nobody sleeps.
 """
 
 import argparse
@@ -136,34 +136,32 @@ def spread(values, digits):
 def costs_table(roots, args):
     lines = ["| files | pixels | check | this code | torchvision | ratio | decoded alone: Pillow | torchvision.io |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    costs = {}
     for (width, height), root in roots.items():
         checked = spread(cost_of_check(root, args.rounds), 3)
         for size in args.size:
             found = cost(root, size, args.rounds)
             ours, theirs = (statistics.median(found[name]) for name in ("this code", "torchvision"))
-            costs[root, size] = ours / 1000
             cells = [spread(values, 2) for values in found.values()]
             cells.insert(2, f"**{theirs / ours:.1f}×**")
             lines.append(f"| {width}×{height} | {size} | {checked} | {' | '.join(cells)} |")
-    return lines, costs
+    return lines
 
 
-def feeds_table(root, costs, args):
-    lines = [
-        "| pixels | workers | a step, of the time to decode | this code | torchvision | waits | torchvision waits |"
-    ]
+def feeds_table(root, args):
+    lines = ["| pixels | workers | a step | this code | torchvision | waits | torchvision waits |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for size, workers in itertools.product(args.size, args.workers):
-        both = feeds(root, size, workers)
-        for pace in args.pace:
-            step, found = pace * BATCH * costs[root, size] / workers, {name: [] for name in both}
+        both, batch = feeds(root, size, workers), 0.0
+        for pace in (0, *args.pace):
+            found = {name: [] for name in both}
             for _ in range(args.rounds):
                 for name, feed in both.items():
-                    found[name].append(consume(feed, step, args.steps))
-            rates, waits = ([spread([pair[k] for pair in pairs], 0) for pairs in found.values()] for k in (0, 1))
-            cells = [*rates, *(f"{share} %" for share in waits)]
-            lines.append(f"| {size} | {workers} | {pace:g}× | {' | '.join(cells)} |")
+                    found[name].append(consume(feed, pace * batch, args.steps))
+            rates, waits = ([[pair[k] for pair in pairs] for pairs in found.values()] for k in (0, 1))
+            if pace == 0:
+                batch = BATCH / statistics.median(rates[0])
+            cells = [*(spread(values, 0) for values in rates), *(f"{spread(values, 0)} %" for values in waits)]
+            lines.append(f"| {size} | {workers} | {1000 * pace * batch:.0f} ms | {' | '.join(cells)} |")
     return lines
 
 
@@ -172,9 +170,10 @@ def parse_args():
         description="Training images from the disk.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--size", type=int, nargs="+", default=[96, 224], help="pixels of an image")
+    parser.add_argument("--width", type=int, nargs="+", default=[500, 2000], help="of the files; their height is 3/4")
     parser.add_argument("--files", type=int, default=128, help=f"of each size; {BATCH} or more")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--pace", type=float, nargs="+", default=[0, 2], help="length of a step, see above")
+    parser.add_argument("--pace", type=float, nargs="+", default=[2], help="length of a step, in batches")
     parser.add_argument("--steps", type=int, default=8, help="of each, a round")
     parser.add_argument("--rounds", type=int, default=5)
     tables.add_arguments(parser)
@@ -184,12 +183,13 @@ def parse_args():
 def main():
     args = parse_args()
     torch.set_num_threads(1)
+    sizes = [(width, 3 * width // 4) for width in args.width]
     with tempfile.TemporaryDirectory() as folder:
-        roots = {size: Path(folder) / str(size[0]) for size in ((500, 375), (2000, 1500))}
+        roots = {size: Path(folder) / str(size[0]) for size in sizes}
         for size, root in roots.items():
             make_folder(root, *size, args.files)
-        table, costs = costs_table(roots, args)
-        more = feeds_table(next(iter(roots.values())), costs, args)
+        table = costs_table(roots, args)
+        more = feeds_table(next(iter(roots.values())), args)
     lines = [
         f"{tables.machine()}; {args.files} JPEG files, batches of {BATCH}; {args.rounds} rounds: median (least–most).",
         "",
@@ -197,7 +197,7 @@ def main():
         "",
         *table,
         "",
-        "Of files of 500×375, images a second, and the share of the time that is spent waiting for images:",
+        f"Images a second, and the share of the time spent waiting for them, of files of {sizes[0][0]}×{sizes[0][1]}:",
         "",
         *more,
     ]

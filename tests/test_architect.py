@@ -97,6 +97,20 @@ def test_second_order_gradient_is_the_exact_one_in_the_real_spaces(space, fast, 
     assert_exact(search)
 
 
+@pytest.mark.parametrize("space, drop, fast", [("s3", 0.4, True), ("s4", 0.0, False)], ids=["drop path", "noise"])
+def test_a_step_differentiates_one_draw(space, drop, fast, monkeypatch):
+    """Exact backward draws for the training batch, then for the validation batch, as the step does."""
+    monkeypatch.setattr(architect, "_R", 1e-6)
+    search = make_search(space)
+    search[0].drop_path_prob, search[0].fast = drop, fast
+    gradients = []
+    for gradient in (exact_gradient, lambda *search: bilevel_gradient(*search, unrolled=True)):
+        torch.manual_seed(7)
+        gradients.append(gradient(*search))
+    assert distance(gradients[1], gradients[0]) < 1e-4
+    assert distance(exact_gradient(*search), gradients[0]) > 1e-2  # another draw has another one
+
+
 def test_first_order_gradient_is_that_of_the_validation_loss():
     search = make_search("involution")
     expected = torch.autograd.grad(search[0]._loss(*search[3]), search[0].arch_parameters())

@@ -109,12 +109,12 @@ def test_bench_data_compares_both_pipelines(tmp_path):
 
 
 def test_bench_stream_compares_costs_and_waits(tmp_path):
-    small = ["--size", 16, "--files", 32, "--workers", 1, "--pace", 0, "--steps", 1, "--rounds", 1]
+    small = ["--width", 64, "--size", 16, "--files", 32, "--workers", 1, "--pace", 2, "--steps", 1, "--rounds", 1]
     done = run("bench_stream.py", *small, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / "bench_stream.md").read_text().splitlines()
-    assert sum(row.startswith(("| 500×375 | 16 |", "| 2000×1500 | 16 |")) for row in rows) == 2
-    assert rows[-1].startswith("| 16 | 1 | 0× |") and rows[-1].count(" % |") == 2
+    assert sum(row.startswith("| 64×48 | 16 |") for row in rows) == 1
+    assert rows[-2].startswith("| 16 | 1 | 0 ms |") and rows[-1].count(" % |") == 2
 
 
 def test_bench_busy_compares_ways_to_wait(tmp_path):

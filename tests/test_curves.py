@@ -90,3 +90,12 @@ def test_any_eigenvalues_can_be_drawn(values, tmp_path):
     history = [dict(epoch=k, skip_connects=0, eigenvalue=value) for k, value in enumerate(values, 1)]
     curves.plot_eigenvalue(history, tmp_path / "eigenvalue.png")
     assert (tmp_path / "eigenvalue.png").stat().st_size > 1000
+
+
+def test_the_epoch_that_an_early_stop_keeps_is_marked():
+    history = [dict(epoch=k, skip_connects=0, eigenvalue=value) for k, value in enumerate([0.1, math.nan, 0.3, 0.4], 1)]
+    history[-1]["kept_epoch"] = 3
+    figure = curves.make_eigenvalue_figure(history)
+    marks = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines[1:]}
+    assert marks == {"not finite": [2], "genotype kept by the early stop": [3, 3]}
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == set(marks)

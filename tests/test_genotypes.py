@@ -327,6 +327,52 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
         genotypes.parse(tmp_path)
 
 
+@pytest.fixture
+def searched(tmp_path):
+    """A run folder of three epochs, each with another genotype."""
+    texts = [genotypes.format(genotypes.NAMED[name]) for name in ("DARTS_V1", "DARTS_V2", "DARTS_L20")]
+    rows = [f'{k},"{text}"\n' for k, text in enumerate(texts, start=1)]
+    (tmp_path / "metrics.csv").write_text("epoch,genotype\n" + "".join(rows))
+    (tmp_path / "genotype.json").write_text(genotypes.to_json(genotypes.DARTS_L20))
+    return tmp_path
+
+
+def test_the_genotype_of_any_epoch(searched):
+    for epoch, name in ((1, "DARTS_V1"), (2, "DARTS_V2"), (3, "DARTS_L20")):
+        assert genotypes.parse(f"{searched}@{epoch}") == genotypes.NAMED[name]
+    assert genotypes.parse(searched) == genotypes.DARTS_L20
+
+
+@pytest.mark.parametrize("epoch", ["0", "4", "x", "", "01", "1" * 100])
+def test_an_epoch_that_was_not(searched, epoch):
+    with pytest.raises(ValueError, match=f"has no epoch '{epoch[:20]}'; its epochs are 1 to 3$"):
+        genotypes.parse(f"{searched}@{epoch}")
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (None, "has no metrics.csv: no epoch of it has ended, or it is no run"),
+        ("", "has no genotypes: those of epochs are kept by searches alone"),
+        ("epoch,lr\n1,0.1\n", "has no genotypes: those of epochs are kept by searches alone"),
+        ("epoch,genotype\n1\n", "has no genotypes: those of epochs are kept by searches alone"),
+        ("epoch,genotype\n1,nonsense\n", "metrics.csv: a genotype expression must be Genotype"),
+        ("epoch,genotype\n1," + "x" * 200_000, "metrics.csv: field larger than field limit"),
+    ],
+)
+def test_a_folder_without_the_genotypes_of_epochs(tmp_path, text, says):
+    if text is not None:
+        (tmp_path / "metrics.csv").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        genotypes.parse(f"{tmp_path}@1")
+
+
+def test_a_folder_may_have_an_at_in_its_name(searched, tmp_path):
+    folder = searched.rename(tmp_path.with_name("a@2"))
+    assert genotypes.parse(folder) == genotypes.DARTS_L20
+    assert genotypes.parse(f"{folder}@1") == genotypes.DARTS_V1
+
+
 def test_a_primitive_of_your_own_is_known_once_it_is_in_a_search_space(monkeypatch):
     text = GOOD.replace("none", "conv_3x3")
     with pytest.raises(ValueError, match="unknown primitive 'conv_3x3'"):

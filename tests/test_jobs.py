@@ -113,6 +113,13 @@ def test_a_search_without_the_genotype_of_its_last_epoch_is_not_finished(folder,
     assert jobs.look(search, folder).status == "finished"
 
 
+def test_a_run_that_an_early_stop_has_ended_is_finished(folder, short):
+    write(folder / short.name / "checkpoint.pt", "")
+    for kept, status in (("", "begun"), ("1", "finished")):
+        write(folder / short.name / "metrics.csv", f"epoch,kept_epoch\n1,{kept}\n")
+        assert jobs.look(short, folder).status == status
+
+
 def test_a_failed_job_has_its_last_line_and_is_retried_on_request(folder):
     job = short_job(dataset='"folder"', data='"missing"')
     jobs.run(job, folder, Forked())

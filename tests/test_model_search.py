@@ -48,6 +48,22 @@ def test_a_stem_reduces_images_before_the_cells(stride, size):
     }
 
 
+def test_drop_path_drops_whole_edges_for_each_image():
+    cell = make(steps=1, multiplier=1, primitives=SEARCH_SPACES["s2"]).double().cells[0]
+    s0, s1 = torch.randn(2, 32, 12, 6, 6).double()
+    weights = torch.rand(2, 2).double()
+    states = cell.preprocess0(s0), cell.preprocess1(s1)
+    edges = [op(state, alphas) for op, state, alphas in zip(cell._ops, states, weights, strict=True)]
+    outcomes = torch.stack([0 * edges[0], 2 * edges[0], 2 * edges[1], 2 * (edges[0] + edges[1])])
+    for fast in (True, False):
+        torch.manual_seed(0)
+        node = cell(s0, s1, weights, fast, drop_prob=0.5)
+        found = (node - outcomes).abs().amax((2, 3, 4)) < 1e-6  # (outcomes, images)
+        assert (found.sum(0) == 1).all() and (found.sum(1) > 0).all()
+    cell.eval()
+    assert torch.equal(cell(s0, s1, weights, drop_prob=0.5), cell(s0, s1, weights))
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_mixed_edge_is_the_weighted_sum_of_its_operations(stride):
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ import torch
 
 import alphas
 import checkpoint
+import cost
 import genotypes
 import run_folder
 from conftest import assert_same_curves, read_curves
@@ -177,6 +178,14 @@ def test_costs_add_up_over_sessions(watched, tmp_path, monkeypatch, caplog):
     assert "it took" in caplog.text and "in 2 sessions for 16 training images" in caplog.text
 
 
+def test_a_summary_has_the_epoch_that_an_early_stop_kept(watched, tmp_path):
+    with make_run("search", Supernet(), resume=kill(watched, "the end", "the end", tmp_path / "stopped")) as run:
+        run.history[-1]["kept_epoch"] = 1
+        run.observer.write()
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert (summary["epochs"], summary["result_of_epoch"], summary["genotype"]) == (2, 1, run.history[0]["genotype"])
+
+
 def test_an_ended_run_that_is_resumed_costs_nothing_more(watched, tmp_path, monkeypatch):
     before = json.loads((watched[0] / "summary.json").read_text())
     folder = go_on(kill(watched, "the end", "the end", tmp_path / "again"), monkeypatch)
@@ -188,6 +197,16 @@ def test_the_estimate_is_said_once(watched):
     text = (watched[0] / "log.txt").read_text()
     assert text.count("an epoch takes about") == 1 and "what is left of 2 epochs" in text
     assert text.index("an epoch takes about") < text.index("epoch 1/2 lr")
+
+
+def test_the_bar_has_the_time_that_is_left_of_the_run(monkeypatch):
+    seen = []
+    monkeypatch.setattr(run_folder.tqdm, "set_postfix_str", lambda bar, text, **_: seen.append(text))
+    monkeypatch.setattr(cost.Pace, "remaining", lambda pace, step, epochs: 100 * epochs + step)
+    with make_run() as run:
+        for _ in run.steps(make_batches()):
+            record(run)
+    assert [text.split(", ")[1] for text in seen] == [f"whole run {100 + step} s left" for step in range(1, 5)]
 
 
 def test_without_tensorboard_a_run_goes_on(tmp_path, monkeypatch, caplog):

@@ -21,12 +21,19 @@ def test_output_size_and_gradient(primitive, stride, H, W):
     x = torch.randn(3, 6, H, W, requires_grad=True)
     out = op(x)
     assert out.shape == (3, 6, -(-H // stride), -(-W // stride))
-    if primitive == "none":
-        assert not out.any()
+    if primitive in ("none", "noise"):  # see nothing of their input
+        assert out.any() == (primitive == "noise") and not out.requires_grad
         return
     out.square().sum().backward()
     assert x.grad.isfinite().all()
     assert all(p.grad is not None for p in op.parameters())
+
+
+def test_noise_is_standard_normal_and_always_new():
+    torch.manual_seed(0)
+    first, second = (OPS["noise"](8, 2, True)(torch.full((16, 8, 32, 32), 7.0)) for _ in range(2))
+    assert abs(first.mean()) < 0.02 and abs(first.std() - 1) < 0.02
+    assert abs((first * second).mean()) < 0.02
 
 
 @pytest.mark.parametrize("C", [16, 36, 72, 144])

@@ -1,12 +1,15 @@
-"""The example that makes a folder of photographs."""
+"""The examples that make a folder of photographs, and say what is in one with ONNX Runtime."""
 
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import data
+import image_folder
 from utils import UserError
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -48,3 +51,33 @@ def test_without_scikit_image(photographs_script, monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(UserError, match="pip install scikit-image"):
         photographs_script.load_photographs()
+
+
+@pytest.mark.parametrize("fit", ["crop", "squeeze"])
+def test_images_are_prepared_as_they_were_for_training(photographs_script, photographs, fit):
+    predict = pytest.importorskip("predict", reason="ONNX Runtime is optional")
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]
+    about = dict(image_size=8, fit=fit, mean=mean, std=std, with_preprocessing=False)
+    for name in ("000.jpg", "001.JPEG", "004.gif", "008.bmp"):
+        path = photographs / "train" / "noon" / name
+        _, _, pixels = image_folder.read([(str(path), 0)], 8, fit, "train")
+        expected = (pixels / 255 - mean) / std
+        assert np.abs(predict.prepare(path, about) - expected.transpose(0, 3, 1, 2)).max() < 1e-5
+    height, width = predict.prepare(path, about | dict(with_preprocessing=True)).shape[1:3]
+    assert (height == width) == (fit == "crop")
+
+
+def test_predictions_are_counted(photographs_script, photographs, monkeypatch, capsys):
+    predict = pytest.importorskip("predict", reason="ONNX Runtime is optional")
+    about = dict(image_size=8, fit="crop", mean=[0.5] * 3, std=[0.2] * 3, with_preprocessing=False)
+    about["classes"] = ["dawn", "dusk", "noon"]
+    metadata = SimpleNamespace(custom_metadata_map={name: json.dumps(value) for name, value in about.items()})
+    run = lambda _, images: [np.log(np.float32([[0.1, 0.7, 0.2]]))]  # noqa: E731  of any image, the same
+    session = SimpleNamespace(get_modelmeta=lambda: metadata, run=run)
+    monkeypatch.setattr(predict.onnxruntime, "InferenceSession", lambda path: session)
+    files = [str(photographs / "test" / name / "000.jpg") for name in about["classes"]]
+    monkeypatch.setattr(sys, "argv", ["predict.py", "network.onnx", *files])
+    predict.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{files[0]}: dusk (70.0 %)"
+    assert lines[-1] == "1 of 3 are in the folder of their class (33.33 %)"

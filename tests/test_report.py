@@ -98,15 +98,17 @@ def test_what_to_do_next(tmp_path, kind, done, words):
 
 def test_a_search_that_stopped_early_is_over(tmp_path):
     folder = make_run(tmp_path / "run", "search", done=2)
-    (folder / "summary.json").write_text('{"ended": "2026-01-01 00:00:00"}')
+    path = folder / "metrics.csv"
+    head, first, last = path.read_text().splitlines()
+    path.write_text(f"{head},kept_epoch\n{first},\n{last},1\n")
     page = page_of(folder, "search")
-    assert "2 of 3 epochs, stopped early" in page and "train.py --arch" in copied(page)[1]
+    assert "2 of 3 epochs, stopped early with the genotype of epoch 1" in page and "train.py --arch" in copied(page)[1]
 
 
 def test_it_holds_what_the_folder_holds(tmp_path):
     folder = make_run(tmp_path / "run", "search", "--unrolled", data={"train": fingerprint("cat", "dog")})
     picture = folder / "figures" / "curves.png"
-    for name in ("alphas_normal.png", "evolution.gif", "something_new.png"):
+    for name in ("alphas_heat_map.png", "alphas_normal.png", "evolution.gif", "something_new.png"):
         shutil.copy(picture, picture.with_name(name))
     (folder / "summary.json").write_text('{"hours": 1.98765, "peak_memory_GB": 3, "ended": null, "kind": "search"}')
     page = page_of(folder, "search")
@@ -117,7 +119,9 @@ def test_it_holds_what_the_folder_holds(tmp_path):
     for words in said + costs:
         assert words in text, words
     assert re.findall("<h2>(.*?)</h2>", page)[1:6] == ["Curves", "Cells", "Alphas", "Evolution", "More pictures"]
-    assert page.count('src="data:image/') == page.count("<img ") == 4
+    assert page.count('src="data:image/') == page.count("<img ") == 5
+    captions = re.findall("<figcaption>(.*?)</figcaption>", page)
+    assert captions[1].startswith("Normal cell: the weight") and captions[2] == "The weights of the last epoch."
 
 
 def fingerprint(*classes):

@@ -107,13 +107,14 @@ def test_a_folder_of_ones_own(tmp_path):
 
 
 def test_a_folder_of_a_run_that_never_saved_is_taken_over():
-    run = make_run(folder="mine")
-    run.__exit__()
-    for name in ("checkpoint.pt", ".metrics.csv.17"):
-        Path("mine", name).touch()
-    Path("mine", "checkpoint.pt").unlink()
-    make_run(folder="mine").__exit__()
-    Path("mine", "checkpoint.pt").unlink()
+    def never_save():
+        make_run(folder="mine").__exit__()
+        for name in ("checkpoint.pt", "summary.json"):  # written in this order
+            Path("mine", name).unlink()
+
+    never_save()
+    Path("mine", ".metrics.csv.17").touch()
+    never_save()
     Path("mine", "thesis.tex").touch()
     with pytest.raises(utils.UserError, match="holds thesis.tex, which is not of a run: name a new or an empty folder"):
         make_run(folder="mine")
@@ -125,7 +126,8 @@ def test_a_folder_of_a_run_that_never_saved_is_taken_over():
 @pytest.mark.skipif(run_folder.fcntl is None, reason="no locks on this system")
 def test_a_folder_that_another_run_is_at_work_in_is_left_alone():
     run = make_run(folder="mine")
-    run.checkpoint.unlink()  # as before its first
+    for path in (run.checkpoint, run.folder / "summary.json"):  # as before the first of them
+        path.unlink()
     with pytest.raises(utils.UserError, match="mine: another process is at work on this run"):
         make_run(folder="mine")
     assert (run.folder / "config.json").exists()
