@@ -185,17 +185,19 @@ def _launched(folder, script, line, more):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """Scripts -> the folders of runs of two processes that nobody stopped."""
-    runs = {}
-    for script in LINES:
+    """A function of a script: the folder of a run of two processes that nobody stopped."""
+
+    @functools.cache
+    def run(script):
         folder = tmp_path_factory.mktemp("uninterrupted")
         with start_processes(2, folder, call, script, *LINES[script]) as started:
             for process in started:
                 process.join(900)
             assert [process.exitcode for process in started] == [0, 0], printed(folder)
         assert (folder / "printed-1").read_text() == ""
-        (runs[script],) = folder.glob("runs/*")
-    return runs
+        return next(folder.glob("runs/*"))
+
+    return run
 
 
 FAULTS = {
@@ -209,7 +211,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("script", LINES)
+@pytest.mark.parametrize("script", [pytest.param("train_search.py", marks=pytest.mark.slow), "train.py"])
 def test_killed_processes_are_started_again_and_end_in_the_same_bits(script, uninterrupted, tmp_path):
     faults = FAULTS[script]
     again = functools.partial(launch, faults=faults, save_every=-1)
@@ -219,7 +221,7 @@ def test_killed_processes_are_started_again_and_end_in_the_same_bits(script, uni
     errors = [line for line in printed(tmp_path).splitlines() if "error:" in line]
     assert len(errors) <= len(faults) and all("has lost another process" in line for line in errors)
     (run,) = tmp_path.glob("runs/*")
-    assert_same_run(run, uninterrupted[script])
+    assert_same_run(run, uninterrupted(script))
 
 
 def stop_in_the_first_step(folder, script):
@@ -250,7 +252,7 @@ def test_sigterm_to_torchrun_saves_and_says_how_to_go_on(uninterrupted, tmp_path
         assert ("this run had 2 processes and now has" in printed(folder)) == (count == 3)
         assert (folder / "runs" / run.name / "metrics.csv").read_text().count("\n") == 3
         if count == 2:
-            assert_same_run(folder / "runs" / run.name, uninterrupted["train.py"])
+            assert_same_run(folder / "runs" / run.name, uninterrupted("train.py"))
 
 
 def lose(team, how):
