@@ -8,7 +8,8 @@ Second order ("unrolled"), with the weights after one virtual step of the networ
     ∇²_{α,w} L_train · v ≈ [∇_α L_train(w + εv, α) − ∇_α L_train(w − εv, α)] / 2ε,  ε = 0.01/‖v‖   (eq. 8)
 
 The weights are moved in place and put back bit for bit: there is no second model. Batch norm's running statistics
-(all buffers) are put back too.
+(all buffers) are put back too. Of several processes, each takes the derivatives on its share of the images; w', v and
+the difference are made of their means over all (gradients.py), and are the same in all.
 
 Where the network draws at random (drop path, noise), L_train is the loss of one draw: the passes at w, w + εv and
 w − εv drop the same paths and see the same noise. Eq. 7 differentiates one function, and the difference of two draws
@@ -101,7 +102,8 @@ class Architect:
         for sign in (1, -1):
             torch._foreach_add_(self.gradients.weights, vector, alpha=sign * epsilon)
             with torch.enable_grad(), from_random_states(train[0].device, draws):
-                grads = self.gradients("alphas", *train, precise=True)[2]  # at w±
+                grads = self.gradients("alphas", *train, precise=True, mean=False)[2]  # at w±
             self._weights.put_back()
             torch._foreach_add_(product, grads, alpha=sign)
+        self.gradients.team.mean_(product, len(train[1]))  # that of a difference: once
         return [difference / (2 * epsilon) for difference in product]

@@ -165,6 +165,7 @@ _MORE_RULES = {  # of what not every run keeps
     "classes": lambda value: _list(value, _name) and len(value) > 0,
     "data": are_fingerprints,
     "threads": _count,
+    "processes": _count,
     "observed": lambda value: isinstance(value, dict) and _list(value.get("reported"), lambda of: _number(of, 0), 5),
 }
 

@@ -21,6 +21,7 @@ from PIL import Image
 import augment
 import image_folder
 import stream
+from processes import ALONE
 from utils import UserError
 
 logger = logging.getLogger("darts.data")
@@ -164,11 +165,12 @@ class Plan:
         count: of the images.
         device: of what chance does; which images these are is on the device of `order_on`.
         steps: how many batches of an epoch are asked for, where that is not all of them (it does not change them).
+        team: the processes that share the batches, each of which is told of its own images.
     """
 
-    def __init__(self, count, batch_size, augmentation, size, key, device, order_on, steps):
+    def __init__(self, count, batch_size, augmentation, size, key, device, order_on, steps, team=ALONE):
         self.count, self.batch_size, self.augmentation, self.size, self.key = count, batch_size, augmentation, size, key
-        self._device, self._order_on = device, order_on
+        self._device, self._order_on, self._team = device, order_on, team
         self._steps = steps or len(self)
         self._passes = {}  # (epoch, lap): what `_draw` returns
 
@@ -182,11 +184,24 @@ class Plan:
         if (epoch, lap) not in self._passes:  # the one before is kept: who reads ahead is at its end still
             self._passes = dict([*self._passes.items()][-1:]) | {(epoch, lap): self._draw(epoch, lap)}
         batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
-        return [part[..., batch] for part in self._passes[epoch, lap]]
+        order, corners, centres, mirrored, *others = (part[..., batch] for part in self._passes[epoch, lap])
+        first = torch.arange(len(order)) < mirrored.sum()  # those that are mirrored
+        share = self._share(len(order))
+        return [part[..., share] for part in (order, corners, centres, first, *others)]
+
+    def _share(self, images):
+        """Which images of a batch this process has: all, where there are less than two for each."""
+        return slice(None) if images < 2 * self._team.count else slice(self._team.rank, None, self._team.count)
+
+    def images(self, step):
+        """How many images the batch of a step has, of all processes."""
+        return min(self.batch_size, self.count - step % len(self) * self.batch_size)
 
     def in_order(self):
-        """The images of the plain batches."""
-        return torch.arange(self.count, device=self._order_on).split(self.batch_size)
+        """The images of the plain batches: as many batches for each process, the last of which may be empty."""
+        rank, count = self._team.rank, self._team.count
+        batches = torch.arange(self.count, device=self._order_on).split(-(-self.batch_size // count) * count)
+        return [batch[rank::count] for batch in batches]
 
     def ahead(self, place):
         """Yield (place, indices) of the batches from a place on, an (epoch, step), or (None, step) of the plain images.
@@ -201,7 +216,8 @@ class Plan:
         plain = self.in_order()
         for step in range(step, len(plain)) if self.augmentation else itertools.count(step):  # noqa: B020
             step %= len(plain)
-            yield (None, step), plain[step].tolist()
+            if len(plain[step]):
+                yield (None, step), plain[step].tolist()
 
     def _draw(self, epoch, lap):
         """What a pass over the images needs of chance, the same on every device; on the device, but for two.
@@ -234,19 +250,23 @@ class Batches:
     `batch(epoch, step)` is shuffled and augmented; iteration yields the plain images in order. A last training batch
     of a single image is left out: batch norm has nothing to normalise there.
 
+    Of several processes, each has its share of the same batch: every N-th image. A last training batch of less than two
+    images for each goes to every one of them whole.
+
     Args:
         images: Images, or StreamedImages, of which the batches to come are read ahead.
         augmentation: None for a set that is not trained on.
         key: two integers, the seed of the run and a number that tells its data streams apart.
         steps: as of Plan.
+        team: the processes that share the batches.
 
     Raises:
         ValueError: a single image to train on.
     """
 
-    def __init__(self, images, batch_size, normalization, augmentation, key=(0, 0), steps=None):
+    def __init__(self, images, batch_size, normalization, augmentation, key=(0, 0), steps=None, team=ALONE):
         self.augmentation, self.labels, self.size = augmentation, images.labels, images.size
-        self.batch_size = batch_size
+        self.batch_size, self.team = batch_size, team
         self._device, S = images.device, images.size
         if augmentation and len(images) < 2:
             raise ValueError("training needs two images or more, for batch norm's sake")
@@ -263,7 +283,9 @@ class Batches:
             self._kept_columns = self._kept_rows.repeat_interleave(3, dim=1)
             # kept from batch to batch: what is freed in such pieces may go back to the system, to be cleared again
             self._kept = torch.empty(min(batch_size, len(images)), S, 3 * S, device=self._device)
-        self._plan = Plan(len(images), batch_size, augmentation, S, key, self._device, images.labels.device, steps)
+        self._plan = Plan(
+            len(images), batch_size, augmentation, S, key, self._device, images.labels.device, steps, team
+        )
         self._reader = images.reader(self._plan.ahead) if isinstance(images, StreamedImages) else None
         self._rows = None if self._reader else self._lay_out(images.pixels)
 
@@ -275,6 +297,10 @@ class Batches:
     def waited(self):
         """Seconds that have been spent waiting for images to be decoded."""
         return self._reader.waited if self._reader else 0.0
+
+    def images(self, step):
+        """How many images the batch of a step has, of all processes."""
+        return self._plan.images(step)
 
     def batch(self, epoch, step):
         """The augmented batch of a step; after the last step of an epoch, a newly shuffled pass begins."""
@@ -294,7 +320,10 @@ class Batches:
 
     def __iter__(self):
         for step, indices in enumerate(self._plan.in_order()):
-            yield self._normalize(self._crop((None, step), indices, self._pad, self._pad)), self._target(indices)
+            input = torch.empty(0, 3, self.size, self.size, device=self._device)
+            if len(indices):
+                input = self._normalize(self._crop((None, step), indices, self._pad, self._pad))
+            yield input, self._target(indices)
 
     def _target(self, indices):
         return self.labels[indices].to(self._device)
@@ -316,7 +345,7 @@ class Batches:
             rows = self._lay_out(self._reader.read(place).to(self._device, non_blocking=True))
             indices = torch.arange(len(indices), device=self._device)
         starts = 3 * ((indices * P + y) * P + x)
-        pixels = rows.index_select(0, (starts[:, None] + self._lines).flatten()).view(-1, S, S, 3)
+        pixels = rows.index_select(0, (starts[:, None] + self._lines).flatten()).view(len(indices), S, S, 3)
         pixels[:mirrored] = pixels[:mirrored].flip(2)
         return pixels.float().permute(0, 3, 1, 2)
 

@@ -67,8 +67,9 @@ def usual_interval(steps, unrolled):
 
 def take_groups(batches):
     """[(input, target)] of the same images at every call: groups of an eighth of a batch, half a batch in all."""
-    input, target = next(iter(batches))
-    size = max(_SMALLEST_GROUP, len(target) // 8)
+    images = min(batches.batch_size, len(batches.labels)) // batches.team.count  # as many in each process
+    input, target = (part[:images] for part in next(iter(batches)))
+    size = max(_SMALLEST_GROUP, images // 8)
     groups = list(zip(input.split(size), target.split(size), strict=True))[:_GROUPS]
     return [group for group in groups if len(group[1]) > 1]  # batch norm has nothing to normalise in one image
 

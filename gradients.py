@@ -1,10 +1,16 @@
-"""The derivatives of a supernet's loss that a search takes: eagerly, in mixed precision, or from CUDA graphs."""
+"""The derivatives of a supernet's loss that a search takes: eagerly, in mixed precision, or from CUDA graphs.
+
+Of several processes, each differentiates on its share of a batch, and the mean over all of them is returned: what is
+computed from it, such as a virtual step, is the same in all.
+"""
 
 import functools
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 
 import torch
+
+from processes import ALONE
 
 
 class Gradients:
@@ -17,22 +23,27 @@ class Gradients:
         cuda_graph: on a CUDA device, record each kind of gradient once for each shape of a batch, and replay it from
             then on: thousands of launches become one. The next call of a kind overwrites what the last one returned.
             While a second kind is recorded, the memory of two passes is in use.
+        team: the processes that share the batches.
     """
 
-    def __init__(self, model, amp=False, cuda_graph=False):
-        self.model, self.amp = model, amp
+    def __init__(self, model, amp=False, cuda_graph=False, team=ALONE):
+        self.model, self.amp, self.team = model, amp, team
         self.weights, self.alphas = [w for w in model.parameters() if w.requires_grad], model.arch_parameters()
         self.buffers = Kept(model.buffers())
+        self._statistics = running_statistics(model)
         self._pool = torch.cuda.graph_pool_handle() if cuda_graph else None
         self._recorded = functools.cache(self._record) if cuda_graph else None
 
-    def __call__(self, of, input, target, precise=False):
-        """(loss, logits, gradients), detached.
+    def __call__(self, of, input, target, precise=False, mean=True):
+        """(loss, logits, gradients), detached; loss and gradients are means over the processes.
+
+        With the gradient of the weights, batch norm's running statistics become the means of those of the processes.
 
         Args:
             of: "weights", "alphas" (the weights then do not require gradients) or "both" (alphas first).
             input, target: (N, 3, H, W) and (N,).
             precise: in float32 throughout, without mixed precision and without TF32.
+            mean: false for what this process alone has computed, of which a sum will be averaged.
         """
         if self._recorded is None:
             values = self._compute(of, precise, input, target)
@@ -40,6 +51,8 @@ class Gradients:
             mode = self.model.training, self.model.fast
             values = self._recorded(of, precise, input.shape, mode)(input, target)
         loss, logits, *grads = values
+        if mean:
+            self.team.mean_([loss, *grads, *(self._statistics if of == "weights" else ())], len(target))
         return loss, logits, grads
 
     def _wanted(self, of):
@@ -59,7 +72,7 @@ class Gradients:
         return [loss.detach(), logits.detach(), *grads]
 
     def hessian_product(self, vector, input, target):
-        """∇²_α L · vector, exact: the loss is differentiated twice, in float32 or what the alphas are in.
+        """∇²_α L · vector, exact, the mean over the processes: the loss is differentiated twice, in the precision of α.
 
         The cells are computed edge by edge for this, since those of C++ cannot be differentiated twice. The buffers are
         put back. It takes as long as about ten gradients of these images, and seven times the memory of one.
@@ -71,7 +84,9 @@ class Gradients:
         try:
             with self.buffers.kept(), self._frozen_weights(), _exactly(input.device.type == "cuda"):
                 gradient = _flat(_grad(self.model._loss(input, target), self.alphas, create_graph=True))
-                return _flat(_grad(gradient @ vector.to(gradient), self.alphas))
+                product = _flat(_grad(gradient @ vector.to(gradient), self.alphas))
+            self.team.mean_([product], len(target))
+            return product
         finally:
             self.model.fast = fast
 
@@ -92,6 +107,11 @@ class Gradients:
         with Kept(self.model.buffers()).kept():  # within a step, which keeps them itself
             function = functools.partial(self._compute, of, precise)
             return _Recording(function, [input, target], self._wanted(of), self._pool)
+
+
+def running_statistics(model):
+    """The means and variances that its batch norms follow."""
+    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
 
 
 def random_states(device):
@@ -146,7 +166,8 @@ class _Recording:
         self.outputs = [torch.empty_like(x) for x in results] + [torch.empty_like(x).detach() for x in wanted]
         del results
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # other threads, as those of NCCL, may go on meanwhile
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             torch._foreach_copy_(self.outputs, function(*inputs))
 
     def __call__(self, *inputs):

@@ -195,3 +195,28 @@ class Observer:
         """The process ends, or the run does."""
         if self.events is not None:
             self.events.close()
+
+
+class Bystander(Observer):
+    """Of a process that does not lead its run: what it looks at enters the run's numbers, and it writes nothing."""
+
+    def begin(self, resumed):
+        pass
+
+    def begin_epoch(self, steps):
+        self.cost.begin()
+
+    def step(self):
+        pass
+
+    def remaining(self):
+        return ""
+
+    def write(self):
+        pass
+
+    def cells(self, pictures):
+        pass
+
+    def finish(self):
+        pass

@@ -20,12 +20,12 @@ def doing(what):
 
 
 def counted(batches, label):
-    """Yield the batches (input, target) of a data.Batches, and keep count of their images."""
+    """Yield the batches (input, target) of a data.Batches, and keep count of their images, in the shares of all."""
     done = 0
     for input, target in batches:
         doing(f"{label}: {done} of {len(batches.labels)} images")
         yield input, target
-        done += len(target)
+        done += len(target) * batches.team.count
 
 
 class Pulse(logging.Handler):

@@ -35,12 +35,14 @@ from tqdm import tqdm
 import checkpoint
 import genotypes
 import involution
+import processes
 import progress
 import schedule
+import settings
 import visualize
 from curves import plot_curves, plot_eigenvalue
 from data import check_unchanged
-from observer import Observer
+from observer import Bystander, Observer
 from operations import KERNEL_NORM
 from stream import ReadError
 from utils import AverageMeter, Diverged, UserError, log_device, processor, remove_temporaries, write_text
@@ -54,6 +56,7 @@ logger = logging.getLogger("darts.run")
 
 BUSY = "another process is at work on this run"
 _SAVE_EVERY = 300  # seconds between two checkpoints within an epoch
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _TOO_LONG = 0.1  # of an epoch, to wait for images
 
 
@@ -64,47 +67,62 @@ class Run:
     the epoch so far, the finished epochs, the random states. As a context manager it turns SIGINT and SIGTERM into
     "finish this step, save, exit and say how to resume".
 
+    Several processes are one run: each calls every method, and the first one alone makes the folder, draws and saves.
+    What one of them is asked to do, all do after the same step.
+
     Args:
         kind: "search" or "train".
         parts: name -> object with `state_dict` and `load_state_dict`; needs `model`, `optimizer` and `scheduler`.
+        team: the `processes.Processes` of the run.
         facts: further plain values to keep in the checkpoint, for those who read it; `data` has the fingerprints of
             the images (`data.fingerprint`) by name: other ones are not gone on with.
+
+    Raises:
+        UserError: a folder that cannot be made or resumed; processes that were started with other settings or images.
     """
 
-    def __init__(self, kind, args, device, parts, **facts):
+    def __init__(self, kind, args, device, parts, team=processes.ALONE, **facts):
         self.kind, self.args, self.device, self.parts, self.facts = kind, args, device, parts, facts
+        self.team, self.leads = team, team.rank == 0
         self.epoch = self.step = 0
         self.meter = AverageMeter()
+        self._batch = None  # the sums of this process's share of a batch, and the norm of the gradient
         self.history = []  # a dict of numbers for every finished epoch
-        self._signal, self._handlers = None, {}
+        self._asked = self._signal = None  # the signal that this process has got, and that all of them know of
+        self._handlers = {}
         self._threads = torch.get_num_threads()  # of a run that is resumed: those it was saved with
         self._said_why_no_drawing = self._said_not_finite = False
-        self.folder = _folder(kind, args)
+        self._check_settings()
+        self.folder = Path(args.resume if args.resume is not None else team.agreed("folder", self._make_folder))
         self.checkpoint = self.folder / checkpoint.NAME
-        self._log, self.observer = None, Observer(self)
+        self._log, self.observer = None, (Observer if self.leads else Bystander)(self)
         try:
-            self._log = _LogFile(self.folder / "log.txt")
+            self._log = _LogFile(self.folder / "log.txt") if self.leads else None
             if args.resume is not None:
                 self._restore()
             else:
-                config = dict(script=Path(sys.argv[0]).name, args=vars(args) | {"resume": None}, **environment(device))
-                config["data"] = facts.get("data", {})
-                write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+                if self.leads:
+                    config = dict(script=Path(sys.argv[0]).name, args=vars(args) | {"resume": None})
+                    config |= environment(device) | {"processes": team.count, "data": facts.get("data", {})}
+                    write_text(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
                 self.save()
             self.observer.begin(resumed=args.resume is not None)
         except Exception as error:
             self.__exit__(type(error))
             raise
-        self._log.open_to_all()
+        if self.leads:
+            self._log.open_to_all()
         logger.info("%s %s", "resuming" if args.resume else "run folder", self.folder)
         log_device(device)
+        if team.count > 1:
+            logger.info("%d processes, which share the images of every batch", team.count)
         threads = torch.get_num_threads()
         if device.type == "cpu" and self._threads != threads:
             what = "this run had %d CPU threads and now has %d: its numbers will differ in their last digits; "
             logger.warning(what + "OMP_NUM_THREADS=%d goes on exactly", self._threads, threads, self._threads)
 
     def __enter__(self):
-        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = {s: signal.signal(s, self._on_signal) for s in _SIGNALS}
         return self
 
     def __exit__(self, kind=None, error=None, *_):
@@ -113,7 +131,7 @@ class Run:
         Images that cannot be read any more stop a run where a signal does, between two steps: it is saved.
         """
         try:
-            if isinstance(error, ReadError) and self._begun:
+            if isinstance(error, ReadError) and self._begun and self.team.count == 1:  # the others know nothing of it
                 self.stop_if_asked()  # a signal to all processes may have ended those that read
                 self._save_and_say_how_to_go_on()
         finally:
@@ -122,7 +140,7 @@ class Run:
             if self._log:
                 self._log.close()
             self.observer.close()
-        if kind is not None and issubclass(kind, Exception) and not self._begun:
+        if self.leads and kind is not None and issubclass(kind, Exception) and not self._begun:
             if self._log:
                 shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # it holds other runs, or another process is at work in it
@@ -145,10 +163,25 @@ class Run:
         return self.args.resume is not None or self.epoch + self.step > 0
 
     def _on_signal(self, number_, _):
-        if self._signal is not None:
+        several = self.team.count > 1
+        if self._asked is not None and not several:  # torchrun passes a signal on as often as it likes
             raise KeyboardInterrupt
-        self._signal = number_
-        tqdm.write("finishing this step, then saving (once more stops at once)", file=sys.stderr)
+        self._asked = number_
+        if self.leads:
+            more = "" if several else " (once more stops at once)"
+            tqdm.write(f"finishing this step, then saving{more}", file=sys.stderr)
+
+    def _make_folder(self):
+        folder = Path(self.team.recorded() or _folder(self.kind, self.args))
+        folder.mkdir(parents=True, exist_ok=True)  # of processes that were killed before they had a checkpoint
+        self.team.record(folder)
+        return str(folder)
+
+    def _check_settings(self):
+        mine = {name: value for name, value in vars(self.args).items() if name not in settings.PORTABLE}
+        others = self.team.differing(repr((mine, self.facts)).encode())
+        if others:
+            raise UserError(f"rank {others[0]} was started with other settings, or reads other images, than rank 0")
 
     def steps(self, batches, *others):
         """Yield the augmented batches that are left of this epoch, with a progress bar or report lines.
@@ -165,15 +198,17 @@ class Run:
         with bar:
             while self.step < len(batches):
                 progress.doing(f"{label} step {self.step + 1}/{len(batches)}")
+                self.team.seed(self.args.seed, self.epoch, self.step)
                 yield batches.batch(self.epoch, self.step)
+                due = self._agree(batches.images(self.step))
                 self.step += 1
                 self.observer.step()
                 bar.set_postfix_str(f"{self.meter}, {self.observer.remaining()}", refresh=False)
                 bar.update()
                 if self.step % self.args.report_freq == 0 or self.step == len(batches):
                     logger.debug("%s step %d/%d %s", label, self.step, len(batches), self.meter)
-                self.stop_if_asked()
-                if time.monotonic() - self._saved_at > _SAVE_EVERY:
+                self._stop_if_agreed()
+                if due:
                     self.save()
         waited += sum(each.waited for each in (batches, *others))
         if waited > 0:
@@ -181,8 +216,32 @@ class Run:
             level, advice = (logging.WARNING, "; more --workers may help") if share > _TOO_LONG else (logging.DEBUG, "")
             logger.log(level, "%s: %.1f%% of the time spent waiting for images%s", label, 100 * share, advice)
 
+    def _agree(self, images=0):
+        """What all processes know together, in one collective: the sums of a batch, a signal, whether to save.
+
+        Args:
+            images: of the batch, in all shares.
+
+        Returns:
+            Whether a checkpoint is due, by the clock of the first process.
+        """
+        batch, norm = self._batch if self._batch else (5 * [0], None)
+        asked = [self._asked == number for number in _SIGNALS]
+        due = self.leads and time.monotonic() - self._saved_at > _SAVE_EVERY
+        *sums, due = self.team.total([*batch, *asked, due])
+        if sums[0]:
+            self.meter.add_shares(sums[:5], images)
+            self.observer.batch(images, norm)
+        self._batch = None
+        self._signal = next((number for number, count in zip(_SIGNALS, sums[5:], strict=True) if count), None)
+        return due
+
     def record(self, loss, logits, target, grad_norm=None):
-        """Add a training batch to the averages of the epoch; the norm of its gradient is for the curves alone.
+        """Add this process's share of a training batch to the averages of the epoch, which they enter with the step.
+
+        Args:
+            loss: mean over the batch, of all processes.
+            grad_norm: the norm of its gradient, for the curves alone.
 
         Raises:
             Diverged: the loss is not finite: names the step, the learning rate and the last good checkpoint.
@@ -190,8 +249,9 @@ class Run:
         loss = loss.item()
         if not math.isfinite(loss):
             raise self.diverged(f"the loss became {loss}", self.step + 1)
-        self.meter.update(loss, logits, target)
-        self.observer.batch(len(target), grad_norm)
+        batch = AverageMeter()
+        batch.update(loss, logits, target)
+        self._batch = batch.sums, grad_norm
 
     def diverged(self, what, step):
         """The Diverged that says what is no longer finite, where, and where to go on from."""
@@ -209,7 +269,11 @@ class Run:
         return "try a lower --learning_rate"
 
     def stop_if_asked(self):
-        """After SIGINT or SIGTERM: save, say how to go on, exit with 128 + signal."""
+        """After SIGINT or SIGTERM to one of the processes: save, say how to go on, exit with 128 + signal."""
+        self._agree()
+        self._stop_if_agreed()
+
+    def _stop_if_agreed(self):
         if self._signal is not None:
             self._save_and_say_how_to_go_on()
             sys.exit(128 + self._signal)
@@ -217,7 +281,7 @@ class Run:
     def _save_and_say_how_to_go_on(self):
         self.save()
         logger.info("stopped in epoch %d after step %d; go on with:", self.epoch + 1, self.step)
-        logger.info("  %s", command(Path(sys.argv[0]).name, "--resume", self.folder))
+        logger.info("  %s", command(Path(sys.argv[0]).name, "--resume", self.folder, team=self.team))
 
     def end_epoch(self, valid, **more):
         """Log and keep an epoch's numbers, step the scheduler, save, and write metrics.csv and the curves.
@@ -255,6 +319,8 @@ class Run:
     def report(self, genotype):
         """Log the genotype as a line that --arch takes; write genotype.json and the drawings of the two cells."""
         logger.info("genotype = %s", genotypes.format(genotype))
+        if not self.leads:
+            return
         write_text(self.folder / "genotype.json", genotypes.to_json(genotype))
         try:
             self.observer.cells(visualize.draw(genotype, self.figures(), name=self.folder.name))
@@ -270,6 +336,8 @@ class Run:
         return folder
 
     def write_history(self):
+        if not self.leads:
+            return
         text = io.StringIO()
         columns = dict.fromkeys(name for row in self.history for name in row)
         writer = csv.DictWriter(text, list(columns), lineterminator="\n")
@@ -284,8 +352,10 @@ class Run:
         """Replace checkpoint.pt.
 
         Raises:
-            Diverged: the weights are not finite; the old checkpoint stays.
+            Diverged: the weights are not finite.
+            UserError: they are not the same in all processes. The old checkpoint stays.
         """
+        self._check_processes()
         weights = [*self.parts["model"].state_dict().values()]
         if not all(w.isfinite().all() for w in weights):
             raise self.diverged("the weights became infinite or NaN", self.step)
@@ -297,17 +367,34 @@ class Run:
             sums=self.meter.sums,
             history=self.history,
             threads=torch.get_num_threads(),
+            processes=self.team.count,
             observed=self.observer.state_dict(),
             random=torch.get_rng_state(),
             cuda_random=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         )
-        checkpoint.save(state, self.checkpoint)
+        if self.leads:
+            checkpoint.save(state, self.checkpoint)
         self._saved_at = time.monotonic()
+        self.team.meet()  # none goes on, or ends, before it is written
+
+    def _check_processes(self):
+        """Raise UserError unless weights, alphas, running statistics and optimizers are the same in all processes."""
+        if self.team.count == 1:
+            return
+        states = [part.state_dict() for part in self.parts.values()]
+        others = self.team.differing(processes.digest(_tensors(states)))
+        if others:
+            raise UserError(
+                f"rank {others[0]} no longer holds the weights of rank 0 in epoch {self.epoch + 1}, step {self.step} "
+                f"(are they machines of one kind?); the last checkpoint at which they agreed is {self.checkpoint}"
+            )
 
     def _restore(self):
         self._saved_at = time.monotonic()
-        remove_temporaries(self.folder)
+        if self.leads:
+            remove_temporaries(self.folder)
         state = checkpoint.load(self.checkpoint)
+        self.team.meet()  # none writes before all have read
         checkpoint.check(state, self.checkpoint, needs={*self.parts, *self.facts} - {"data"})
         fingerprints = self.facts.get("data")
         if "data" in state and fingerprints:  # not kept by runs of before
@@ -316,6 +403,12 @@ class Run:
         self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
         self.meter = AverageMeter(state["sums"])
         self._threads = state.get("threads", self._threads)  # older runs do not say
+        before = state.get("processes", 1)
+        if before != self.team.count:
+            what = (
+                "this run had %d processes and now has %d: batch norm sees other shares of a batch, and other numbers "
+            )
+            logger.warning(what + "come out than with %d", before, self.team.count, before)
         self._restore_parts(state)
         before = state["args"]["epochs"]
         if self.args.epochs != before:
@@ -352,10 +445,11 @@ class Run:
         was = optimizer.param_groups[0]["lr"]
         for group, rate in zip(optimizer.param_groups, schedule.learning_rates(scheduler, self.epoch), strict=True):
             group["lr"] = rate
-        path = self.folder / "config.json"
-        config = json.loads(path.read_text())
-        config["args"]["epochs"] = epochs
-        write_text(path, json.dumps(config, indent=2) + "\n")
+        if self.leads:
+            path = self.folder / "config.json"
+            config = json.loads(path.read_text())
+            config["args"]["epochs"] = epochs
+            write_text(path, json.dumps(config, indent=2) + "\n")
         self.save()
         logger.info(
             "extended from %d to %d epochs: the learning rate is that of a schedule of %d epochs, %.3g from here on "
@@ -457,12 +551,25 @@ def _new_folder(kind, name):
     raise UserError(f"cannot make a new run folder runs/{stamp}: too many of that name")
 
 
-def command(script, *arguments):
-    """The line that runs one of our scripts, in this folder and with this Python."""
+def _tensors(value):
+    """The tensors in nested dicts and lists, in their order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inner)
+
+
+def command(script, *arguments, team=processes.ALONE):
+    """The line that runs one of our scripts, in this folder and with this Python, or as the processes of a team."""
     python = os.path.relpath(sys.executable)
     script = os.path.relpath(Path(__file__).with_name(script))
     # a folder of our own may have the name of a flag or of a genotype
     arguments = [os.path.join(".", a) if isinstance(a, Path) and len(a.parts) == 1 else str(a) for a in arguments]
+    if team.count > 1:
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        how = [f"--nproc_per_node={here}"] if here == team.count else ["(as", "before)"]
+        return " ".join(["torchrun", *how, shlex.join([script, *arguments])])
     return shlex.join([sys.executable if python.startswith("..") else python, script, *arguments])
 
 

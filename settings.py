@@ -11,7 +11,7 @@ import checkpoint
 from utils import UserError, number, user_value
 
 # settings that may differ between a run and its continuation: they do not change what is computed
-PORTABLE = ("data", "data_in", "workers", "device", "gpu", "report_freq", "cuda_graph")
+PORTABLE = ("data", "data_in", "workers", "device", "gpu", "report_freq", "cuda_graph", "timeout")
 # what runs did that are older than the setting
 _BEFORE = {
     "kernel_norm": "none",
@@ -23,6 +23,8 @@ _BEFORE = {
     "cuda_graph": False,
     "compile": False,
     "search_space": "involution",
+    "sync_bn": False,
+    "timeout": 600,
     "folder": None,
     "train_portion": 1.0,
     "augment": "crop",

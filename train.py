@@ -5,6 +5,7 @@ python train.py --arch runs/search-EXP-20250101-120000                  # what a
 python train.py --arch "Genotype(normal=[('sep_invo_3x3', 1), ...], ...)"
 python train.py --dataset folder --data FOLDER --image_size 224 …        # the network for large images, see README
 python train.py --resume runs/train-EXP-20250101-120000                 # go on where a run was stopped
+torchrun --nproc_per_node 8 train.py --auxiliary --cutout --arch DARTS  # on eight GPUs
 """
 
 import gc
@@ -26,8 +27,10 @@ import run_folder
 import schedule
 import settings
 import utils
+from gradients import running_statistics
 from model import NETWORKS, default_network
 from operations import LARGEST_SMALL_IMAGE
+from processes import ALONE, Processes
 
 logger = logging.getLogger("darts.train")
 
@@ -44,9 +47,12 @@ def train(run, batches, model, forward, criterion, optimizer, args):
         if args.auxiliary:
             loss = loss + args.auxiliary_weight * criterion(logits_aux.float(), target)
         loss.backward()
+        loss = loss.detach()
+        grads = [w.grad for w in model.parameters() if w.grad is not None]
+        run.team.mean_([loss, *grads, *running_statistics(model)], len(target))
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
-        run.record(loss.detach(), logits.detach(), target, norm)
+        run.record(loss, logits.detach(), target, norm)
 
 
 @torch.no_grad()
@@ -55,17 +61,19 @@ def infer(batches, model, after_batch=lambda: None, meter=None):
     model.eval()
     meter = meter or utils.Evaluation()
     for input, target in progress.counted(batches, "evaluation"):
-        meter.add(model(input)[0], target)
+        if len(target):
+            meter.add(model(input)[0], target)
         after_batch()
-    return meter
+    return meter.merged(batches.team, len(batches.labels))
 
 
-def load_data(args, device):
+def load_data(args, device, team=ALONE):
     """Augmented batches of the training images, plain ones of those that are measured, what a checkpoint keeps.
 
     Measured are the test images; with --train_portion, the rest of the training images, and no test image is read.
     """
-    images = train_images = data.load_as(args, True, device)
+    with team.in_turn():
+        images = train_images = data.load_as(args, True, device)
     fingerprints = {"train": data.fingerprint(images)}
     if args.train_portion < 1:
         train_images, measured = data.split(images, args.train_portion, args.seed)
@@ -79,8 +87,9 @@ def load_data(args, device):
     check_auxiliary(args)
     normalization = data.Normalization.of(args.dataset, lambda: images)
     augmentation = data.Augmentation.of_flags(args)
-    train_batches = data.Batches(train_images, args.batch_size, normalization, augmentation, key=(args.seed, 0))
-    batches = data.Batches(measured, args.batch_size, normalization, augmentation=None)
+    of_all = dict(batch_size=args.batch_size, normalization=normalization, team=team)
+    train_batches = data.Batches(train_images, augmentation=augmentation, key=(args.seed, 0), **of_all)
+    batches = data.Batches(measured, augmentation=None, **of_all)
     facts = dict(normalization=tuple(normalization), classes=images.classes, data=fingerprints)
     return train_batches, batches, facts
 
@@ -227,6 +236,7 @@ def build_parser():
         help="train what torch.compile makes of the network, after minutes of compiling; evaluation is as without. On "
         "a CPU it takes the place of the cells in C++",
     )
+    utils.add_process_arguments(parser)
     settings.add_arguments(parser, seed=0)
     return parser
 
@@ -239,12 +249,17 @@ def _not_compiled(error):
 
 
 def main():
-    args = parse_args()
-    device = utils.pick_device(args)
+    team = Processes.start()
+    args = parse_args(team.arguments())
+    device = utils.pick_device(args, team)
+    utils.check_processes(args, team, device)
+    team.join(device, args.timeout)
     torch.manual_seed(args.seed)
-    train_batches, valid_batches, facts = load_data(args, device)
+    train_batches, valid_batches, facts = load_data(args, device, team)
     classes = len(facts["classes"])
-    model = make_network(args, classes).to(device, memory_format=torch.channels_last)
+    model = make_network(args, classes)
+    model = team.share_batch_norm(model) if args.sync_bn else model
+    model.to(device, memory_format=torch.channels_last)
     criterion = make_criterion(args)
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
@@ -254,7 +269,7 @@ def main():
     # each size of a batch is compiled by itself: what is computed does not depend on what came before
     forward = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
 
-    with run_folder.Run("train", args, device, parts, **facts) as run:
+    with run_folder.Run("train", args, device, parts, team, **facts) as run:
         genotype = genotypes.parse(args.arch)
         if genotype == genotypes.DARTS:
             logger.info(genotypes.WHICH_DARTS)
@@ -274,8 +289,10 @@ def main():
             valid = infer(valid_batches, model, run.stop_if_asked)  # as DARTS: the test images, if all others train
             run.end_epoch(valid, **({"valid_top5": valid.top5} if valid.has_top5 else {}))
         run.observer.finish()
-        logger.info("its page: %s", report.update(run.folder, build_parser()))
+        if run.leads:
+            logger.info("its page: %s", report.update(run.folder, build_parser()))
         logger.info("trained; now: %s", run_folder.command("test.py", "--model_path", run.folder))
+    team.leave()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ python train_search.py --unrolled                                       # CIFAR-
 python train_search.py --unrolled --dataset digits --epochs 3           # a first try, no download
 python train_search.py --unrolled --dataset folder --data FOLDER --image_size 96    # cells see a quarter: 24 pixels
 python train_search.py --resume runs/search-EXP-20250101-120000         # go on where a run was stopped
+torchrun --nproc_per_node 8 train_search.py --unrolled                  # the same on eight GPUs
 """
 
 import gc
@@ -30,6 +31,7 @@ from architect import Architect
 from gradients import Gradients
 from model_search import STEM_STRIDES, Network
 from operations import LARGEST_SMALL_IMAGE
+from processes import Processes
 
 logger = logging.getLogger("darts.search")
 
@@ -60,26 +62,28 @@ def infer(run, batches, model):
     model.eval()
     meter = utils.Evaluation()
     for input, target in progress.counted(batches, "validation"):
-        meter.add(model(input), target)
+        if len(target):
+            meter.add(model(input), target)
         run.stop_if_asked()
-    return meter
+    return meter.merged(batches.team, len(batches.labels))
 
 
-def load_data(args, device):
+def load_data(args, device, team):
     """Batches for the weights and for the alphas, two halves of the training images, class names, and a fingerprint.
 
     Test images are not read.
     """
-    images = data.load_as(args, True, device)
+    with team.in_turn():
+        images = data.load_as(args, True, device)
     normalization = data.Normalization.of(args.dataset, lambda: images)
     augmentation = data.Augmentation.of_flags(args)
     parts = data.split(images, args.train_portion, args.seed)
     for part, of in zip(parts, ("train_portion", "rest of the training images"), strict=True):
         if args.batch_size > len(part):
             raise utils.UserError(f"--batch_size {args.batch_size} is larger than the {of}: {len(part)} images")
-    of_all = (args.batch_size, normalization, augmentation)
-    train_batches = data.Batches(parts[0], *of_all, key=(args.seed, 0))
-    search_batches = data.Batches(parts[1], *of_all, key=(args.seed, 1), steps=len(train_batches))
+    of_all = dict(batch_size=args.batch_size, normalization=normalization, augmentation=augmentation, team=team)
+    train_batches = data.Batches(parts[0], key=(args.seed, 0), **of_all)
+    search_batches = data.Batches(parts[1], key=(args.seed, 1), steps=len(train_batches), **of_all)
     return train_batches, search_batches, images.classes, data.fingerprint(images)
 
 
@@ -198,6 +202,7 @@ def build_parser():
     group = utils.add_device_arguments(parser)
     group.add_argument("--amp", action="store_true", help="bfloat16 but for the finite differences and validation")
     group.add_argument("--cuda_graph", action="store_true", help="replay a step as CUDA graphs: no launch overhead")
+    utils.add_process_arguments(parser)
     settings.add_arguments(parser, seed=2)
     return parser
 
@@ -239,24 +244,28 @@ def check_cuda_graph(args, device):
 
 
 def main():
-    args = parse_args()
-    device = utils.pick_device(args)
+    team = Processes.start()
+    args = parse_args(team.arguments())
+    device = utils.pick_device(args, team)
+    utils.check_processes(args, team, device)
     check_cuda_graph(args, device)
+    team.join(device, args.timeout)
     torch.manual_seed(args.seed)
-    train_batches, search_batches, classes, fingerprint = load_data(args, device)
+    train_batches, search_batches, classes, fingerprint = load_data(args, device, team)
     primitives = genotypes.SEARCH_SPACES[args.search_space]
     form = dict(primitives=primitives, kernel_norm=args.kernel_norm, stem_stride=args.stem_stride)
     model = Network(args.init_channels, len(classes), args.layers, nn.CrossEntropyLoss(), **form)
+    model = team.share_batch_norm(model) if args.sync_bn else model
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
     )
     scheduler = schedule.make(optimizer, args.epochs, lowest=args.learning_rate_min)
-    architect = Architect(model, args, Gradients(model, args.amp, args.cuda_graph))
+    architect = Architect(model, args, Gradients(model, args.amp, args.cuda_graph, team))
     every = choose_interval(args, len(train_batches))
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, arch_optimizer=architect.optimizer)
 
-    with run_folder.Run("search", args, device, parts, data={"train": fingerprint}) as run:
+    with run_folder.Run("search", args, device, parts, team, data={"train": fingerprint}) as run:
         logger.info("supernet of %.2f M weights, %s space", utils.count_parameters_in_MB(model), args.search_space)
         if run.history:
             report_genotype(run, args)  # a kill may have come before
@@ -264,7 +273,8 @@ def main():
         run.observer.pace.validation_steps = len(search_batches) / (13 if args.unrolled else 5)
         gc.freeze()  # as in train.py
         while run.epoch < args.epochs and not run.stopped:
-            report.update(run.folder, build_parser())
+            if run.leads:
+                report.update(run.folder, build_parser())
             model.drop_path_prob = args.drop_path_prob * run.epoch / args.epochs
             train(run, train_batches, search_batches, architect, optimizer, args)
             valid = infer(run, search_batches, model)
@@ -279,8 +289,10 @@ def main():
             run.end_epoch(valid, **more, genotype=genotypes.format(genotype))
             report_genotype(run, args)
         run.observer.finish()
-        logger.info("its page: %s", report.update(run.folder, build_parser()))
+        if run.leads:
+            logger.info("its page: %s", report.update(run.folder, build_parser()))
         logger.info("searched; now: %s", run_folder.command("train.py", "--arch", run.folder))
+    team.leave()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import involution
 import operations
+import processes
 import progress
 import threads
 
@@ -50,7 +51,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(*args, formatter_class=_DefaultsFormatter, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        sys.exit(_fail(f"{self.prog}: error: {message}", 2))
 
     def given(self, argv=None):
         """The arguments that the command line names, without the defaults, as a dict."""
@@ -166,18 +167,42 @@ def add_device_arguments(parser):
     return group
 
 
+def add_process_arguments(parser):
+    group = parser.add_argument_group("several processes (torchrun)")
+    group.add_argument(
+        "--sync_bn", action="store_true", help="batch norm by the images of all GPUs, not by those of each"
+    )
+    group.add_argument(
+        "--timeout",
+        type=number(int, low=1),
+        default=600,
+        help="seconds that a process may keep the others waiting before they end",
+    )
+
+
+def check_processes(args, team, device):
+    """Raise UserError where several processes cannot do what the command line says; `team` is a Processes."""
+    if args.sync_bn and device.type != "cuda" and (team.count > 1 or not args.resume):
+        raise UserError(f"--sync_bn needs CUDA devices, and this run is on {device.type}: leave it out")
+    for flag in ("cuda_graph", "compile"):
+        if args.sync_bn and getattr(args, flag, False):
+            raise UserError(f"--sync_bn does not go with --{flag}: leave one of them out")
+    if args.batch_size < 2 * team.count:
+        raise UserError(
+            f"--batch_size {args.batch_size} leaves some of {team.count} processes less than two images, which batch "
+            f"norm needs: at least {2 * team.count}, or fewer processes"
+        )
+
+
 def run_script(main):
     """Call a script's `main`; what the user can mend ends in one line and exit code 2 (3: a run diverged)."""
-    handler = _ConsoleHandler()
-    handler.setLevel(logging.INFO if sys.stdout.isatty() else logging.DEBUG)
-    # what is said before a run has a log.txt is kept for it
-    for each in (handler, logging.handlers.MemoryHandler(10**6, flushLevel=logging.CRITICAL), progress.Pulse()):
-        logging.getLogger().addHandler(each)
-    logger.setLevel(logging.DEBUG)
     script = Path(sys.argv[0]).name
     try:
+        _add_handlers()
         main()
-    except UserError as error:
+    except processes.Lost as error:
+        sys.exit(_fail(f"{script}: error: {error}; a restart by torchrun, or --resume, goes on", 1))
+    except (UserError, processes.StartError) as error:
         message = " ".join(str(error).split())
         sys.exit(_fail(f"{script}: error: {message}", error.exit_code))
     except OSError as error:
@@ -190,8 +215,22 @@ def run_script(main):
         sys.exit(_fail(f"{script}: stopped at once; --resume goes on from the last checkpoint of a run", 130))
 
 
+def _add_handlers():
+    """Send what is logged to the console, and keep it for a log.txt; of several processes, one speaks."""
+    logger.setLevel(logging.DEBUG)
+    if not processes.is_first():
+        logging.getLogger().addHandler(logging.NullHandler())
+        return
+    handler = _ConsoleHandler()
+    handler.setLevel(logging.INFO if sys.stdout.isatty() else logging.DEBUG)
+    # what is said before a run has a log.txt is kept for it
+    for each in (handler, logging.handlers.MemoryHandler(10**6, flushLevel=logging.CRITICAL), progress.Pulse()):
+        logging.getLogger().addHandler(each)
+
+
 def _fail(message, code):
-    print(message, file=sys.stderr)
+    if processes.first_to_say(message):
+        print(message, file=sys.stderr, flush=True)
     return code
 
 
@@ -207,13 +246,16 @@ class _ConsoleHandler(logging.Handler):
             raise OSError(error.errno, error.strerror, "standard output") from None
 
 
-def pick_device(args):
-    """The torch.device that --device and --gpu ask for.
+def pick_device(args, team=processes.ALONE):
+    """The torch.device that --device and --gpu ask for; of several processes, each has a GPU of its own.
+
+    Args:
+        team: a Processes.
 
     Raises:
         UserError: a device that is not there, or an INVOLUTION_BACKEND that cannot run on it.
     """
-    device = _pick_device(args)
+    device = _pick_device(args, team)
     try:
         involution.backend(device)
     except ValueError as error:
@@ -244,20 +286,28 @@ def log_device(device):
     logger.info("device %s, involution backend %s, CPU threads: %d%s", device, backend, count, how)
 
 
-def _pick_device(args):
+def _pick_device(args, team):
     has_cuda = torch.cuda.is_available()
     if args.device == "cuda" and not has_cuda:
         raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu (or auto)")
     if args.device == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: PyTorch sees no MPS device here; use --device cpu (or auto)")
+    if args.device == "mps" and team.count > 1:
+        raise UserError("--device mps: several processes work together on CUDA devices or CPUs only")
     if args.device == "auto" and not has_cuda and args.gpu is not None:
         logger.warning("--gpu %d: no CUDA device here, going on with the CPU", args.gpu)
     elif args.device in ("cpu", "mps") and args.gpu is not None:
         logger.warning("--gpu %d has no effect with --device %s", args.gpu, args.device)
     if args.device == "cuda" or (args.device == "auto" and has_cuda):
-        index = args.gpu or 0
-        if index >= torch.cuda.device_count():
-            raise UserError(f"--gpu {index}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+        index, there = args.gpu or 0, torch.cuda.device_count()
+        if team.count > 1:
+            if args.gpu is not None:
+                logger.warning("--gpu %d has no effect: each process has a GPU of its own", args.gpu)
+            index = team.local_rank
+            if index >= there:
+                raise UserError(f"more processes than the {there} CUDA devices here: lower --nproc_per_node")
+        elif index >= there:
+            raise UserError(f"--gpu {index}: there are {there} CUDA devices, numbered from 0")
         torch.cuda.set_device(index)
         torch.backends.cudnn.benchmark = True
         return torch.device("cuda", index)
@@ -280,6 +330,11 @@ class AverageMeter:
         for k, value in enumerate((1, loss, top1, top5)):
             self.sums[k] += value * n
         self.sums[4] += int(logits.isfinite().all(dim=1).sum())
+
+    def add_shares(self, sums, images):
+        """Add a batch of `images` by what its shares sum up to, whether or not they have images in common."""
+        part = images / sums[0]
+        self.sums = [value + more for value, more in zip(self.sums, _whole([part * s for s in sums]), strict=True)]
 
     @property
     def images(self):
@@ -305,6 +360,11 @@ class AverageMeter:
         return f"loss {self.loss:.4f} acc {self.top1:.2f}%"
 
 
+def _whole(sums):
+    """The sums of an AverageMeter, with its counts as integers."""
+    return [round(sums[0]), *sums[1:4], round(sums[4])]
+
+
 class Evaluation(AverageMeter):
     """An AverageMeter of cross-entropies that keeps every image's: a mean does not tell that two images make it."""
 
@@ -319,6 +379,18 @@ class Evaluation(AverageMeter):
         self.losses = torch.cat([self.losses, losses])
         self.classes = logits.shape[1]
         self.update(losses.mean().item(), logits, target)
+
+    def merged(self, team, images):
+        """The evaluation of `images` images, of which each of a team's processes has added every N-th."""
+        if team.count == 1:
+            return self
+        merged = Evaluation()
+        losses = torch.zeros(images, dtype=torch.float64)
+        losses[team.rank :: team.count] = self.losses
+        sums = team.total([*self.sums, *losses.tolist()])
+        merged.sums, merged.losses = _whole(sums[:5]), torch.tensor(sums[5:], dtype=torch.float64)
+        merged.classes = self.classes
+        return merged
 
     @property
     def has_top5(self):

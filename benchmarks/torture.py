@@ -2,11 +2,12 @@
 
 make torture                                                            # the sanitizers over the C++, then all of this
 python benchmarks/torture.py --update                                   # and its table to RESULTS.md
-python benchmarks/torture.py --kills 4 --damages 20 --lines 20          # a small draw
-python benchmarks/torture.py --kills 0 --damages 0 --lines 50 --seed 3  # other command lines
+python benchmarks/torture.py --kills 4 --ranks 2 --damages 20 --lines 20  # a small draw
+python benchmarks/torture.py --kills 0 --ranks 0 --damages 0 --lines 50 --seed 3  # other command lines
 
 *kills*: a search or a training saves after every step, is killed (SIGKILL) at a random moment and resumed, again and
 again; it must end in the checkpoint, metrics.csv and genotype.json of one that nobody killed, bit for bit.
+*ranks*: the same with two processes under torchrun's agent: one of them is killed, and all are started again by it.
 *damages*: a checkpoint with flipped, zeroed or missing bytes must be refused, or hold what was saved.
 *lines*: a random command line of one of the scripts, on runs and images some of which are damaged, must end in success
 or in exit code 2 and one line, and end at all.
@@ -16,11 +17,14 @@ work and not the imports. What fails is printed with the line that does it again
 """
 
 import argparse
+import functools
 import json
+import logging
 import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -28,6 +32,7 @@ from pathlib import Path
 
 import tables
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -104,6 +109,25 @@ def _script(folder, script, arguments, save_always):
     utils.run_script(SCRIPTS[script].main)
 
 
+def start_team(folder, script, *arguments):
+    """A script as two processes, with the agent that torchrun is: it starts them again whenever one has been killed."""
+    process = multiprocessing.get_context("fork").Process(target=_agent, args=(folder, script, arguments))
+    process.start()
+    return process
+
+
+def _agent(folder, script, arguments):
+    how = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="torture", monitor_interval=0.05)
+    place = dict(min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="fork", max_restarts=10**6)
+    logging.disable()  # its own lines, which tell of every kill
+    elastic_launch(LaunchConfig(**how, **place), _member)(folder, script, arguments)
+
+
+def _member(folder, script, arguments):
+    logging.disable(logging.NOTSET)
+    _script(folder, script, arguments, save_always=True)
+
+
 def finish(process, folder, seconds=HANGS):
     """What is wrong with how a script ended, or None."""
     process.join(seconds)
@@ -133,11 +157,11 @@ def progress(total, label):
 # -------------------------------------------------------------------------------------------------------- kills
 
 
-def make_reference(kind, folder):
+def make_reference(kind, folder, start):
     """A run that nobody kills: its run folder, and the seconds that it takes."""
     folder.mkdir()
     began = time.monotonic()
-    wrong = finish(start(folder, *RUNS[kind], save_always=True), folder)
+    wrong = finish(start(folder, *RUNS[kind]), folder)
     if wrong:
         sys.exit(f"the {kind} that nobody kills fails: {wrong}")
     return next((folder / "runs").iterdir()), time.monotonic() - began
@@ -175,6 +199,34 @@ def kill(references, kills, draw, folder):
             failures.append(f"{kind} killed after {moments} s: {wrong}")
         shutil.rmtree(place)
     next(counter, None)
+    return done, failures
+
+
+def kill_ranks(kills, draw, folder):
+    """Kill one of two processes that work as one until there have been as many kills: how many, and what went wrong."""
+    failures, done, counter = [], 0, progress(kills, "kills of one of two processes")
+    references = {}
+    while done < kills:
+        kind = draw.choice([*RUNS])
+        if kind not in references:
+            references[kind] = make_reference(kind, folder / f"{kind} of two", start_team)
+        reference, seconds = references[kind]
+        place = folder / f"ranks-{done}"
+        place.mkdir()
+        process, moments = start_team(place, *RUNS[kind]), []
+        while process.exitcode is None and done < kills:
+            moment = draw.uniform(0, 0.7 * seconds)
+            process.join(moment)
+            members = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            if process.exitcode is None and members:
+                os.kill(int(draw.choice(members)), signal.SIGKILL)
+                moments.append(round(moment, 3))
+                done += 1
+                next(counter, None)
+        wrong = finish(process, place) or differing(next((place / "runs").iterdir()), reference)
+        if wrong:
+            failures.append(f"one of two processes of a {kind} killed after {moments} s: {wrong}")
+        shutil.rmtree(place)
     return done, failures
 
 
@@ -362,7 +414,7 @@ def make_images(folder, broken):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, count in (("kills", 100), ("damages", 200), ("lines", 500)):
+    for name, count in (("kills", 100), ("ranks", 20), ("damages", 200), ("lines", 500)):
         parser.add_argument(f"--{name}", type=utils.number(int, low=0), default=count, help=f"(default: {count})")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
     tables.add_arguments(parser)
@@ -375,18 +427,22 @@ def main():
     involution.backend(torch.device("cpu"))
     data.load("digits", "", True)  # what the forks then have at hand
     began = time.monotonic()
-    draws = {name: random.Random(f"{name} {args.seed}") for name in ("kills", "damages", "lines")}
+    draws = {name: random.Random(f"{name} {args.seed}") for name in ("kills", "ranks", "damages", "lines")}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        references = {kind: make_reference(kind, folder / kind) for kind in RUNS}
+        start_saving = functools.partial(start, save_always=True)
+        references = {kind: make_reference(kind, folder / kind, start_saving) for kind in RUNS}
         killed, of_kills = kill(references, args.kills, draws["kills"], folder)
+        ranks_killed, of_ranks = kill_ranks(args.ranks, draws["ranks"], folder)
         paths = [path / checkpoint.NAME for path, _ in references.values()]
         refused, of_damages = damage(paths, args.damages, draws["damages"], folder)
         succeeded, of_lines = call(references, args.lines, draws["lines"], folder)
-    failures = of_kills + of_damages + of_lines
+    failures = of_kills + of_ranks + of_damages + of_lines
     rows = (
         f"| SIGKILLs at random moments of a search or a training that saves after every step | {killed} | "
         f"{len(of_kills)} runs that end in other bits |",
+        f"| SIGKILLs of one of two processes of such a run, which torchrun's agent starts again | {ranks_killed} | "
+        f"{len(of_ranks)} runs that end in other bits |",
         f"| checkpoints with flipped, zeroed or missing bytes | {args.damages} ({refused} refused) | "
         f"{len(of_damages)} accepted with other values |",
         f"| random command lines, on damaged runs and images too | {args.lines} ({succeeded} succeeded) | "

@@ -1,6 +1,8 @@
-"""Scripts as subprocesses, and small sets of images."""
+"""Scripts as subprocesses, several processes as one, and small sets of images."""
 
+import contextlib
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 
 import scripts
 from involution import Involution2d
+from processes import Processes
 
 # tests are small: threads would spend their time waiting for each other, above all on a busy machine
 torch.set_num_threads(1)
@@ -27,6 +30,65 @@ def pytest_collection_modifyitems(items):
 def script(tmp_path):
     """Call a script in an empty folder: `script("train.py", "--layers", 3)` -> what `scripts.run` returns."""
     return lambda *command: scripts.run(tmp_path, *command)
+
+
+@contextlib.contextmanager
+def start_processes(count, folder, function, *arguments, **environment):
+    """Processes, as torchrun would start them, that each call `function(rank, *arguments)` in a folder.
+
+    What one prints is in the folder, in `printed-RANK`. They are killed when the context ends.
+    """
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun has one
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    started = []
+    for rank in range(count):
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        own = {name: str(value) for name, value in (place | numbers | environment).items()}
+        started.append(scripts.server.Process(target=_as_started, args=(own, folder, rank, function, arguments)))
+        started[-1].start()
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+
+
+def _as_started(environment, folder, rank, function, arguments):
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    os.chdir(folder)
+    print_into(f"printed-{rank}")
+    function(rank, *arguments)
+
+
+def print_into(name):
+    """Send what this process prints to the end of a file."""
+    file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(file, number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+
+
+def in_processes(count, folder, function, *arguments):
+    """What `function(team, *arguments)` returns in each of `count` processes that have met: tensors or plain values."""
+    with start_processes(count, folder, meet_and_call, function, arguments) as started:
+        for process in started:
+            process.join(120)
+        assert [process.exitcode for process in started] == count * [0], printed(folder)
+    return [torch.load(Path(folder) / f"result-{rank}") for rank in range(count)]
+
+
+def meet_and_call(rank, function, arguments):
+    team = Processes.start()
+    team.join(torch.device("cpu"), timeout=60)
+    torch.save(function(team, *arguments), f"result-{rank}")
+    team.leave()
+
+
+def printed(folder):
+    """What processes have printed, one after the other."""
+    return "".join(path.read_text() for path in sorted(Path(folder).glob("printed-*")))
 
 
 def vary_kernels(network):

@@ -27,8 +27,8 @@ _PRELOADED = [
     "torch.utils.tensorboard",
 ]
 
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(_PRELOADED)
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(_PRELOADED)
 
 
 class Script:
@@ -39,7 +39,7 @@ class Script:
         self.stdout, self._errors, self.returncode = open(read), tempfile.TemporaryFile("w+"), None
         line = [str(ROOT / name), *(str(argument) for argument in arguments)]
         pipes = DupFd(write), DupFd(self._errors.fileno())
-        self._process = _server.Process(target=_run, args=(line, str(folder), dict(os.environ), *pipes))
+        self._process = server.Process(target=_run, args=(line, str(folder), dict(os.environ), *pipes))
         self._process.start()
         os.close(write)
         self.pid = self._process.pid

@@ -148,10 +148,10 @@ def test_bench_kernel_norm_keeps_the_runs_that_it_has(tmp_path):
 
 
 def test_a_small_draw_of_torture(tmp_path):
-    done = run("torture.py", "--kills", 2, "--damages", 20, "--lines", 8, "--out", tmp_path)
+    done = run("torture.py", "--kills", 2, "--ranks", 0, "--damages", 20, "--lines", 8, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = (tmp_path / "torture.md").read_text().splitlines()[-3:]
-    assert [row.split("|")[-2].split()[0] for row in rows] == ["0", "0", "0"]
+    rows = (tmp_path / "torture.md").read_text().splitlines()[-4:]
+    assert [row.split("|")[-2].split()[0] for row in rows] == 4 * ["0"]
 
 
 def test_torture_notices_what_it_is_for(tmp_path, monkeypatch):

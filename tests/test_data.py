@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+from processes import Processes
 from train import parse_args
 from utils import UserError
 
@@ -91,6 +92,33 @@ def test_a_second_lap_is_shuffled_anew():
     batches = data.Batches(numbered_images(), 5, PLAIN, BARE)
     laps = [torch.cat([batches.batch(0, step)[1] for step in range(k, k + 4)]) for k in (0, 4)]
     assert sorted(laps[1].tolist()) == list(range(20)) and not torch.equal(*laps)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_share_the_batches_of_one(count):
+    images, augmentation = numbered_images(21), data.Augmentation(pad=2, flip=True, cutout_length=3)
+    whole, *shares = (
+        data.Batches(images, 8, PLAIN, augmentation, (1, 0), team=Processes(rank, of))
+        for rank, of in [(0, 1), *((rank, count) for rank in range(count))]
+    )
+    for step in range(2):
+        for expected, *parts in zip(whole.batch(4, step), *(batches.batch(4, step) for batches in shares), strict=True):
+            assert all(torch.equal(part, expected[rank::count]) for rank, part in enumerate(parts))
+        assert whole.images(step) == shares[0].images(step) == 8
+    for batches in shares:  # the last one of five images: for three processes, too few to share
+        share = slice(batches.team.rank, None, count) if count == 2 else slice(None)
+        assert torch.equal(batches.batch(4, 2)[0], whole.batch(4, 2)[0][share]) and batches.images(2) == 5
+
+
+@pytest.mark.parametrize("images", [21, 25, 2])
+def test_processes_share_an_evaluation(images):
+    shares = [
+        list(data.Batches(numbered_images(images), 8, PLAIN, None, (0, 0), team=Processes(r, 3))) for r in range(3)
+    ]
+    assert len({len(batches) for batches in shares}) == 1  # so that they can agree after each
+    for rank, batches in enumerate(shares):
+        assert torch.cat([target for _, target in batches]).tolist() == list(range(rank, images, 3))
+        assert all(input.shape == (len(target), 3, 8, 8) for input, target in batches)
 
 
 def test_evaluation_images_are_plain_and_in_order():

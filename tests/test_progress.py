@@ -8,6 +8,7 @@ import time
 import pytest
 
 import progress
+from processes import ALONE
 from scripts import ROOT
 
 
@@ -30,7 +31,7 @@ def wait_for(text, caplog):
 
 
 class Batches(list):
-    labels = range(12)
+    labels, team = range(12), ALONE
 
 
 def test_a_silence_is_broken_by_what_is_being_done(pulse, caplog):

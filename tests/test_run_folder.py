@@ -35,7 +35,7 @@ def working_folder(tmp_path, monkeypatch):
 
 def settings(**kwargs):
     own = dict(save="EXP", folder=None, resume=None, epochs=2, report_freq=1, learning_rate=0.1, train_portion=1.0)
-    return argparse.Namespace(**own | kwargs)
+    return argparse.Namespace(**own | dict(seed=0) | kwargs)
 
 
 def make_run(kind="train", model=None, **kwargs):
