@@ -114,7 +114,9 @@ def _row(row):
         isinstance(row, dict)
         and all(type(row.get(name)) in (int, float) for name in columns)
         and all(type(name) is str and type(value) in (int, float, str) for name, value in row.items())
-        and all(type(row.get(name, 0)) in (int, float) for name in ("skip_connects", "eigenvalue"))
+        and all(
+            type(row.get(name, 0)) in (int, float) for name in ("skip_connects", "eigenvalue", "eigenvalue_largest")
+        )
         and ("genotype" not in row or genotypes.format(genotypes.parse(row["genotype"])) == row["genotype"])
     )
 

@@ -72,7 +72,7 @@ class StreamedImages:
     marks: list  # (N,), as of Images
     device: torch.device  # of the batches
     size: int  # pixels
-    fit: str  # of image_folder.FITS
+    fit: str  # as of image_folder.read
     workers: int  # processes that decode
 
     def __len__(self):
@@ -383,7 +383,7 @@ def _load_folder(
 
     Args:
         skip_broken: leave out image files that cannot be read.
-        fit: of image_folder.FITS, what makes them square.
+        fit: "crop" or "squeeze", what makes them square (as of `image_folder.read`).
         data_in: "memory", or "disk": they are read as they are needed; None is memory for up to `IN_MEMORY` bytes.
         workers: processes that decode them; None is `stream.default_workers()`.
     """

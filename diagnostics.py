@@ -3,8 +3,8 @@
 Where the validation loss is sharp in the alphas, the discrete cell does worse than the supernet says, and the sharpness
 rises before a search collapses (arXiv 1909.09656). The eigenvalue is found by Lanczos iteration on exact products of
 the Hessian, of the normal and the reduction cell's alphas together. Dominant is the one of largest magnitude, and it
-keeps its sign; the paper's code takes the largest one, which is the same unless it is negative, and of a Hessian to
-which it adds the weight decay of the alphas.
+keeps its sign. Early in a search it may be negative; then the largest one, which the paper's code takes (of a Hessian
+to which it adds the weight decay of the alphas), is another. It comes out of the same products, and is kept as well.
 
 The loss is the one whose gradient the alphas follow, of a network in training mode: batch norms normalise by the
 statistics of the images at hand, so that what the alphas do to the scale of a node is seen as in the search. The images
@@ -14,10 +14,10 @@ gradient, and a group is an eighth of a batch. Nothing is dropped (drop path), a
 Weights, alphas, running statistics and random states stay as they are.
 
 `early_stop` looks at the finished epochs alone, so that a run that is resumed stops where it would have stopped. Its
-rules are, with the eigenvalue λ, that of arXiv 1909.09656, section 4: λ(i) is the mean over the five epochs around i,
-known two epochs after it, and of the measured ones where not all are; a search stops when λ(i − 5) < 0.75 λ(i), and
-keeps the genotype of epoch i − 5, which is not before the tenth (as in the paper's code). With skip connections, that
-of DARTS+ (arXiv 1909.06035): a search stops when the normal cell has two or more.
+rules are, with the largest eigenvalue, that of arXiv 1909.09656, section 4: λ(i) is its mean over the five epochs
+around i, known two epochs after it, and of the measured ones where not all are; a search stops when λ(i − 5) <
+0.75 λ(i), and keeps the genotype of epoch i − 5, which is not before the tenth (as in the paper's code). With skip
+connections, that of DARTS+ (arXiv 1909.06035): a search stops when the normal cell has two or more.
 """
 
 import math
@@ -43,14 +43,18 @@ RULES = ("none", "eigenvalue", "skips")
 
 
 class Eigenvalue(NamedTuple):
-    """An eigenvalue, a bound of its error, and how many products it took. NaN where a product was not finite."""
+    """The dominant eigenvalue, the largest one, a bound of their errors, and how many products they took.
+
+    NaN where a product was not finite.
+    """
 
     value: float
+    largest: float
     error: float
     products: int
 
     def __str__(self):
-        return f"{self.value:.4g} ± {self.error:.1g} ({self.products} products)"
+        return f"{self.value:.4g}, the largest {self.largest:.4g} ± {self.error:.1g} ({self.products} products)"
 
 
 def usual_interval(steps, unrolled):
@@ -76,7 +80,7 @@ def dominant_eigenvalue(gradients, groups, after_product=lambda: None, tolerance
         gradients: a `gradients.Gradients`, of the network and of how to differentiate it.
         groups: [(input (N, 3, H, W), target (N,))]; the loss is the mean over their images.
         after_product: called after each product, when everything is as it was; may raise.
-        tolerance: largest error, relative to the eigenvalue; `most`: products after which that is given up.
+        tolerance: largest error, relative to the dominant one; `most`: products after which that is given up.
     """
     model, images = gradients.model, sum(len(target) for _, target in groups)
     count = sum(alpha.numel() for alpha in gradients.alphas)
@@ -107,7 +111,7 @@ def _measured(model):
 
 
 def lanczos(product, start, tolerance, most):
-    """The eigenvalue of largest magnitude of a symmetric matrix (n, n), as an Eigenvalue.
+    """The eigenvalue of largest magnitude of a symmetric matrix (n, n), and the largest one, as an Eigenvalue.
 
     ARPACK (`scipy.sparse.linalg.eigsh`) looks at what it has after twenty products; here it is looked at after each,
     since one costs as much as some steps of a search.
@@ -121,7 +125,7 @@ def lanczos(product, start, tolerance, most):
     for products in range(1, most + 1):
         vector = product(basis[-1]).double().cpu()
         if not vector.isfinite().all():
-            return Eigenvalue(math.nan, math.nan, products)
+            return Eigenvalue(math.nan, math.nan, math.nan, products)
         diagonal.append(vector @ basis[-1])
         for _ in range(2):  # rounding leaves a part of the basis the first time
             vector = vector - basis.T @ (basis @ vector)
@@ -131,12 +135,12 @@ def lanczos(product, start, tolerance, most):
             off = torch.stack(beside[:-1])
             tridiagonal += off.diag(1) + off.diag(-1)
         values, vectors = torch.linalg.eigh(tridiagonal)
-        best = values.abs().argmax()
-        error = (beside[-1] * vectors[-1, best]).abs()
-        if error <= tolerance * values[best].abs() or products == len(start):
+        dominant = values.abs().argmax()
+        error = (beside[-1] * vectors[-1, [dominant, -1]]).abs().max()
+        if error <= tolerance * values[dominant].abs() or products == len(start):
             break
         basis = torch.cat([basis, (vector / beside[-1])[None]])
-    return Eigenvalue(values[best].item(), error.item(), products)
+    return Eigenvalue(values[dominant].item(), values[-1].item(), error.item(), products)
 
 
 class Stop(NamedTuple):
@@ -161,7 +165,7 @@ def early_stop(rule, history):
     if not 0 < before < _RATIO * now:
         return None
     why = (
-        f"the dominant eigenvalue rose from {before:.4g} around epoch {i - WINDOW} to {now:.4g} around epoch {i}, "
+        f"the largest eigenvalue rose from {before:.4g} around epoch {i - WINDOW} to {now:.4g} around epoch {i}, "
         f"by more than a factor of {1 / _RATIO:.3g}"
     )
     return Stop(i - WINDOW, why)
@@ -176,9 +180,9 @@ def _stop_of_skips(history):
 
 
 def _smoothed(history, epoch):
-    """The mean of the eigenvalues that were measured in the epochs around one; NaN if one is, or if there is none."""
+    """The mean of the largest eigenvalues measured in the epochs around one; NaN if one is, or if there is none."""
     around = history[epoch - 1 - WINDOW // 2 : epoch + WINDOW // 2]
-    values = [row["eigenvalue"] for row in around if "eigenvalue" in row]
+    values = [row["eigenvalue_largest"] for row in around if "eigenvalue_largest" in row]
     return sum(values) / len(values) if values else math.nan
 
 

@@ -57,27 +57,48 @@ class Classifier(nn.Module):
         normalization: a `data.Normalization` where images are uint8 (N, H, W, 3) of any size, which are resized and
             normalised; None where they are prepared.
         image_size: pixels that they are resized to.
+        fit: what makes them square, one of `image_folder.FITS`.
     """
 
-    def __init__(self, network, image_size, normalization=None):
+    def __init__(self, network, image_size, normalization=None, fit="crop"):
         super().__init__()
-        self.network, self.image_size, self.prepares = network, image_size, normalization is not None
+        self.network, self.image_size, self.prepares, self.fit = network, image_size, normalization is not None, fit
         if normalization:
             self.register_buffer("mean", torch.tensor(normalization.mean)[:, None, None])
             self.register_buffer("std", torch.tensor(normalization.std)[:, None, None])
 
     def forward(self, images):
         if self.prepares:
-            images = images.permute(0, 3, 1, 2).float() / 255
-            # antialiased, as Pillow resizes the images that networks are trained on
-            size = self.image_size, self.image_size
-            images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+            images = resized(images.permute(0, 3, 1, 2) / 255, self.image_size, self.fit)
             images = (images - self.mean) / self.std
         return self.network(images)[0]
 
     def dynamic_shapes(self):
         """The axes of `images` that may have any length, by number."""
         return {0: "batch", 1: "height", 2: "width"} if self.prepares else {0: "batch"}
+
+
+def resized(images, size, fit):
+    """Images (N, C, H, W) as (N, C, size, size), as `image_folder` reads them: by Pillow's BILINEAR, but not rounded.
+
+    In tensors throughout, so that a graph takes images of any size.
+    """
+    rows, columns = (torch.arange(length, device=images.device) + 0.5 for length in images.shape[2:])
+    height, width = rows[-1] + 0.5, columns[-1] + 0.5
+    if fit == "crop":
+        sides = (torch.minimum(height, width),) * 2
+    else:
+        sides = height, width
+    along_rows, along_columns = _shares(rows, height, sides[0], size), _shares(columns, width, sides[1], size)
+    return along_rows @ images @ along_columns.T
+
+
+def _shares(pixels, length, side, size):
+    """What part each of the pixels (P,), their centres, has in each of `size` new ones that cover the middle `side`."""
+    scale = side / size
+    centres = (length - side) / 2 + scale * (torch.arange(size, device=pixels.device) + 0.5)
+    shares = F.relu(1 - (pixels - centres[:, None]).abs() / scale.clamp_min(1))  # wider where images become smaller
+    return shares / shares.sum(1, keepdim=True)
 
 
 class _UnfoldedInvolution2d(nn.Module):
@@ -231,7 +252,7 @@ def make_batches(images, normalization, prepares):
     if not prepares:
         whole = torch.cat([input for input, _ in data.Batches(images, _BATCH, normalization, None)]).contiguous()
         return [whole[:1], *whole.split(_BATCH)]
-    height, width = 3 * images.pixels.shape[1] // 2, images.pixels.shape[2] + 5
+    height, width = 3 * images.size // 2, images.size + 5
     larger = F.interpolate(images.pixels[:_BATCH].permute(0, 3, 1, 2), (height, width)).permute(0, 2, 3, 1)
     return [images.pixels[:1], *images.pixels.split(_BATCH), larger.contiguous()]
 
@@ -251,7 +272,7 @@ def build_parser():
     )
     parser.add_argument("--opset", type=utils.number(int, low=1), default=18, help="of ONNX")
     parser.add_argument(
-        "--images", metavar="N", type=utils.number(int, low=2), default=256, help="test images of the check, at most"
+        "--check", metavar="N", type=utils.number(int, low=2), default=256, help="test images to run it on, at most"
     )
     group = utils.add_data_arguments(parser)
     group.add_argument("--seed", type=utils.number(int, low=0), default=0, help="draws the test images")
@@ -286,12 +307,14 @@ def load_network(parser, argv=None):
 
 def main():
     args, network, state = load_network(build_parser())
-    reading = dict(skip_broken=args.skip_broken, fit=args.fit, workers=args.workers, data_in="memory")
-    images = data.load(args.dataset, args.data, False, args.image_size, args.images, args.seed, "cpu", **reading)
+    args.subset, args.data_in = args.check, "memory"
+    images = data.load_as(args, False, "cpu")
     data.check_classes(images, state["classes"])
     normalization, size = data.Normalization(*state["normalization"]), data.image_size(args)
     prepared = normalization if args.with_preprocessing else None
-    plain, eager = (Classifier(net, size, prepared).eval() for net in (of_standard_operators(network), network))
+    plain, eager = (
+        Classifier(net, size, prepared, args.fit).eval() for net in (of_standard_operators(network), network)
+    )
     eager.to(memory_format=torch.channels_last)
     batches = make_batches(images, normalization, args.with_preprocessing)
     metadata = dict(classes=list(images.classes), image_size=size, **normalization._asdict())

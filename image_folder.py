@@ -23,7 +23,6 @@ from utils import UserError
 logger = logging.getLogger("darts.data")
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-FITS = ("crop", "squeeze")
 _NAMED = 10  # files that a message names at most
 _TAIL = 4096  # bytes at the end of a file that tell it from others
 

@@ -84,11 +84,11 @@ def load_data(args, device):
 
 
 def measure_sharpness(run, search_batches, gradients):
-    """The dominant eigenvalue of the Hessian of the alphas, as a column of metrics.csv."""
+    """The dominant and the largest eigenvalue of the Hessian of the alphas, as columns of metrics.csv."""
     groups = diagnostics.take_groups(search_batches)
     eigenvalue = diagnostics.dominant_eigenvalue(gradients, groups, run.stop_if_asked)
     logger.info("dominant eigenvalue of the Hessian of the validation loss by the alphas: %s", eigenvalue)
-    return {"eigenvalue": eigenvalue.value}
+    return {"eigenvalue": eigenvalue.value, "eigenvalue_largest": eigenvalue.largest}
 
 
 def choose_interval(args, steps):
@@ -192,7 +192,7 @@ def build_parser():
         "--early_stop",
         choices=diagnostics.RULES,
         default="none",
-        help="eigenvalue: when the dominant eigenvalue rises, with the genotype of before (RobustDARTS); skips: when "
+        help="eigenvalue: when the largest eigenvalue rises, with the genotype of before (RobustDARTS); skips: when "
         "the normal cell has two skip connections, with the genotype of the epoch before (DARTS+)",
     )
     group = utils.add_device_arguments(parser)
@@ -206,7 +206,7 @@ def parse_args(argv=None):
     """The arguments, with the stem for images of this size.
 
     Raises:
-        UserError: as settings.parse_args; images of which the supernet leaves nothing; CUDA graphs of what changes.
+        UserError: as settings.parse_args; images of which the supernet leaves nothing.
     """
     args = settings.parse_args(build_parser(), argv)
     size = data.image_size(args)
@@ -218,19 +218,30 @@ def parse_args(argv=None):
             f"the supernet with --stem_stride {args.stem_stride} reduces images by {smallest}, which leaves nothing of "
             f"{size} pixels; use --image_size {smallest} or more"
         )
-    if args.cuda_graph and (args.drop_path_prob > 0 or "noise" in genotypes.SEARCH_SPACES[args.search_space]):
-        raise utils.UserError("--cuda_graph records a step once: leave it out with --drop_path_prob, and in space s4")
     return args
+
+
+def check_cuda_graph(args, device):
+    """Leave out --cuda_graph where a run is resumed without a GPU.
+
+    Raises:
+        UserError: a new run without a GPU; steps that a recording does not repeat.
+    """
+    if not args.cuda_graph:
+        return
+    if device.type != "cuda":
+        if not args.resume:
+            raise utils.UserError(f"--cuda_graph needs a CUDA device, and this run is on {device.type}: leave it out")
+        logger.warning("no CUDA graphs on this device: going on without")
+        args.cuda_graph = False
+    elif args.drop_path_prob > 0 or "noise" in genotypes.SEARCH_SPACES[args.search_space]:
+        raise utils.UserError("--cuda_graph records a step once: leave it out with --drop_path_prob, and in space s4")
 
 
 def main():
     args = parse_args()
     device = utils.pick_device(args)
-    if args.cuda_graph and device.type != "cuda":
-        if not args.resume:
-            raise utils.UserError(f"--cuda_graph needs a CUDA device, and this run is on {device.type}: leave it out")
-        logger.warning("no CUDA graphs on this device: going on without")
-        args.cuda_graph = False
+    check_cuda_graph(args, device)
     torch.manual_seed(args.seed)
     train_batches, search_batches, classes, fingerprint = load_data(args, device)
     primitives = genotypes.SEARCH_SPACES[args.search_space]

@@ -31,16 +31,6 @@ constexpr int kPitch = kTile + 16;  // room for the last vector of a tile's last
 constexpr int kRowUnit = 8;         // a tile's rows are padded to a multiple of this
 constexpr int kChunks = 32;         // partial sums of the span gradient: fixed, whatever the number of threads
 
-// Compilers like to read a vector again from memory at each use; the load ports have no time for that here.
-template <class V>
-inline void in_register(V& vector) {
-#if defined(__x86_64__)
-  asm("" : "+v"(vector));
-#elif defined(__aarch64__)
-  asm("" : "+w"(vector));
-#endif
-}
-
 struct BFloat16 {
   uint16_t bits;
   operator float() const {
@@ -241,7 +231,10 @@ void copy_matrix(D* dst, int64_t dr, int64_t dc, const S* src, int64_t sr, int64
   if (dc == 1 && sc == 1) {
     if (dr == cols && sr == cols) cols *= rows, rows = 1;
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < cols; ++c) dst[r * dr + c] = D(src[r * sr + c]);
+      if constexpr (std::is_same_v<D, S>)
+        std::copy_n(src + r * sr, cols, dst + r * dr);
+      else
+        for (int64_t c = 0; c < cols; ++c) dst[r * dr + c] = D(src[r * sr + c]);
   } else if (dc == 1 && sr == 1) {
     constexpr int64_t B = 8;
     const auto block = [&](int64_t r, int64_t c) {

@@ -290,17 +290,23 @@ inline void multiply_block(const A* a, int64_t a_width, const A* b, int64_t b_wi
   for (int64_t p = 0; p < rows; ++p, a += a_width, b += b_width) {
     Vector row[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) row[v] = read<Vector>(b + v * n);
+    for (int v = 0; v < V; ++v) {
+      row[v] = read<Vector>(b + v * n);
+      if constexpr (n > 1) in_register(row[v]);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sum[r][v] += row[v] * a[r];
   }
-  for (int r = 0; r < R; ++r) {
-    A lanes[V * n];
-    std::memcpy(lanes, sum[r], sizeof(lanes));
-    for (int e = 0; e < V * n; ++e) sums[r * pitch + e] += lanes[e];
-  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)  // unrolled, since what has a variable index is kept in memory
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      A lanes[n];
+      std::memcpy(lanes, &sum[r][v], sizeof(lanes));
+      for (int e = 0; e < n; ++e) sums[r * pitch + v * n + e] += lanes[e];
+    }
 }
 
 // The same for all; of a symmetric result, the part above the diagonal

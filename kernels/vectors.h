@@ -50,6 +50,16 @@ inline void store(A* p, V v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+// Compilers like to read a vector again from memory at each use; the load ports have no time for that here.
+template <class V>
+inline void in_register(V& vector) {
+#if defined(__x86_64__)
+  asm("" : "+v"(vector));
+#elif defined(__aarch64__)
+  asm("" : "+w"(vector));
+#endif
+}
+
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 template <class A>

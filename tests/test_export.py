@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from PIL import Image
 
 import checkpoint
 import data
 import export
 import genotypes
+import image_folder
 import scripts
 from conftest import only_run, vary_kernels
 from genotypes import NAMED, SEARCH_SPACES
@@ -79,7 +80,7 @@ def test_an_exported_file(run_export, trained, tmp_path, caplog, format, with_pr
     caplog.set_level("INFO", "darts")
     path = tmp_path / f"network.{format}"
     options = ["--with_preprocessing"] if with_preprocessing else []
-    run_export("--format", format, "--output", path, "--images", 20, *options)
+    run_export("--format", format, "--output", path, "--check", 20, *options)
     function, metadata, operators = read(path)
     assert metadata["classes"] == list("0123456789") and metadata["image_size"] == 8
     assert all(name.split(".")[0] in ("aten", "<built-in function getitem>") for name in operators), operators
@@ -91,7 +92,7 @@ def test_an_exported_file(run_export, trained, tmp_path, caplog, format, with_pr
     assert [metadata["mean"], metadata["std"]] == [list(values) for values in state["normalization"]]
     for count, height, width in ((1, 8, 8), (5, 8, 8)) + ((3, 13, 9), (2, 6, 30)) * with_preprocessing:
         pixels = torch.randint(256, (count, height, width, 3), dtype=torch.uint8)
-        images = F.interpolate(pixels.permute(0, 3, 1, 2) / 255, (8, 8), mode="bilinear", antialias=True)
+        images = export.resized(pixels.permute(0, 3, 1, 2) / 255, 8, "crop")
         normalized = (images - mean) / std
         found = function(pixels if with_preprocessing else normalized.contiguous())
         assert torch.allclose(found, network(normalized)[0], atol=1e-4)
@@ -107,6 +108,17 @@ def written(format, network, size, tmp_path):
         export._attempt("exported", write, plain, example, {}, path, 18)
         batches = torch.randn(1, 3, size, size), torch.randn(9, 3, size, size)
         return export.check(load(path), export.Classifier(network, size).eval(), batches)
+
+
+@pytest.mark.parametrize("fit", ["crop", "squeeze"])
+@pytest.mark.parametrize("height, width", [(8, 8), (21, 13), (5, 30), (6, 7)])
+def test_images_are_resized_as_those_that_are_read(tmp_path, fit, height, width):
+    """But for Pillow's rounding, once in each direction."""
+    pixels = torch.randint(256, (height, width, 3), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "image.png")
+    expected = torch.from_numpy(image_folder._read_image(8, fit, tmp_path / "image.png").copy())
+    found = export.resized(pixels.permute(2, 0, 1)[None].float(), 8, fit)[0].permute(1, 2, 0)
+    assert (found - expected).abs().max() < 1.5
 
 
 @pytest.mark.slow
@@ -157,12 +169,11 @@ class Means(torch.nn.Module):
 
 @needs_onnx
 def test_an_opset_that_lacks_operators(tmp_path, capfd):
-    """Resizing with antialiasing is one of opset 18."""
     resizing = export.Classifier(Means(), 8, data.Normalization((0.5,) * 3, (0.2,) * 3))
     write = export.FORMATS["onnx"].write
-    with pytest.raises(UserError, match="opset 11 lacks operators that it needs, opset 18 has them: --opset 18"):
+    with pytest.raises(UserError, match="opset 7 lacks operators that it needs, opset 18 has them: --opset 18"):
         images = torch.zeros(2, 9, 9, 3, dtype=torch.uint8)
-        export._attempt("exported", write, resizing, images, {}, tmp_path / "network.onnx", 11)
+        export._attempt("exported", write, resizing, images, {}, tmp_path / "network.onnx", 7)
     assert not list(tmp_path.iterdir()) and not capfd.readouterr().err
 
 

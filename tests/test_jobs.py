@@ -114,11 +114,15 @@ def test_a_search_without_the_genotype_of_its_last_epoch_is_not_finished(folder,
     assert jobs.look(search, folder).status == "finished"
 
 
-def test_a_run_that_an_early_stop_has_ended_is_finished(folder, short):
-    write(folder / short.name / "checkpoint.pt", "")
-    for kept, status in (("", "begun"), ("1", "finished")):
-        write(folder / short.name / "metrics.csv", f"epoch,kept_epoch\n1,{kept}\n")
-        assert jobs.look(short, folder).status == status
+def test_a_search_that_stopped_early_is_finished_with_the_genotype_that_it_kept(folder):
+    search = plan.parse(TINY.replace("epochs = 1", "epochs = 9"), "tiny", "tiny.toml").searches["first-0"]
+    kept, last = genotypes.DARTS_V1, genotypes.DARTS_V2
+    rows = f'1,"{genotypes.format(kept)}",\n2,"{genotypes.format(last)}",'
+    write(folder / search.name / "checkpoint.pt", "")
+    write(folder / search.name / "genotype.json", genotypes.to_json(kept))
+    for kept_epoch, status in (("", "begun"), ("2", "begun"), ("1", "finished")):
+        write(folder / search.name / "metrics.csv", f"epoch,genotype,kept_epoch\n{rows}{kept_epoch}\n")
+        assert jobs.look(search, folder).status == status
 
 
 def test_a_failed_job_has_its_last_line_and_is_retried_on_request(folder):

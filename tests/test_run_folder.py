@@ -453,6 +453,16 @@ def test_a_step_beyond_the_epoch_is_named():
         next(run.steps(make_batches()))
 
 
+def test_a_run_that_stopped_early_is_not_extended():
+    with make_run(epochs=2) as run:
+        run.end_epoch(meter(), skip_connects=2, kept_epoch=1)
+        assert run.stopped
+    with go_on(run, epochs=2) as again:
+        assert again.stopped
+    with pytest.raises(utils.UserError, match="stopped early after epoch 1, and more --epochs do not change"):
+        make_run(resume=run.folder, epochs=5)
+
+
 def test_an_extended_run_goes_on_along_the_schedule_of_its_new_length(caplog):
     caplog.set_level(logging.INFO, "darts")
     folder = trained_run()

@@ -5,24 +5,28 @@ import os
 import shutil
 import signal
 import time
+from argparse import Namespace
 
 import pytest
 import torch
 
 import genotypes
 import scripts
+import train_search
+import utils
 from conftest import assert_one_clear_line, assert_same_curves, only_run
 
 TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 3 --epochs 2 --report_freq 1".split()
+SECOND_ORDER = ["--unrolled", *TINY, "--drop_path_prob", "0.4"]
 
 ALPHAS = {f"alphas_{what}.png" for what in ("normal", "reduction", "heat_map")}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """The folder of a second-order search that nobody stopped, and what it printed."""
+    """The folder of a second-order search with drop path that nobody stopped, and what it printed."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    result = scripts.run(folder, "train_search.py", "--unrolled", *TINY)
+    result = scripts.run(folder, "train_search.py", *SECOND_ORDER)
     assert result.returncode == 0, result.stderr
     return only_run(folder, "search"), result.stdout
 
@@ -66,7 +70,7 @@ def assert_same_run(folder, expected):
 
 def start_and_signal(folder, number, line):
     """Start the search, send a signal when `line` has been printed, and return (exit code, run folder)."""
-    process = scripts.Script(folder, "train_search.py", "--unrolled", *TINY)
+    process = scripts.Script(folder, "train_search.py", *SECOND_ORDER)
     for printed in process.stdout:
         if line in printed:
             process.send_signal(number)
@@ -122,6 +126,44 @@ def test_first_order_in_the_other_spaces(script, tmp_path, space):
     assert script("train_search.py", *TINY, "--epochs", 1, "--search_space", space).returncode == 0
     names = {primitive for primitive, _ in genotypes.parse(only_run(tmp_path, "search")).normal}
     assert names <= set(genotypes.SEARCH_SPACES[space])
+
+
+def test_a_search_that_stops_early_has_ended(script, tmp_path):
+    """In a space of which every second operation is a skip connection, two of them are there at once."""
+    line = [*TINY, "--search_space", "s2", "--eigenvalue_every", 1, "--early_stop", "skips", "--folder", "run"]
+    result = script("train_search.py", *line)
+    assert result.returncode == 0, result.stderr
+    with open(tmp_path / "run" / "metrics.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert row["kept_epoch"] == "1" and float(row["eigenvalue"]) != 0
+    assert genotypes.parse(tmp_path / "run") == genotypes.parse(row["genotype"]) == genotypes.parse(f"{tmp_path}/run@1")
+    says = "stopped early by --early_stop skips after epoch 1 of 2; the genotype is that of epoch 1"
+    assert f"the normal cell has {row['skip_connects']} skip connections after epoch 1" in result.stdout
+    assert says in result.stdout
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    again = script("train_search.py", "--resume", "run")
+    assert again.returncode == 0 and says in again.stdout and "step" not in again.stdout, again.stderr
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    more = script("train_search.py", "--resume", "run", "--epochs", 9)
+    assert_one_clear_line(more, "it was stopped early after epoch 1", "start a new run with --early_stop none")
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("given, expected", [(None, 1), (1, 1), (5, 5), (0, None), (6, None)])
+def test_an_early_stop_needs_eigenvalues(given, expected):
+    args = Namespace(early_stop="eigenvalue", eigenvalue_every=given, epochs=50, unrolled=True)
+    if expected is None:
+        with pytest.raises(utils.UserError, match=f"it needs --eigenvalue_every 1 to 5, got {given}"):
+            train_search.choose_interval(args, 391)
+    else:
+        assert train_search.choose_interval(args, 391) == expected
+
+
+@pytest.mark.parametrize("more", [dict(drop_path_prob=0.1), dict(search_space="s4")])
+def test_a_recording_has_no_chance_in_it(more):
+    args = Namespace(**dict(cuda_graph=True, resume=None, drop_path_prob=0.0, search_space="s3") | more)
+    with pytest.raises(utils.UserError, match="--cuda_graph records a step once: leave it out"):
+        train_search.check_cuda_graph(args, torch.device("cuda"))
 
 
 def test_mixed_precision(script, tmp_path):
