@@ -32,7 +32,11 @@ from utils import Diverged, UserError, write_text
 logger = logging.getLogger("darts.jobs")
 
 ENDED = ("finished", "diverged", "failed")
-_OWN = ("save", "folder", "resume", "search_space")  # settings that make no other run; what --arch random draws from
+# settings that make no other run: names, how often a search looks at its sharpness, what --arch random draws from
+_OWN = {
+    "train_search.py": ("save", "folder", "resume", "eigenvalue_every"),
+    "train.py": ("save", "folder", "resume", "search_space"),
+}
 _PROBE = 2.0  # seconds between two looks at a run that another process is at work on
 
 
@@ -100,7 +104,7 @@ def check(job, folder):
         raise UserError(f"{run} is a run of {checkpoint.shown(script)}, and the plan wants one of {job.script} there")
     saved = settings.check(saved, job.parser, path)
     for name, value in vars(job.args).items():
-        if name not in (*settings.PORTABLE, *_OWN) and saved[name] != value:
+        if name not in (*settings.PORTABLE, *_OWN[job.script]) and saved[name] != value:
             raise UserError(
                 f"{run} is a run with --{name} {saved[name]}, and the plan says {value}: change the plan, or move "
                 "that folder away"

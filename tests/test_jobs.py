@@ -1,5 +1,6 @@
 """Jobs: what of one is done, as its files say; starting, resuming, failing, diverging, waiting for others."""
 
+import contextlib
 import json
 import signal
 import sys
@@ -188,9 +189,20 @@ def test_a_run_of_other_settings_is_named(folder, short):
         with pytest.raises(utils.UserError) as caught:
             jobs.check(short, folder)
         assert says in str(caught.value)
+    write(path, json.dumps(dict(script="train.py", args=args | dict(epochs=9))))
+    with pytest.raises(utils.UserError, match="with --epochs 9, and the plan says 2"):
+        jobs.check(short, folder)
     write(path, "{")
     with pytest.raises(utils.UserError, match="config.json cannot be read"):
         jobs.check(short, folder)
+
+
+def test_a_search_of_another_space_is_another_run(folder, search):
+    for change, is_same in ((dict(eigenvalue_every=0), True), (dict(search_space="darts"), False)):
+        args = vars(search.args) | change
+        write(folder / search.name / "config.json", json.dumps(dict(script="train_search.py", args=args)))
+        with contextlib.nullcontext() if is_same else pytest.raises(utils.UserError, match="--search_space darts"):
+            jobs.check(search, folder)
 
 
 def test_the_time_at_work_is_without_the_time_between_two_processes(folder, short):
