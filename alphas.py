@@ -293,7 +293,7 @@ def plot_heat_map(trajectory):
     primitives = trajectory.primitives
     arrays = {cell: trajectory.weights[cell][-1] for cell in CELLS}
     edges = max(len(array) for array in arrays.values())
-    size = (1.9 + 0.45 * len(primitives) * 2, 1.25 + 0.25 * edges)
+    size = (1.9 + 2 * max(1.6, 0.45 * len(primitives)), 1.25 + 0.25 * edges)  # a title needs 1.6 inches
     figure = Figure(figsize=size)
     grid = figure.add_gridspec(1, 2, left=0.6 / size[0], right=1 - 0.1 / size[0], bottom=0.85 / size[1], wspace=0.05)
     grid.update(top=1 - 0.35 / size[1])
