@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 import progress
-from gradients import from_random_states, random_states
+from gradients import from_seed
 
 _SMALLEST_GROUP = 8  # images: fewer have poor statistics
 _GROUPS = 4
@@ -101,8 +101,7 @@ def _measured(model):
     """The network in training mode, nothing dropped, its noise always the same; afterwards all is as it was."""
     device, was = model.alphas_normal.device, (model.training, model.drop_path_prob)
     try:
-        with from_random_states(device, random_states(device)):
-            torch.manual_seed(0)
+        with from_seed(device, 0):
             model.train()
             model.drop_path_prob = 0.0
             yield

@@ -130,6 +130,14 @@ def from_random_states(device, states):
         _set_random_states(device, before)
 
 
+@contextmanager
+def from_seed(device, seed):
+    """Draw from a seed; on leaving, the present states are put back."""
+    with from_random_states(device, random_states(device)):
+        torch.manual_seed(seed)
+        yield
+
+
 def _set_random_states(device, states):
     for generator, state in zip(_generators(device), states, strict=True):
         generator.set_rng_state(state)

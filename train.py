@@ -27,7 +27,7 @@ import run_folder
 import schedule
 import settings
 import utils
-from gradients import running_statistics
+from gradients import from_seed, running_statistics
 from model import NETWORKS, default_network
 from operations import LARGEST_SMALL_IMAGE
 from processes import ALONE, Processes
@@ -57,12 +57,16 @@ def train(run, batches, model, forward, criterion, optimizer, args):
 
 @torch.no_grad()
 def infer(batches, model, after_batch=lambda: None, meter=None):
-    """Loss and accuracy on plain images, as a meter; `after_batch` is called after every batch."""
+    """Loss and accuracy on plain images, as a meter; `after_batch` is called after every batch.
+
+    Noise is the same every time, and the random states stay: a stop between two batches saves those of the last step.
+    """
     model.eval()
     meter = meter or utils.Evaluation()
-    for input, target in progress.counted(batches, "evaluation"):
+    for k, (input, target) in enumerate(progress.counted(batches, "evaluation")):
         if len(target):
-            meter.add(model(input)[0], target)
+            with from_seed(input.device, k):
+                meter.add(model(input)[0], target)
         after_batch()
     return meter.merged(batches.team, len(batches.labels))
 

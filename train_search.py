@@ -28,7 +28,7 @@ import schedule
 import settings
 import utils
 from architect import Architect
-from gradients import Gradients
+from gradients import Gradients, from_seed
 from model_search import STEM_STRIDES, Network
 from operations import LARGEST_SMALL_IMAGE
 from processes import Processes
@@ -58,12 +58,16 @@ def train(run, train_batches, search_batches, architect, optimizer, args):
 
 @torch.no_grad()
 def infer(run, batches, model):
-    """Loss and accuracy of the supernet on plain images, as a meter."""
+    """Loss and accuracy of the supernet on plain images, as a meter.
+
+    Noise is the same every time, and the random states stay: a stop between two batches saves those of the last step.
+    """
     model.eval()
     meter = utils.Evaluation()
-    for input, target in progress.counted(batches, "validation"):
+    for k, (input, target) in enumerate(progress.counted(batches, "validation")):
         if len(target):
-            meter.add(model(input), target)
+            with from_seed(input.device, k):
+                meter.add(model(input), target)
         run.stop_if_asked()
     return meter.merged(batches.team, len(batches.labels))
 

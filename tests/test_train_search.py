@@ -10,11 +10,13 @@ from argparse import Namespace
 import pytest
 import torch
 
+import data
 import genotypes
 import scripts
 import train_search
 import utils
 from conftest import assert_one_clear_line, assert_same_curves, only_run
+from model_search import Network
 
 TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 3 --epochs 2 --report_freq 1".split()
 SECOND_ORDER = ["--unrolled", *TINY, "--drop_path_prob", "0.4"]
@@ -165,6 +167,21 @@ def test_a_recording_has_no_chance_in_it(more):
     args = Namespace(**dict(cuda_graph=True, resume=None, drop_path_prob=0.0, search_space="s3") | more)
     with pytest.raises(utils.UserError, match="--cuda_graph records a step once: leave it out"):
         train_search.check_cuda_graph(args, torch.device("cuda"))
+
+
+def test_noise_in_a_validation_is_not_what_a_run_goes_on_with():
+    """A run that is stopped in its validation does all of it again, and draws what it would have drawn."""
+    torch.manual_seed(0)
+    primitives = genotypes.SEARCH_SPACES["s4"]
+    net = Network(4, 10, 3, torch.nn.CrossEntropyLoss(), primitives=primitives)
+    images = data.Images(torch.randint(256, (6, 8, 8, 3), dtype=torch.uint8), torch.arange(6), [*"abcdefghij"])
+    batches = data.Batches(images, 2, data.Normalization((0.5,) * 3, (0.5,) * 3), augmentation=None)
+    before, saved = torch.get_rng_state(), []
+    run = Namespace(stop_if_asked=lambda: saved.append(torch.get_rng_state()))
+    losses = train_search.infer(run, batches, net).losses
+    assert len(saved) == 3 and all(torch.equal(state, before) for state in saved)
+    torch.randn(3)
+    assert (train_search.infer(run, batches, net).losses == losses).all()
 
 
 def test_mixed_precision(script, tmp_path):
