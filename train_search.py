@@ -215,9 +215,15 @@ def parse_args(argv=None):
     """The arguments, with the stem for images of this size.
 
     Raises:
-        UserError: as settings.parse_args; images of which the supernet leaves nothing.
+        UserError: as settings.parse_args; an early stop by skip connections in a space without them; images of which
+            the supernet leaves nothing.
     """
     args = settings.parse_args(build_parser(), argv)
+    if args.early_stop == "skips" and "skip_connect" not in genotypes.SEARCH_SPACES[args.search_space]:
+        raise utils.UserError(
+            f"--early_stop skips counts skip connections, and space {args.search_space} has none: "
+            "use --early_stop eigenvalue, or none"
+        )
     size = data.image_size(args)
     if args.stem_stride is None:
         args.stem_stride = 4 if size > LARGEST_SMALL_IMAGE else 1

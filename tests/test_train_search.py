@@ -233,6 +233,7 @@ def test_without_dot_the_search_goes_on_and_says_so_once(tmp_path, monkeypatch):
         (["--epochs", "1" + 400 * "0"], "--epochs: must be an integer at least 1"),
         (["--device", "cuda"], "--device cpu"),
         (["--device", "cpu", "--cuda_graph"], "--cuda_graph needs a CUDA device, and this run is on cpu"),
+        (["--search_space", "s4", "--early_stop", "skips"], "counts skip connections, and space s4 has none"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
 )
