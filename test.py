@@ -169,6 +169,8 @@ def results_folder(args):
     folder = run / report.TEST if args.output is None else Path(args.output)
     if folder.exists() and not folder.is_dir():
         raise utils.UserError(f"{folder} is no folder: name another with --output")
+    if (folder / "config.json").exists():
+        raise utils.UserError(f"--output {folder} is a run folder; results go to its {report.TEST}/: leave it out")
     return folder
 
 

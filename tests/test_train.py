@@ -284,6 +284,8 @@ def test_results_go_where_output_says(script, uninterrupted, tmp_path):
     (tmp_path / "taken").touch()
     assert_one_clear_line(script("test.py", "--model_path", uninterrupted, "--output", "taken"), "taken is no folder")
 
+    into_run = script("test.py", "--model_path", uninterrupted, "--output", uninterrupted)
+    assert_one_clear_line(into_run, "is a run folder; results go to its test/: leave it out")
 
 def test_pictures_of_ones_own(script, uninterrupted, tmp_path):
     """A photograph that is turned by its EXIF, a palette, one with transparency: as if they were plain."""
