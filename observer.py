@@ -185,10 +185,7 @@ class Observer:
         for column, images in (("train_acc", "training"), ("valid_acc", run.judged_by)):
             summary[f"{images}_accuracy"] = row.get(column)
         summary["parameters"] = sum(w.numel() for w in self.model.parameters())
-        final = diagnostics.final_row(run.history) if run.history else {}
-        summary["genotype"] = final.get("genotype", getattr(run.args, "arch", None))
-        if run.stopped:
-            summary["genotype_of_epoch"] = final["epoch"]
+        summary["genotype"] = row.get("genotype", getattr(run.args, "arch", None))
         utils.write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def close(self):
