@@ -98,6 +98,13 @@ def update(folder, parser):
         logger.warning("no page of %s: %s", folder, error)
 
 
+def conclude(folder, parser):
+    """`update` for a script that is done: it says where the page is."""
+    path = update(folder, parser)
+    if path:
+        logger.info("its page: %s", path)
+
+
 def script_of(folder):
     """The name of the script that made a folder."""
     for name in ("config.json", RESULTS):

@@ -180,8 +180,8 @@ def save_results(folder, meter, images, facts):
     evaluation.write(folder, meter, images, facts | {"data": {"test": data.fingerprint(images)}})
     run = folder.parent if folder.name == report.TEST else folder
     of_run = run != folder and (run / "config.json").is_file()
-    page = report.update(*((run, train.build_parser()) if of_run else (folder, build_parser())))
-    logger.info("tables and pictures: %s; page: %s", folder, page)
+    logger.info("tables and pictures: %s", folder)
+    report.conclude(*((run, train.build_parser()) if of_run else (folder, build_parser())))
 
 
 if __name__ == "__main__":

@@ -294,7 +294,7 @@ def main():
             run.end_epoch(valid, **({"valid_top5": valid.top5} if valid.has_top5 else {}))
         run.observer.finish()
         if run.leads:
-            logger.info("its page: %s", report.update(run.folder, build_parser()))
+            report.conclude(run.folder, build_parser())
         logger.info("trained; now: %s", run_folder.command("test.py", "--model_path", run.folder))
     team.leave()
 

@@ -300,7 +300,7 @@ def main():
             report_genotype(run, args)
         run.observer.finish()
         if run.leads:
-            logger.info("its page: %s", report.update(run.folder, build_parser()))
+            report.conclude(run.folder, build_parser())
         logger.info("searched; now: %s", run_folder.command("train.py", "--arch", run.folder))
     team.leave()
 

@@ -217,8 +217,9 @@ def test_time_at_work_leaves_out_the_pauses(tmp_path):
 def test_a_page_that_cannot_be_made_does_not_stop_a_run(tmp_path, caplog):
     folder = make_run(tmp_path / "run")
     (folder / "summary.json").write_text("{")
-    report.update(folder, train_search.build_parser())
-    assert "summary.json is missing or damaged" in caplog.text and not (folder / report.NAME).exists()
+    report.conclude(folder, train_search.build_parser())
+    assert "summary.json is missing or damaged" in caplog.text and "its page" not in caplog.text
+    assert not (folder / report.NAME).exists()
 
 
 @pytest.mark.parametrize(

@@ -279,13 +279,14 @@ def test_results_go_to_the_run_and_its_page(script, uninterrupted, tmp_path):
 
 def test_results_go_where_output_says(script, uninterrupted, tmp_path):
     result = script("test.py", "--model_path", uninterrupted / "checkpoint.pt", "--output", "mine")
-    assert result.returncode == 0 and "tables and pictures: mine; page: mine/report.html" in result.stdout
+    assert result.returncode == 0 and "tables and pictures: mine" in result.stdout
+    assert "its page: mine/report.html" in result.stdout
     assert (tmp_path / "mine" / "test.json").exists()
     (tmp_path / "taken").touch()
     assert_one_clear_line(script("test.py", "--model_path", uninterrupted, "--output", "taken"), "taken is no folder")
-
     into_run = script("test.py", "--model_path", uninterrupted, "--output", uninterrupted)
     assert_one_clear_line(into_run, "is a run folder; results go to its test/: leave it out")
+
 
 def test_pictures_of_ones_own(script, uninterrupted, tmp_path):
     """A photograph that is turned by its EXIF, a palette, one with transparency: as if they were plain."""
