@@ -279,14 +279,27 @@ def build_parser():
     return parser
 
 
+def _check_flags(format, given):
+    """Raise UserError for flags that would do nothing here."""
+    for name, why in (
+        ("subset", "--check N says how many test images are read"),
+        ("data_in", "the test images of a check are kept in memory"),
+    ):
+        if name in given:
+            raise utils.UserError(f"--{name} has no effect: {why}; leave it out")
+    if "opset" in given and format != "onnx":
+        raise utils.UserError(f"--opset is for --format onnx, got --format {format}: leave it out")
+
+
 def load_network(parser, argv=None):
     """The arguments with the run's own, its network on the CPU, and its checkpoint.
 
     Raises:
-        UserError: no run of train.py, or one that has not finished an epoch; no place for the output, or a package
-            that is missing.
+        UserError: no run of train.py, or one that has not finished an epoch; no place for the output, a package that is
+            missing, or a flag that would do nothing.
     """
     given = parser.parse_args(argv)
+    _check_flags(given.format, parser.given(argv))
     missing = [name for name in FORMATS[given.format].needs if importlib.util.find_spec(name) is None]
     if missing:
         raise utils.UserError(

@@ -6,7 +6,9 @@ python measure.py DARTS DARTS_V2 runs/search-EXP-20250101-120000 --init_channels
 Counted, for one image and without the auxiliary head, are
     parameters;
     multiply-adds, by PyTorch's FlopCounterMode: of convolutions (those too that make an involution's kernels),
-    involutions and the classifier, not of batch norms, pooling and sums, as in the literature;
+    involutions and the classifier, not of batch norms, pooling and sums, as in the literature (DARTS_V2 for ImageNet,
+    48 channels and 14 cells, has 530 M; the DARTS paper has 574 M and does not say what it counts; others count 523 M
+    and 545 M: issue 46 of its code, quark0/darts);
     activations: the values that these layers put out (arXiv 2003.13678), without an involution's kernels, which are
     made where they are used and never written to memory.
 Measured, on this device, are

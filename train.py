@@ -282,7 +282,8 @@ def main():
         run.observer.pace.validation_steps = len(valid_batches) / 3  # a step passes forward, and back in twice the time
         gc.freeze()  # what is there by now stays: looking through it for garbage takes 5 % of a small step
         while run.epoch < args.epochs:
-            report.update(run.folder, build_parser())
+            if run.leads:
+                report.update(run.folder, build_parser())
             model.drop_path_prob = args.drop_path_prob * run.epoch / args.epochs
             if args.compile and args.drop_path_prob > 0:
                 model.drop_path_prob = torch.tensor(model.drop_path_prob, device=device)

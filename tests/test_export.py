@@ -185,6 +185,20 @@ def test_without_the_packages_of_onnx(run_export, monkeypatch):
         run_export("--format", "onnx", "--output", "network.onnx")
 
 
+@pytest.mark.parametrize(
+    "flag, value, says",
+    [
+        ("--opset", 18, "--opset is for --format onnx, got --format pt2"),
+        ("--subset", 9, "--check N says how many"),
+        ("--data_in", "disk", "--data_in has no effect"),
+    ],
+)
+def test_a_flag_that_would_do_nothing(run_export, tmp_path, flag, value, says):
+    with pytest.raises(UserError, match=says):
+        run_export("--format", "pt2", "--output", "network.pt2", flag, value)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("output", [".", "missing/network.pt2"])
 def test_an_output_that_cannot_be(run_export, output):
     with pytest.raises(UserError, match="must be a file in a folder that is there"):

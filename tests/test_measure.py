@@ -24,6 +24,13 @@ def test_the_published_cell_of_darts_has_its_published_size():
     assert cost.parameters == 3_349_342 and round(cost.multiply_adds / 1e6) == 528
 
 
+def test_the_published_cell_of_darts_for_large_images_has_its_published_size():
+    """4.7 M parameters: arXiv 1806.09055, table 3."""
+    with torch.device("meta"):
+        large = flags(network="imagenet", init_channels=48, layers=14, auxiliary=True, image_size=224)
+        assert utils.count_parameters(measure.build(genotypes.DARTS_V2, large, 1000)) == 4_718_752
+
+
 @pytest.mark.parametrize("network", ["cifar", "imagenet"])
 @pytest.mark.parametrize("name", ["DARTS", "NASNet", "AmoebaNet", "random"])
 def test_parameters_are_a_sum_over_edges(name, network):
