@@ -120,9 +120,9 @@ def logits_of_scaled_images(network, size=16):
         return [logits(images * scale).abs().max().item() for scale in (1, 10, 100, 1000)]
 
 
-def assert_one_clear_line(result, *says):
-    """Exit code 2 and a single line on stderr that says everything in `says`."""
-    assert result.returncode == 2, result.stdout + result.stderr
+def assert_one_clear_line(result, *says, code=2):
+    """This exit code and a single line on stderr that says everything in `says`."""
+    assert result.returncode == code, result.stdout + result.stderr
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, result.stderr
     for text in says:

@@ -268,7 +268,8 @@ def test_stems_of_large_images_that_are_not_as_they_were_made():
     assert_equal_to_plain(net, 32)
 
 
-@pytest.mark.parametrize("primitive", known_primitives())
+# noise is drawn by one edge after the other, and fast cells take edges in another order
+@pytest.mark.parametrize("primitive", sorted({*known_primitives()} - {"noise"}))
 def test_fast_cells_of_every_primitive(primitive):
     assert_equal_to_plain(make(of_primitives([primitive, "skip_connect"], [primitive])))
     assert_equal_to_plain(make(of_primitives([primitive], [primitive, "dil_conv_3x3"])).eval())
@@ -277,7 +278,7 @@ def test_fast_cells_of_every_primitive(primitive):
 @pytest.mark.slow
 def test_soak_of_derived_cells():
     """10,000 random networks: genotype, channels, sizes, layers, drop path, training or evaluation."""
-    choose, primitives = random.Random(0), sorted(known_primitives())
+    choose, primitives = random.Random(0), sorted({*known_primitives()} - {"noise"})
 
     def edges():
         return [(choose.choice(primitives), choose.randrange(2 + k // 2)) for k in range(2 * steps)]

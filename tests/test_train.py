@@ -187,7 +187,7 @@ def test_amp_and_compile_resume_exactly(flag, tmp_path, monkeypatch):
 def test_amp_is_in_bfloat16_but_for_the_losses():
     net, seen = NetworkCIFAR(4, 10, 1, True, genotypes.DARTS_L20), []
     net.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    keep = lambda loss, logits, target: seen.append(logits.dtype)  # noqa: E731
+    keep = lambda loss, logits, target, norm: seen.append(logits.dtype)  # noqa: E731
     run = SimpleNamespace(steps=lambda batches: batches, record=keep, team=ALONE)
     batch = torch.randn(4, 3, 29, 29), torch.arange(4)
     optimizer = torch.optim.SGD(net.parameters(), 0.01)

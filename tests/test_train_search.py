@@ -254,9 +254,8 @@ def test_a_failed_download_names_the_way_out(script, tmp_path, monkeypatch):
 def test_numbers_that_are_no_longer_finite_stop_the_search(script, tmp_path):
     result = script("train_search.py", *TINY, "--learning_rate", 1e30, "--grad_clip", 1e30)
     run = only_run(tmp_path, "search").relative_to(tmp_path)
-    assert_one_clear_line(
-        result, "the gradient of the alphas became", "step", "learning rate 1e+30", f"{run}/checkpoint.pt"
-    )
+    says = "the gradient of the alphas became", "step", "learning rate 1e+30", f"{run}/checkpoint.pt"
+    assert_one_clear_line(result, *says, code=3)
 
 
 def test_a_run_of_other_settings_is_not_resumed(script, uninterrupted):
