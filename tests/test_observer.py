@@ -62,9 +62,10 @@ def watched(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(moments)
         patch.setattr(run_folder, "_SAVE_EVERY", -1)  # after every step
-        patch.setattr(logging.getLogger("darts"), "level", logging.INFO)
+        logging.getLogger("darts").setLevel(logging.INFO)  # which, unlike its attribute, loggers below it notice
         run = make_run("search", Supernet())
         folder = go_through(run, lambda run, when: shutil.copytree(run.folder, moments / when))
+        logging.getLogger("darts").setLevel(logging.NOTSET)
         shutil.copytree(folder, moments / "the end")
     return moments / "the end", moments
 
