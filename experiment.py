@@ -1,6 +1,6 @@
 """The protocol of DARTS as one command: searches with several seeds, random cells beside them, ranking, final training.
 
-python experiment.py --quick                             # on digits, nothing to download: a few minutes
+python experiment.py --quick                             # on digits, nothing to download
 python experiment.py plans/small.toml                    # again: goes on, whatever stopped it
 python experiment.py plans/small.toml --jobs 4           # four jobs at a time
 python experiment.py plans/paper.toml --cluster dask://HOST:8786
@@ -200,7 +200,7 @@ def tell(job, state, folder):
 def build_parser():
     parser = utils.ArgumentParser(description="Run a plan of searches and trainings, and compare what comes out.")
     parser.add_argument("plan", nargs="?", metavar="PLAN.toml", help="see plans/; plan.py says what it may hold")
-    parser.add_argument("--quick", action="store_true", help="plans/quick.toml: digits, a few minutes")
+    parser.add_argument("--quick", action="store_true", help="plans/quick.toml, on digits")
     parser.add_argument("--folder", help="the experiment's folder (default: runs/experiment-PLAN)")
     parser.add_argument("--list", action="store_true", help="list the jobs, their state and their commands; run none")
     parser.add_argument("--retry", action="store_true", help="take up failed jobs again")
