@@ -1,4 +1,4 @@
-"""Random resized crops and colour jitter of a batch at once, on its device.
+"""Random resized crops, colour jitter and smaller images, of a batch at once, on its device.
 
 What torchvision's RandomResizedCrop and ColorJitter draw for an image is here drawn for many, and then applied to a
 batch: `draw_…` gives the numbers of an epoch, on the CPU, `resize` and `jitter` do what they say to the images.
@@ -40,6 +40,13 @@ def resize(input, boxes):
     y, x = (2 * pixels + 1) / S - 1  # as grid_sample counts
     grid = torch.stack([x[:, None].expand(B, S, S), y[:, :, None].expand(B, S, S)], dim=-1)
     return F.grid_sample(input, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def reduce(input, size):
+    """Images (B, C, S, S) at size x size pixels, each the mean of those it covers, weighted by a triangle."""
+    if input.shape[-1] == size:
+        return input
+    return F.interpolate(input, (size, size), mode="bilinear", align_corners=False, antialias=True)
 
 
 def draw_jitter(count, strength, generator):

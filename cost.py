@@ -26,40 +26,45 @@ class Pace:
 
     Attributes:
         validation_steps: how many steps take as long as a validation; counts until one was measured.
+        work: what a step of an epoch takes, of one of the last epoch, as a function of the epoch.
     """
 
     def __init__(self):
-        self.validation_steps = 0.0
-        self.steps = self._first = self._done = 0  # of an epoch; left of this process's first one; of the process
+        self.validation_steps, self.work = 0.0, lambda epoch: 1.0
+        self.epoch = self.steps = self._first = self._done = (
+            0  # of an epoch; left of this process's first one; of the process
+        )
         self._seconds = deque(maxlen=100)  # of the last steps
         self._between = self._last = None  # seconds from the last step of an epoch to the next epoch; when it was
 
-    def begin_epoch(self, steps, done):
+    def begin_epoch(self, epoch, steps, done):
         """An epoch of so many steps begins, or goes on after some of them."""
         now = time.monotonic()
         if self._last is not None:
             self._between = now - self._last
-        self._last, self.steps = now, steps
+        self._last, self.epoch, self.steps = now, epoch, steps
         self._first = self._first or steps - done
 
     def step(self):
         now = time.monotonic()
         if self._done == 1:
             self._seconds.clear()  # the first one warms up
-        self._seconds.append(now - self._last)
+        self._seconds.append((now - self._last) / self.work(self.epoch))
         self._last = now
         self._done += 1
 
     def remaining(self, step, epochs):
-        """Seconds that are left after `step` steps of an epoch, with so many epochs to come after it."""
-        return self.epoch() - step * self._per_step() + epochs * self.epoch()
+        """Seconds that are left after `step` steps of this epoch, of so many epochs."""
+        left = sum(self.seconds(epoch) for epoch in range(self.epoch, epochs))
+        return left - step * self._per_step() * self.work(self.epoch)
 
-    def epoch(self):
-        """Seconds of an epoch with its validation."""
+    def seconds(self, epoch):
+        """Those of an epoch with its validation."""
         between = self.validation_steps * self._per_step() if self._between is None else self._between
-        return self.steps * self._per_step() + between
+        return self.steps * self._per_step() * self.work(epoch) + between
 
     def _per_step(self):
+        """Seconds of a step of the last epoch."""
         return sum(self._seconds) / len(self._seconds)
 
     @property

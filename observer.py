@@ -90,7 +90,7 @@ class Observer:
     def begin_epoch(self, steps):
         """An epoch of so many steps begins, or goes on."""
         self.cost.begin()
-        self.pace.begin_epoch(steps, self.run.step)
+        self.pace.begin_epoch(self.run.epoch, steps, self.run.step)
         self.events.begin_steps(self.run.epoch * steps + self.run.step)
         self._images, self._reported_at = 0, time.monotonic()
 
@@ -105,17 +105,19 @@ class Observer:
         self.pace.step()
         step, steps, epochs = self.run.step, self.pace.steps, self.run.args.epochs
         if self.pace.is_news:
-            left = self.pace.remaining(step, epochs - self.run.epoch - 1)
+            left = self.pace.remaining(step, epochs)
             what = "an epoch takes about %s, what is left of %d epochs %s (validation %s); %s so far"
             known = "measured" if self.pace.validation_is_known else "estimated"
             memory = cost.in_words(*cost.peak_memory())
-            logger.info(what, utils.duration(self.pace.epoch()), epochs, utils.duration(left), known, memory)
+            logger.info(
+                what, utils.duration(self.pace.seconds(self.run.epoch)), epochs, utils.duration(left), known, memory
+            )
         if step % self.run.args.report_freq == 0 or step == steps:
             self.events.step(self.run.epoch * steps + step, self._scalars())
 
     def remaining(self):
         """What the progress bar says of the whole run."""
-        left = self.pace.remaining(self.run.step, self.run.args.epochs - self.run.epoch - 1)
+        left = self.pace.remaining(self.run.step, self.run.args.epochs)
         return f"whole run {utils.duration(left)} left"
 
     def _scalars(self):

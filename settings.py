@@ -34,6 +34,7 @@ _BEFORE = {
     "label_smooth": 0.0,
     "lr_scheduler": "cosine",
     "warmup_epochs": 0,
+    "first_image_size": None,
     "eigenvalue_every": 0,
     "early_stop": "none",
     "drop_path_prob": 0.0,

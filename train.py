@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import torch
 import torch.nn as nn
 
+import augment
 import data
 import genotypes
 import progress
@@ -38,7 +39,9 @@ logger = logging.getLogger("darts.train")
 def train(run, batches, model, forward, criterion, optimizer, args):
     """The steps that are left of an epoch; `forward` is the model, or what computes the same."""
     model.train()
+    size = size_of_epoch(args, run.epoch)
     for input, target in run.steps(batches):
+        input = augment.reduce(input, size)
         optimizer.zero_grad()
         with torch.autocast(input.device.type, torch.bfloat16, enabled=args.amp):
             logits, logits_aux = forward(input)
@@ -96,6 +99,12 @@ def load_data(args, device, team=ALONE):
     batches = data.Batches(measured, augmentation=None, **of_all)
     facts = dict(normalization=tuple(normalization), classes=images.classes, data=fingerprints)
     return train_batches, batches, facts
+
+
+def size_of_epoch(args, epoch):
+    """The side of the training images, in pixels."""
+    size = data.image_size(args)
+    return schedule.image_size(epoch, args.epochs, args.first_image_size or size, size)
 
 
 def check_auxiliary(args):
@@ -188,9 +197,20 @@ def parse_args(argv=None):
     choose_network(args)
     if args.warmup_epochs >= args.epochs:
         raise utils.UserError(f"--warmup_epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
+    _check_first_image_size(args)
     if args.arch == "random":
         args.arch = genotypes.format(genotypes.sample(genotypes.SEARCH_SPACES[args.search_space], args.seed))
     return args
+
+
+def _check_first_image_size(args):
+    first, last = args.first_image_size, data.image_size(args)
+    smallest = NETWORKS[args.network].smallest_image(args.layers, args.auxiliary)
+    if first and not min(smallest, last) <= first <= last:
+        raise utils.UserError(
+            f"--first_image_size {first} must be from {min(smallest, last)}, the least that this network takes, to the "
+            f"{last} pixels of the images"
+        )
 
 
 def build_parser():
@@ -205,6 +225,12 @@ def build_parser():
     )
     group = parser.add_argument_group("augmentation and regularization")
     utils.add_augmentation_arguments(group)
+    group.add_argument(
+        "--first_image_size",
+        type=utils.number(int, low=1),
+        help="train on images of this many pixels at first, that grow over three quarters of the epochs, in steps of 4 "
+        "(default: on whole ones at once)",
+    )
     group.add_argument(
         "--drop_path_prob",
         type=utils.number(float, low=0, below=1),
@@ -280,6 +306,7 @@ def main():
         run.report(genotype)
         logger.info("network of %.2f M weights", utils.count_parameters_in_MB(model))
         run.observer.pace.validation_steps = len(valid_batches) / 3  # a step passes forward, and back in twice the time
+        run.observer.pace.work = lambda epoch: (size_of_epoch(args, epoch) / size_of_epoch(args, args.epochs)) ** 2
         gc.freeze()  # what is there by now stays: looking through it for garbage takes 5 % of a small step
         while run.epoch < args.epochs:
             if run.leads:

@@ -2,8 +2,10 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import ks_2samp
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms.v2 import functional
@@ -67,6 +69,15 @@ def test_colours_are_changed_as_by_torchvision():
         for k in order:
             image = getattr(functional, f"adjust_{names[k]}")(image, amounts[k])
         assert torch.allclose(result, image, atol=1e-4)
+
+
+def test_images_are_reduced_as_by_pillow():
+    image = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=generator())
+    small = Image.fromarray(image.numpy()).resize((20, 20), Image.Resampling.BILINEAR)
+    images = image.permute(2, 0, 1)[None].float()
+    reduced = augment.reduce(images, 20)[0].permute(1, 2, 0)
+    assert (reduced - torch.from_numpy(np.array(small))).abs().max() < 1  # its values are rounded
+    assert augment.reduce(images, 32) is images
 
 
 def test_changes_are_drawn_as_by_torchvision():

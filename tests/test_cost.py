@@ -25,26 +25,35 @@ def steps(pace, clock, *seconds):
 def test_an_estimate_leaves_the_first_step_out_and_has_the_validation_in(clock):
     pace = cost.Pace()
     pace.validation_steps = 2.5
-    pace.begin_epoch(10, done=0)
+    pace.begin_epoch(0, 10, done=0)
     steps(pace, clock, 60)
-    assert pace.epoch() == pytest.approx(12.5 * 60) and not pace.is_news
+    assert pace.seconds(0) == pytest.approx(12.5 * 60) and not pace.is_news
     steps(pace, clock, 1, 3, 2, 2)
     assert pace.is_news and not pace.validation_is_known
-    assert pace.epoch() == pytest.approx(12.5 * 2)
-    assert pace.remaining(5, epochs=3) == pytest.approx(7.5 * 2 + 3 * 12.5 * 2)
+    assert pace.seconds(0) == pytest.approx(12.5 * 2)
+    assert pace.remaining(5, epochs=4) == pytest.approx(7.5 * 2 + 3 * 12.5 * 2)
 
 
 def test_a_measured_validation_takes_the_place_of_the_estimate(clock):
     pace = cost.Pace()
     pace.validation_steps = 100
-    pace.begin_epoch(3, done=0)
+    pace.begin_epoch(0, 3, done=0)
     steps(pace, clock, 1, 1, 1)
     assert pace.is_news  # no epoch has more
     clock[0] += 7
-    pace.begin_epoch(3, done=0)
+    pace.begin_epoch(1, 3, done=0)
     steps(pace, clock, 1)
     assert pace.validation_is_known and not pace.is_news
-    assert pace.epoch() == pytest.approx(10)
+    assert pace.seconds(1) == pytest.approx(10)
+
+
+def test_an_estimate_goes_by_the_work_of_each_epoch(clock):
+    pace = cost.Pace()
+    pace.work = lambda epoch: (0.25, 0.5, 1.0)[epoch]
+    pace.begin_epoch(0, 10, done=0)
+    steps(pace, clock, 60, 1, 1, 1, 1)
+    assert [pace.seconds(epoch) for epoch in range(3)] == pytest.approx([10, 20, 40])
+    assert pace.remaining(5, epochs=3) == pytest.approx(5 + 20 + 40)
 
 
 def test_hours_are_those_of_work(clock):

@@ -1,4 +1,4 @@
-"""The learning rate of an epoch."""
+"""The learning rate and the image size of an epoch."""
 
 import pytest
 import torch
@@ -41,3 +41,13 @@ def test_the_rate_of_any_epoch_is_known():
     optimizer, scheduler = make(shape="linear", warmup_epochs=2)
     expected = [schedule.learning_rates(scheduler, epoch)[0] for epoch in range(10)]
     assert rates(optimizer, scheduler, 10) == expected
+
+
+@pytest.mark.parametrize("first, last, sizes", [
+    (16, 32, [16, 20, 20, 24, 28, 28, 32, 32]),
+    (32, 32, [32] * 8),
+    (5, 8, [5, 5, 5, 8, 8, 8, 8, 8]),
+    (30, 33, [30, 30, 30, 33, 33, 33, 33, 33]),
+])  # fmt: skip
+def test_images_grow_for_three_quarters_of_the_epochs(first, last, sizes):
+    assert [schedule.image_size(epoch, 8, first, last) for epoch in range(8)] == sizes

@@ -35,7 +35,7 @@ PRINTED_ARCH = """Genotype(normal=[('sep_invo_3x3', 1), ('sep_invo_3x3', 0), ('s
 def uninterrupted(tmp_path_factory):
     """The folder of a training with drop-path that nobody stopped."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    result = scripts.run(folder, "train.py", *TINY, "--drop_path_prob", 0.5)
+    result = scripts.run(folder, "train.py", *TINY, "--drop_path_prob", 0.5, "--first_image_size", 4)
     assert result.returncode == 0, result.stderr
     return only_run(folder, "train")
 
@@ -55,7 +55,7 @@ def test_the_printed_command_works(script, image_folder, tmp_path):
 
 
 def test_a_killed_training_resumes_exactly(uninterrupted, tmp_path):
-    process = scripts.Script(tmp_path, "train.py", *TINY, "--drop_path_prob", 0.5)
+    process = scripts.Script(tmp_path, "train.py", *TINY, "--drop_path_prob", 0.5, "--first_image_size", 4)
     for printed in process.stdout:
         if "epoch 2/2 step 2/6" in printed:
             process.send_signal(signal.SIGKILL)
@@ -122,6 +122,18 @@ def test_the_protocol_for_large_images_resumes_exactly(script, tmp_path):
 def test_the_network_goes_by_the_size_of_the_images(size, network):
     assert parse_args(["--image_size", str(size)]).network == network
     assert parse_args(["--image_size", str(size), "--network", "cifar"]).network == "cifar"
+
+
+def test_images_grow_and_those_of_evaluation_are_whole():
+    seen, images = [], [(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))]
+    model = NetworkCIFAR(4, 2, 2, False, genotypes.DARTS_V2)
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-1]))
+    args = parse_args("--first_image_size 16 --epochs 8 --layers 2".split())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = SimpleNamespace(team=ALONE, steps=iter, record=lambda *_: None)
+    for run.epoch in range(8):
+        train(run, images, model, model, torch.nn.functional.cross_entropy, optimizer, args)
+    assert seen == [16, 20, 20, 24, 28, 28, 32, 32]
 
 
 def test_smoothed_labels_are_trained_on_and_not_tested_on():
@@ -370,6 +382,11 @@ def test_a_published_state_dict_is_tested(script, tmp_path):
         ),
         (["--image_size", 2], "--network cifar with --layers 2 reduces images by 4, which leaves nothing of 2"),
         (["--warmup_epochs", 2], "--warmup_epochs 2 must be less than --epochs 2"),
+        (
+            ["--first_image_size", 3],
+            "--first_image_size 3 must be from 4, the least that this network takes, to the 8 pix",
+        ),
+        (["--first_image_size", 9], "--first_image_size 9 must be from 4"),
         (["--batch_size", 97], "--batch_size 97 is larger than the 96 training images"),
         (["--drop_path_prob", 1], "--drop_path_prob: must be a number at least 0 and below 1, got 1"),
         (["--resume", "."], "--resume .: no checkpoint.pt in it"),
