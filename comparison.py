@@ -13,6 +13,8 @@ import base64
 import csv
 import html
 import io
+import itertools
+import json
 import math
 import statistics
 from collections import defaultdict
@@ -21,7 +23,6 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from scipy import stats
 
-import checkpoint
 import genotypes
 import jobs
 import measure
@@ -103,11 +104,11 @@ def collect(the_plan, folder, states, found):
 
 
 def _classes(folder, states):
-    """The number of classes of the images: that of the first training that has saved; 10 before there is one."""
+    """The number of classes of the images: that of the first training that has begun; 10 before there is one."""
     for job in states:
-        path = folder / job.name / checkpoint.NAME
+        path = folder / job.name / "config.json"
         if job.stage != "search" and path.exists():
-            return len(checkpoint.load(path)["classes"])
+            return len(json.loads(path.read_text())["data"]["train"]["classes"])
     return 10
 
 
@@ -155,15 +156,15 @@ def interval(values):
 
 
 def compare(entries):
-    """A sentence for each group of searches against each of random genotypes, and one about the ranking."""
+    """A sentence for each group of searches against each other one and each of random genotypes, one of the ranking."""
     groups = defaultdict(list)
     for entry in entries:
         groups[entry.candidate.kind, entry.candidate.group].append(entry)
     sentences = []
-    for (kind, name), searched in groups.items():
-        for (other_kind, other), drawn in groups.items():
-            if (kind, other_kind) == ("searched", "random"):
-                sentences += _compare_two(name, searched, other, drawn)
+    for one, other in itertools.combinations(groups, 2):
+        if {one[0], other[0]} in ({"searched"}, {"searched", "random"}):
+            one, other = sorted((one, other), key=lambda group: group[0] == "random")
+            sentences += _compare_two(one[1], groups[one], other[1], groups[other])
     ranking = _ranking(entries)
     return sentences + [f"Short against final accuracy: {ranking} genotypes."] * bool(ranking)
 
@@ -268,11 +269,13 @@ def by_genotype(entries):
     return "By genotype: n is the number of seeds", head, lines
 
 
+def markdown_table(head, lines):
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
 def _markdown(title, tables, sentences, pictures):
     parts = [f"# {title}"]
-    for name, head, lines in tables:
-        shown = [" | ".join(line) for line in (head, ["---"] * len(head), *lines)]
-        parts.append(f"{name}.\n\n" + "\n".join(f"| {line} |" for line in shown))
+    parts += [f"{name}.\n\n{markdown_table(head, lines)}" for name, head, lines in tables]
     parts += sentences
     parts += [f"![{_CAPTIONS[name]}](figures/{name})" for name in pictures]
     return "\n\n".join(parts) + "\n"

@@ -113,7 +113,7 @@ def check(job, folder):
 
 def seconds(job, folder):
     """How long the processes of a job have been at work."""
-    return report.seconds_at_work(folder / job.name / "log.txt")
+    return report.seconds(folder / job.name)
 
 
 def now(job, folder):

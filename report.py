@@ -142,16 +142,14 @@ def _of_run(folder, parser, kind):
     saved = _settings(config, "args", parser, folder / "config.json")
     history = _read_history(folder / "metrics.csv")
     tests = _results(folder / TEST) if (folder / TEST / RESULTS).is_file() else None
-    summary = _read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
-    hours = summary.get("hours")
-    seconds = 3600 * hours if isinstance(hours, (int, float)) else seconds_at_work(folder / "log.txt")
+    summary, at_work = _summary(folder), seconds(folder)
     judge, done, epochs = judged_by(kind, saved), len(history), saved["epochs"]
     kept = history[-1].get("kept_epoch") if history else None  # of an early stop
     over = done == epochs or bool(kept)
     return dict(
         status=f"{done} of {epochs} epochs" + (f", stopped early with the genotype of epoch {kept}" if kept else ""),
         over=over,
-        tiles=_tiles(judge, history, tests, seconds),
+        tiles=_tiles(judge, history, tests, at_work),
         command=_command(config["script"], parser, saved),
         next=_next(folder, kind, over, tests is not None),
         sections=_sections(folder / "figures", _genotype(folder)),
@@ -160,7 +158,7 @@ def _of_run(folder, parser, kind):
         rest=_rest(saved, parser),
         data=_data(saved, config.get("data", {})),
         machine=_machine(config),
-        cost=_cost(summary) or ([("time at work, from the log", utils.duration(seconds))] if seconds else []),
+        cost=_cost(summary) or ([("time at work, from the log", utils.duration(at_work))] if at_work else []),
         table=_table(history, judge),
     )
 
@@ -253,7 +251,18 @@ def _genotype(folder):
         raise utils.UserError(str(error)) from None
 
 
-def seconds_at_work(log):
+def _summary(folder):
+    path = folder / "summary.json"
+    return _read_json(path) if path.is_file() else {}
+
+
+def seconds(folder):
+    """How long a run has worked, as its summary says; by its log, where there is none yet."""
+    hours = _summary(folder).get("hours")
+    return 3600 * hours if isinstance(hours, (int, float)) else _seconds_of(folder / "log.txt")
+
+
+def _seconds_of(log):
     """How long a run has worked, by the times of its log; the pauses between an interruption and a resume are none."""
     if not log.is_file():
         return 0

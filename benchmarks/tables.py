@@ -43,11 +43,20 @@ def save(name, text, out, update):
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.md").write_text(text + "\n")
     if update:
-        path, begin, end = FOLDER / "RESULTS.md", f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, found, rest = path.read_text().partition(begin)
-        if not found or end not in rest:
-            raise ValueError(f"{path} has no place for this table: the lines {begin} and {end} are missing")
-        path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+        put(FOLDER / "RESULTS.md", name, text)
+
+
+def put(path, name, text, only_look=False):
+    """Put a text between NAME's marks in a Markdown file; whether it was there already."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    whole = path.read_text()
+    before, found, rest = whole.partition(begin)
+    if not found or end not in rest:
+        raise ValueError(f"{path} has no place for this table: the lines {begin} and {end} are missing")
+    new = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+    if new != whole and not only_look:
+        path.write_text(new)
+    return new == whole
 
 
 STYLES = (  # of at most five curves a panel; told apart by the colour-blind, and without colours

@@ -75,8 +75,9 @@ class Pretending(jobs.Children):
         where.mkdir(exist_ok=True)
         if command[2] != "--resume":
             args = vars(script.parse_args([str(a) for a in command[2:]]))
-            (where / "config.json").write_text(json.dumps(dict(script=command[1].name, args=args)))
-        torch.save({"classes": ["a", "b", "c"]}, where / "checkpoint.pt")
+            images = dict(train=dict(classes=["a", "b", "c"]))
+            (where / "config.json").write_text(json.dumps(dict(script=command[1].name, args=args, data=images)))
+        torch.save({}, where / "checkpoint.pt")
         if outcome["code"]:
             output.write(f"{outcome.get('line', 'stopped')}\n\n".encode())
             return outcome["code"]

@@ -1,0 +1,191 @@
+"""The tables and figures of the README's Results, made of what results/ holds of every run behind them.
+
+python benchmarks/results.py                # make them all anew, in README.md and Figures/
+python benchmarks/results.py --check        # an error if a table in README.md is another; the tests do this
+python benchmarks/results.py --keep runs/experiment-small --to results/choice      # take in what an experiment has done
+python benchmarks/results.py --keep runs/train-EXP-20250101-120000 --to results/hour/ours-seed0   # or a run
+
+Of a run, four files are kept, a few kB: config.json (settings, seed, commit, machine, images), metrics.csv (a row an
+epoch), genotype.json and summary.json (time). They are a run folder still: `--arch`, `visualize.py`, `report.py` and
+`experiment.py` take it.
+"""
+
+import argparse
+import csv
+import json
+import math
+import shutil
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import tables  # noqa: E402
+
+import comparison  # noqa: E402  of the folder above
+import genotypes  # noqa: E402
+import jobs  # noqa: E402
+import measure  # noqa: E402
+import plan  # noqa: E402
+import protocol  # noqa: E402
+import report  # noqa: E402
+import utils  # noqa: E402
+
+_KEPT = ("config.json", "metrics.csv", "genotype.json", "summary.json")
+_HOUR = {  # of results/hour/NAME-seedN: what the table calls it
+    "ours": "**found here**, 8 cells",
+}
+# what there was to beat: accuracies on the images that they were judged by (n = 1, their cost was not said)
+_REPORTED = (("8 cells", 82.07), ("10 cells", 83.23), ("20 cells", 93.17))
+
+
+def keep(source, target):
+    """Copy what tables are made of, of a run folder or of all ended runs of an experiment's folder."""
+    if not (source / plan.NAME).exists():
+        return _keep_run(source, target)
+    the_plan = plan.load(source / plan.NAME)
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source / plan.NAME, target)
+    shutil.copytree(source / "genotypes", target / "genotypes", dirs_exist_ok=True)
+    for job in protocol.known_jobs(the_plan, source):
+        if jobs.look(job, source).status in ("finished", "diverged"):
+            _keep_run(source / job.name, target / job.name)
+    for path in source.glob("logs/*.failed"):
+        (target / "logs").mkdir(exist_ok=True)
+        shutil.copy(path, target / "logs")
+
+
+def _keep_run(source, target):
+    if missing := [name for name in _KEPT if not (source / name).is_file()]:
+        raise utils.UserError(f"{source} is no run that has ended: it has no {', '.join(missing)}")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in _KEPT:
+        shutil.copy(source / name, target)
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def hour(folder):
+    """The table of networks that were trained for an hour of two cores each: a row for all seeds of one."""
+    runs = defaultdict(list)
+    for config in sorted(folder.glob("*-seed*/config.json")):
+        runs[config.parent.name.rpartition("-seed")[0]].append(config.parent)
+    lines = [
+        [f"reported for the code that this one replaces, {what}", f"{of:.2f} (n = 1)", *"––––––"]
+        for what, of in _REPORTED
+    ]
+    for name, label in _HOUR.items():
+        lines += [_trained(label, runs[name])] if runs[name] else []
+    head = [
+        "network",
+        "test accuracy (%)",
+        "best",
+        "parameters (M)",
+        "multiply-adds (M)",
+        "epochs",
+        "s an epoch",
+        "min of two cores",
+    ]
+    return comparison.markdown_table(head, lines)
+
+
+def _trained(label, folders):
+    args = argparse.Namespace(**json.loads((folders[0] / "config.json").read_text())["args"])
+    cost = measure.count(genotypes.parse(args.arch), args)
+    threads = json.loads((folders[0] / "config.json").read_text())["threads"]
+    accuracies = [_last(folder)["valid_acc"] for folder in folders]
+    minutes = [report.seconds(folder) / 60 * threads / 2 for folder in folders]
+    return [
+        label,
+        comparison.spread(accuracies),
+        f"{max(accuracies):.2f}",
+        f"{cost.parameters / 1e6:.2f}",
+        f"{cost.multiply_adds / 1e6:.1f}",
+        f"{args.epochs}",
+        f"{60 * statistics.mean(minutes) / args.epochs:.0f}",
+        f"{statistics.mean(minutes):.0f}",
+    ]
+
+
+def _last(folder):
+    """The last row of metrics.csv, numbers where they are some."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        *_, last = csv.DictReader(file)
+    return {name: value if name == "genotype" else float(value) for name, value in last.items() if value}
+
+
+def choice(folder):
+    """Searched cells beside random ones: the table of groups, and the tests."""
+    the_plan, entries = _entries(folder)
+    _, head, lines = comparison.by_group(entries)
+    shown = [k for k in range(len(head)) if any(line[k] not in ("–", "0.00") for line in lines)]
+    lines = [[line[k] for k in shown] + [_entropy(the_plan, folder, line[0])] for line in lines]
+    head = [head[k] for k in shown] + ["entropy of the normal cell's alphas (of no choice)"]
+    return "\n\n".join([comparison.markdown_table(head, lines), *comparison.compare(entries)])
+
+
+def _entries(folder):
+    the_plan = plan.load(folder / plan.NAME)
+    states = {job: jobs.look(job, folder) for job in protocol.known_jobs(the_plan, folder)}
+    found = {candidate: protocol.find_genotype(the_plan, candidate, folder) for candidate in the_plan.candidates}
+    return the_plan, comparison.collect(the_plan, folder, states, found)
+
+
+def _entropy(the_plan, folder, group):
+    """That after the last epoch, in nats, as a mean over the searches of a group."""
+    searches = [job for name, job in the_plan.searches.items() if name.rpartition("-")[0] == group]
+    ends = [_last(folder / job.name)["entropy_normal"] for job in searches if (folder / job.name).exists()]
+    if not ends:
+        return "–"
+    primitives = genotypes.SEARCH_SPACES[searches[0].args.search_space]
+    return f"{statistics.mean(ends):.2f} ({math.log(len(primitives)):.2f})"
+
+
+def draw_choice(folder):
+    return comparison.plot_groups(_entries(folder)[1])
+
+
+TABLES = {
+    "hour": hour,
+    "choice": choice,
+}  # name of the folder in results/ and of the place in README.md -> what makes it
+FIGURES = {"choice": draw_choice}  # the same, of Figures/NAME.png
+
+
+def main():
+    args = parse_args()
+    if args.keep:
+        return keep(args.keep, args.to)
+    wrong = []
+    for name, make in TABLES.items():
+        wrong += [name] * (
+            not tables.put(ROOT / "README.md", name, make(ROOT / "results" / name), only_look=args.check)
+        )
+    if args.check:
+        if wrong:
+            raise utils.UserError(
+                f"README.md is not what results/ says: {', '.join(wrong)}; python benchmarks/results.py"
+            )
+        return
+    for name, make in FIGURES.items():
+        with utils.replacing(ROOT / "Figures" / f"{name}.png") as temporary:
+            make(ROOT / "results" / name).savefig(temporary, format="png", dpi=150)
+
+
+def parse_args():
+    parser = utils.ArgumentParser(description="Make the tables and figures of the README's Results, of results/.")
+    parser.add_argument("--check", action="store_true", help="change nothing; an error if a table is not the README's")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="take in a run, or the ended runs of an experiment")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="where it goes")
+    args = parser.parse_args()
+    if (args.keep is None) != (args.to is None):
+        raise utils.UserError("--keep and --to go together")
+    return args
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
