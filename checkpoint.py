@@ -229,8 +229,13 @@ def load_weights(model, weights, path):
             raise UserError(f"{path} holds weights that are not finite: {name}")
 
 
+_HOW = "foreach", "fused"  # settings of an optimizer that do not change what it computes, but for rounding
+
+
 def load_optimizer(optimizer, saved):
     """Load the state dict of an optimizer, whose learning rate alone may have changed since it was made.
+
+    How a step is computed (`foreach`, `fused`) is what this optimizer was made with, not what is saved.
 
     Raises:
         ValueError: says what does not fit; PyTorch raises further kinds.
@@ -238,7 +243,8 @@ def load_optimizer(optimizer, saved):
     fresh = optimizer.state_dict()["param_groups"]
     if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in fresh]:
         raise ValueError("its weights are counted in another way")
-    optimizer.load_state_dict(saved)
+    groups = [old | {name: new[name] for name in _HOW} for old, new in zip(saved["param_groups"], fresh, strict=True)]
+    optimizer.load_state_dict(saved | {"param_groups": groups})
     names = {"SGD": {"momentum_buffer"}, "Adam": {"step", "exp_avg", "exp_avg_sq"}}[type(optimizer).__name__]
     for before, group in zip(fresh, optimizer.param_groups, strict=True):
         for name, value in before.items():

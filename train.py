@@ -291,9 +291,8 @@ def main():
     model = team.share_batch_norm(model) if args.sync_bn else model
     model.to(device, memory_format=torch.channels_last)
     criterion = make_criterion(args)
-    optimizer = torch.optim.SGD(
-        model.parameters(), args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
-    )
+    own = dict(momentum=args.momentum, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), args.learning_rate, **own, fused=True)
     scheduler = schedule.make(optimizer, args.epochs, args.lr_scheduler, args.warmup_epochs)
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
     # each size of a batch is compiled by itself: what is computed does not depend on what came before

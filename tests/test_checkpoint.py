@@ -89,3 +89,17 @@ def test_without_hard_links_the_checkpoint_before_is_a_copy(tmp_path, monkeypatc
         checkpoint.save(state(k), path)
     assert same(checkpoint.load(path), state(2))
     assert same(checkpoint.load(tmp_path / "checkpoint.previous.pt"), state(1))
+
+
+@pytest.mark.parametrize("saved, loading", [(True, None), (None, True)])
+def test_how_an_optimizer_computes_is_not_loaded(saved, loading):
+    """A run that began with PyTorch's plain step goes on with the fused one."""
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    one, other = (
+        torch.optim.SGD([weight], 0.1, 0.9, fused=how) for weight, how in zip(weights, (saved, loading), strict=True)
+    )
+    weights[0].grad = weights[1].grad = torch.arange(3.0)
+    one.step()
+    checkpoint.load_optimizer(other, one.state_dict())
+    assert other.param_groups[0]["fused"] is loading
+    assert torch.equal(other.state[weights[1]]["momentum_buffer"], torch.arange(3.0))

@@ -1,0 +1,76 @@
+"""The tables of the README's Results are those of results/."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import genotypes
+import train
+from utils import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import results
+
+    return results
+
+
+def make_run(folder, accuracy, seed=0, threads=1):
+    """What a training of two epochs leaves, half an hour of work."""
+    args = train.parse_args(f"--arch DARTS --epochs 2 --init_channels 4 --layers 3 --seed {seed}".split())
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(dict(script="train.py", args=vars(args), threads=threads)))
+    (folder / "metrics.csv").write_text(f"epoch,valid_acc\n1,10.0\n2,{accuracy}\n")
+    (folder / "genotype.json").write_text(genotypes.to_json(genotypes.DARTS))
+    (folder / "summary.json").write_text(json.dumps(dict(hours=0.5)))
+    (folder / "checkpoint.pt").write_bytes(bytes(1000))
+    return folder
+
+
+def test_the_readme_says_what_the_runs_say(results):
+    """A table that was changed by hand, or not made anew after a run was added, fails."""
+    for name in results.TABLES:
+        assert results.tables.put(ROOT / "README.md", name, results.TABLES[name](ROOT / "results" / name), True), name
+
+
+def test_every_run_behind_a_table_says_what_it_was():
+    configs = sorted((ROOT / "results").glob("*/*/config.json"))
+    assert configs
+    for path in configs:
+        config = json.loads(path.read_text())
+        assert config["git_commit"] and "seed" in config["args"] and config["data"]["train"]["counts"], path
+        assert sum(file.stat().st_size for file in path.parent.iterdir()) < 20_000, path.parent
+
+
+def test_a_table_that_differs_is_noticed(results, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- hour: begin -->\n| 1 |\n<!-- hour: end -->\nafter\n")
+    assert results.tables.put(page, "hour", "| 1 |", only_look=True)
+    assert not results.tables.put(page, "hour", "| 2 |", only_look=True)
+    assert "| 1 |" in page.read_text()
+    assert not results.tables.put(page, "hour", "| 2 |")
+    assert page.read_text() == "before\n<!-- hour: begin -->\n| 2 |\n<!-- hour: end -->\nafter\n"
+
+
+def test_seeds_of_a_network_are_a_row(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "_HOUR", {"ours": "found here", "other": "another"})
+    for seed, accuracy in enumerate((80.0, 82.0, 84.0)):
+        make_run(tmp_path / f"ours-seed{seed}", accuracy, seed)
+    make_run(tmp_path / "other-seed0", 70.0, threads=2)
+    ours, other = results.hour(tmp_path).splitlines()[-2:]
+    assert ours.startswith("| found here | 82.00 ± 2.00 (n = 3) | 84.00 | ") and ours.endswith(" | 2 | 450 | 15 |")
+    assert other.startswith("| another | 70.00 (n = 1) | ") and other.endswith(" | 2 | 900 | 30 |")
+
+
+def test_of_a_run_a_few_files_are_kept(results, tmp_path):
+    results.keep(make_run(tmp_path / "run", 80.0), tmp_path / "kept")
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == set(results._KEPT)
+    assert genotypes.parse(tmp_path / "kept") == genotypes.DARTS
+    with pytest.raises(UserError, match="has no config.json, metrics.csv"):
+        results.keep(tmp_path, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
