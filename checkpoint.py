@@ -279,5 +279,12 @@ def load_scheduler(scheduler, saved, epoch):
     scheduler.load_state_dict(kept | {"lr_lambdas": functions})
 
 
+def of_weights(state, **settings):
+    """The checkpoint of a run of train.py without what only a training needs, with some of its settings changed."""
+    kept = {name: state[name] for name in ("epoch", "history", "model", "normalization", "classes", "data")}
+    empty = dict(step=0, sums=[0] * 5, random=torch.empty(0), cuda_random=[], optimizer={}, scheduler={})
+    return kept | empty | {"args": state["args"] | settings}
+
+
 def _same(a, b):
     return type(a) is type(b) and a == b

@@ -108,7 +108,12 @@ def _read(folder, parser):
     if script != parser.prog:
         raise UserError(f"--resume {folder}: that run is one of {checkpoint.shown(script)}, not of {parser.prog}")
     saved = check(saved, parser, folder / "config.json")
-    kept = check(checkpoint.check(checkpoint.load(path), path)["args"], parser, path)
+    state = checkpoint.check(checkpoint.load(path), path)
+    if not state["optimizer"]:
+        raise UserError(
+            f"--resume {folder}: it has the weights alone, not what a training needs; --arch {folder} starts one"
+        )
+    kept = check(state["args"], parser, path)
     for name, value in saved.items():
         extends = name == "epochs" and value > kept[name]
         if name not in PORTABLE and value != kept[name] and not extends:

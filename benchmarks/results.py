@@ -4,6 +4,7 @@ python benchmarks/results.py                # make them all anew, in README.md a
 python benchmarks/results.py --check        # an error if a table in README.md is another; the tests do this
 python benchmarks/results.py --keep runs/experiment-small --to results/choice      # take in what an experiment has done
 python benchmarks/results.py --keep runs/train-EXP-20250101-120000 --to results/hour/ours-seed0   # or a run
+python benchmarks/results.py --keep RUN --to pretrained/NAME --images pretrained/images     # with weights
 
 Of a run, four files are kept, a few kB: config.json (settings, seed, commit, machine, images), metrics.csv (a row an
 epoch), genotype.json and summary.json (time). They are a run folder still: `--arch`, `visualize.py`, `report.py` and
@@ -25,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 import tables  # noqa: E402
 
-import comparison  # noqa: E402  of the folder above
+import checkpoint  # noqa: E402  of the folder above
+import comparison  # noqa: E402
 import genotypes  # noqa: E402
 import jobs  # noqa: E402
 import measure  # noqa: E402
@@ -38,8 +40,22 @@ _KEPT = ("config.json", "metrics.csv", "genotype.json", "summary.json")
 _HOUR = {  # of results/hour/NAME-seedN: what the table calls it
     "ours": "**found here**, 8 cells",
 }
+# of plans/paper.toml: share of the training images in an epoch, batch size, seconds of a step on two cores with AVX-512
+# (benchmarks/RESULTS.md: second-order search; DARTS with 36 channels, 20 cells and auxiliary head)
+_STEPS = {"search": (0.5, 64, 9.35), "short": (0.9, 96, 3.56), "final": (1.0, 96, 3.56)}
 # what there was to beat: accuracies on the images that they were judged by (n = 1, their cost was not said)
 _REPORTED = (("8 cells", 82.07), ("10 cells", 83.23), ("20 cells", 93.17))
+
+
+def keep_weights(source, target, images):
+    """Keep a run of train.py with its weights, as test.py and export.py take it, and a folder of images as its data."""
+    _keep_run(source, target)
+    config = json.loads((target / "config.json").read_text())
+    config["args"]["data"] = str(images)
+    utils.write_text(target / "config.json", json.dumps(config, indent=2) + "\n")
+    checkpoint.save(
+        checkpoint.of_weights(checkpoint.load(source / checkpoint.NAME), data=str(images)), target / checkpoint.NAME
+    )
 
 
 def keep(source, target):
@@ -149,22 +165,39 @@ def draw_choice(folder):
     return comparison.plot_groups(_entries(folder)[1])
 
 
-TABLES = {
-    "hour": hour,
-    "choice": choice,
-}  # name of the folder in results/ and of the place in README.md -> what makes it
+def paper(_):
+    """What plans/paper.toml would take at the rates that RESULTS.md has of two cores."""
+    the_plan, total, lines = plan.load(ROOT / "plans" / "paper.toml"), 0.0, []
+    for stage, epochs in the_plan.epochs().items():
+        share, batch_size, seconds = _STEPS[stage]
+        steps = epochs * math.ceil(share * 50_000 / batch_size)
+        total += steps * seconds / 3600
+        lines.append([stage, f"{epochs:,}", f"{steps:,}", f"{seconds:g} s", f"{steps * seconds / 3600:,.0f}"])
+    lines.append(["all", "", "", "", f"{total:,.0f}"])
+    head = ["stage", "epochs", "steps", "a step on two cores", "hours on two cores"]
+    speed = total / 8 / (7 * 24)
+    return (
+        f"{comparison.markdown_table(head, lines)}\n\nEight GPUs that each take the place of two such cores need "
+        f"{total / 8:,.0f} hours; for a week each must be {speed:.0f} times as fast as the two cores, for a day "
+        f"{7 * speed:.0f} times."
+    )
+
+
+# name of the place in README.md and, where there are runs behind it, of the folder in results/ -> what makes it
+TABLES = {"hour": hour, "choice": choice, "paper": paper}
 FIGURES = {"choice": draw_choice}  # the same, of Figures/NAME.png
 
 
 def main():
     args = parse_args()
+    if args.keep and args.images:
+        return keep_weights(args.keep, args.to, args.images)
     if args.keep:
         return keep(args.keep, args.to)
     wrong = []
     for name, make in TABLES.items():
-        wrong += [name] * (
-            not tables.put(ROOT / "README.md", name, make(ROOT / "results" / name), only_look=args.check)
-        )
+        same = tables.put(ROOT / "README.md", name, make(ROOT / "results" / name), only_look=args.check)
+        wrong += [] if same else [name]
     if args.check:
         if wrong:
             raise utils.UserError(
@@ -180,6 +213,9 @@ def parse_args():
     parser = utils.ArgumentParser(description="Make the tables and figures of the README's Results, of results/.")
     parser.add_argument("--check", action="store_true", help="change nothing; an error if a table is not the README's")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="take in a run, or the ended runs of an experiment")
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="keep weights too, with these as the run's images"
+    )
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="where it goes")
     args = parser.parse_args()
     if (args.keep is None) != (args.to is None):

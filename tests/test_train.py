@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import checkpoint
 import genotypes
 import original_darts
 import scripts
@@ -287,6 +288,17 @@ def test_results_go_to_the_run_and_its_page(script, uninterrupted, tmp_path):
     assert "Test after 2 epochs" in page and page.count('src="data:image/png') >= 5
     assert script("report.py", run / "test").returncode == 0  # a page of the test alone
     assert f'test.py <span class="flag">--model_path</span> {run}' in (run / "test" / "report.html").read_text()
+
+
+def test_weights_alone_are_tested_and_not_gone_on_with(script, uninterrupted, tmp_path):
+    folder = tmp_path / "weights"
+    shutil.copytree(uninterrupted, folder)
+    checkpoint.save(checkpoint.of_weights(checkpoint.load(folder / "checkpoint.pt")), folder / "checkpoint.pt")
+    results = [script("test.py", "--model_path", run, "--output", tmp_path / "out") for run in (folder, uninterrupted)]
+    assert results[0].returncode == 0, results[0].stderr
+    lines = [result.stdout.partition("test loss")[2].splitlines()[0] for result in results]
+    assert lines[0] == lines[1] and "on 96 images" in lines[0]
+    assert_one_clear_line(script("train.py", "--resume", folder), "it has the weights alone")
 
 
 def test_results_go_where_output_says(script, uninterrupted, tmp_path):
