@@ -332,8 +332,6 @@ def main():
     batches = make_batches(images, normalization, args.with_preprocessing)
     metadata = dict(classes=list(images.classes), image_size=size, **normalization._asdict())
     metadata |= dict(fit=args.fit, with_preprocessing=args.with_preprocessing, genotype=args.arch)
-    if args.with_preprocessing and args.fit == "crop" and args.dataset == "folder":
-        logger.warning("the file squeezes images that are not square; this run kept their middle: give it squares")
     write, load, _ = FORMATS[args.format]
     progress.doing("writing the graph of the network")
     with torch.no_grad(), utils.replacing(args.output) as temporary:

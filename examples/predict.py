@@ -18,11 +18,15 @@ def prepare(path, about):
     size = about["image_size"], about["image_size"]
     with Image.open(path) as image:
         image.draft(None, (2 * size[0], 2 * size[1]))  # of a large JPEG a fraction is decoded, as in training
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # of 16 bits, which convert() would clip
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
     if about["with_preprocessing"]:
-        side = min(image.size)
-        square = ImageOps.fit(image, (side, side)) if about["fit"] == "crop" else image
-        return np.asarray(square)[None]
+        return np.asarray(image)[None]
     fit = ImageOps.fit if about["fit"] == "crop" else Image.Image.resize
     pixels = np.asarray(fit(image, size, Image.BILINEAR), np.float32) / 255
     pixels = (pixels - np.float32(about["mean"])) / np.float32(about["std"])
