@@ -446,6 +446,8 @@ def load_pictures(places, args, classes, device):
 def split(images, train_portion, seed):
     """A random split of the training images of a search: (for the weights, for the alphas).
 
+    Each is decoded by half of the workers, as both are at the same time, but by one at least.
+
     Raises:
         UserError: a part without images.
     """
@@ -453,6 +455,8 @@ def split(images, train_portion, seed):
     cut = int(len(images) * train_portion)
     if cut in (0, len(images)):
         raise UserError(f"--train_portion {train_portion} of {len(images)} images leaves one part empty")
+    if isinstance(images, StreamedImages):
+        images = dataclasses.replace(images, workers=max(1, images.workers // 2))
     return images.select(order[:cut]), images.select(order[cut:])
 
 

@@ -129,7 +129,8 @@ def add_data_arguments(parser):
         "--workers",
         metavar="N",
         type=number(int, low=1, high=256),
-        help="processes that decode images in a folder (default: one for each core but one, at most 8)",
+        help="processes that decode images in a folder; a search has two at least (default: one for each core but one, "
+        "at most 8)",
     )
     return group
 

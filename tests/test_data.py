@@ -296,6 +296,12 @@ def test_batches_from_the_disk_are_those_from_memory(photographs, fit):
         assert same(batches.batch(3, 1), ahead.batch(3, 1))
 
 
+@pytest.mark.parametrize("workers, share", [(1, 1), (2, 1), (5, 2)])
+def test_parts_that_are_decoded_at_the_same_time_share_the_workers(photographs, workers, share):
+    images = data.load("folder", photographs, True, 8, data_in="disk", workers=workers)
+    assert [part.workers for part in data.split(images, 0.5, seed=0)] == [share, share]
+
+
 def test_an_epoch_from_the_disk_waits_for_nothing_at_its_end(photographs):
     """What is read ahead is what is asked for, from epoch to epoch and from validation to validation."""
     images = data.load("folder", photographs, True, 8, data_in="disk", workers=1)
