@@ -18,6 +18,7 @@ import math
 import shutil
 import statistics
 import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -28,6 +29,7 @@ import tables  # noqa: E402
 
 import checkpoint  # noqa: E402  of the folder above
 import comparison  # noqa: E402
+import curves  # noqa: E402
 import genotypes  # noqa: E402
 import jobs  # noqa: E402
 import measure  # noqa: E402
@@ -35,8 +37,10 @@ import plan  # noqa: E402
 import protocol  # noqa: E402
 import report  # noqa: E402
 import utils  # noqa: E402
+import visualize  # noqa: E402
 
 _KEPT = ("config.json", "metrics.csv", "genotype.json", "summary.json")
+_SEARCH = "choice/search-second-1"  # whose cells and curves are shown
 _HOUR = {  # of results/hour/NAME-seedN: what the table calls it
     "ours": "**found here**, 8 cells",
 }
@@ -85,10 +89,10 @@ def _keep_run(source, target):
 # ------------------------------------------------------------------------------------------------- tables
 
 
-def hour(folder):
+def hour(results):
     """The table of networks that were trained for an hour of two cores each: a row for all seeds of one."""
     runs = defaultdict(list)
-    for config in sorted(folder.glob("*-seed*/config.json")):
+    for config in sorted((results / "hour").glob("*-seed*/config.json")):
         runs[config.parent.name.rpartition("-seed")[0]].append(config.parent)
     lines = [
         [f"reported for the code that this one replaces, {what}", f"{of:.2f} (n = 1)", *"––––––"]
@@ -134,8 +138,9 @@ def _last(folder):
     return {name: value if name == "genotype" else float(value) for name, value in last.items() if value}
 
 
-def choice(folder):
+def choice(results):
     """Searched cells beside random ones: the table of groups, and the tests."""
+    folder = results / "choice"
     the_plan, entries = _entries(folder)
     _, head, lines = comparison.by_group(entries)
     shown = [k for k in range(len(head)) if any(line[k] not in ("–", "0.00") for line in lines)]
@@ -161,8 +166,27 @@ def _entropy(the_plan, folder, group):
     return f"{statistics.mean(ends):.2f} ({math.log(len(primitives)):.2f})"
 
 
-def draw_choice(folder):
-    return comparison.plot_groups(_entries(folder)[1])
+def sharpness(results):
+    """The dominant eigenvalue and the skip connections of one search in each of three spaces."""
+    lines = []
+    for space in ("involution", "darts", "s2"):
+        with (results / f"sharpness_{space}.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        shown, last = [row for row in rows if int(row["epoch"]) % 3 == 1], rows[-1]
+        eigenvalues, skips = ([row[name] for row in shown] for name in ("eigenvalue", "skip_connects"))
+        most = math.log(len(genotypes.SEARCH_SPACES[space]))
+        lines.append(
+            [
+                f"`{space}`",
+                ", ".join(f"{float(value):.3f}".replace("-", "−") for value in eigenvalues),
+                ", ".join(skips),
+                f"{float(last['entropy_normal']):.3f} ({most:.3f})",
+                f"{float(last['valid_acc']):.1f} %",
+            ]
+        )
+    head = ["space", "dominant eigenvalue, epochs 1, 4, 7, 10", "skip connections in the normal cell"]
+    head += ["entropy of its edges (of no choice)", "validation accuracy"]
+    return comparison.markdown_table(head, lines)
 
 
 def paper(_):
@@ -183,9 +207,24 @@ def paper(_):
     )
 
 
-# name of the place in README.md and, where there are runs behind it, of the folder in results/ -> what makes it
-TABLES = {"hour": hour, "choice": choice, "paper": paper}
-FIGURES = {"choice": draw_choice}  # the same, of Figures/NAME.png
+TABLES = {"hour": hour, "choice": choice, "sharpness": sharpness, "paper": paper}  # by the place in README.md
+
+
+def draw(results, figures):
+    """Make the figures of README's Results."""
+    with utils.replacing(figures / "choice.png") as temporary:
+        comparison.plot_groups(_entries(results / "choice")[1]).savefig(temporary, format="png", dpi=150)
+    run = results / _SEARCH
+    curves.plot_curves(_history(run / "metrics.csv"), "validation", figures / "search_curves.png")
+    curves.plot_eigenvalue(_history(results / "sharpness_s2.csv"), figures / "sharpness_s2.png")
+    with tempfile.TemporaryDirectory() as folder:
+        for picture in visualize.draw(genotypes.parse(run), folder, name=_SEARCH):
+            shutil.move(picture, figures / f"search_{picture.name}")
+
+
+def _history(path):
+    with path.open(newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v and k != "genotype"} for row in csv.DictReader(file)]
 
 
 def main():
@@ -194,19 +233,14 @@ def main():
         return keep_weights(args.keep, args.to, args.images)
     if args.keep:
         return keep(args.keep, args.to)
-    wrong = []
-    for name, make in TABLES.items():
-        same = tables.put(ROOT / "README.md", name, make(ROOT / "results" / name), only_look=args.check)
-        wrong += [] if same else [name]
-    if args.check:
-        if wrong:
-            raise utils.UserError(
-                f"README.md is not what results/ says: {', '.join(wrong)}; python benchmarks/results.py"
-            )
-        return
-    for name, make in FIGURES.items():
-        with utils.replacing(ROOT / "Figures" / f"{name}.png") as temporary:
-            make(ROOT / "results" / name).savefig(temporary, format="png", dpi=150)
+    made = {name: make(ROOT / "results") for name, make in TABLES.items()}
+    wrong = [name for name, text in made.items() if not tables.put(ROOT / "README.md", name, text, args.check)]
+    if args.check and wrong:
+        raise utils.UserError(
+            f"README.md is not what results/ says of {', '.join(wrong)}: python benchmarks/results.py"
+        )
+    if not args.check:
+        draw(ROOT / "results", ROOT / "Figures")
 
 
 def parse_args():

@@ -34,8 +34,8 @@ def make_run(folder, accuracy, seed=0, threads=1):
 
 def test_the_readme_says_what_the_runs_say(results):
     """A table that was changed by hand, or not made anew after a run was added, fails."""
-    for name in results.TABLES:
-        assert results.tables.put(ROOT / "README.md", name, results.TABLES[name](ROOT / "results" / name), True), name
+    for name, make in results.TABLES.items():
+        assert results.tables.put(ROOT / "README.md", name, make(ROOT / "results"), only_look=True), name
 
 
 def test_every_run_behind_a_table_says_what_it_was():
@@ -60,8 +60,8 @@ def test_a_table_that_differs_is_noticed(results, tmp_path):
 def test_seeds_of_a_network_are_a_row(results, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "_HOUR", {"ours": "found here", "other": "another"})
     for seed, accuracy in enumerate((80.0, 82.0, 84.0)):
-        make_run(tmp_path / f"ours-seed{seed}", accuracy, seed)
-    make_run(tmp_path / "other-seed0", 70.0, threads=2)
+        make_run(tmp_path / "hour" / f"ours-seed{seed}", accuracy, seed)
+    make_run(tmp_path / "hour" / "other-seed0", 70.0, threads=2)
     ours, other = results.hour(tmp_path).splitlines()[-2:]
     assert ours.startswith("| found here | 82.00 ± 2.00 (n = 3) | 84.00 | ") and ours.endswith(" | 2 | 450 | 15 |")
     assert other.startswith("| another | 70.00 (n = 1) | ") and other.endswith(" | 2 | 900 | 30 |")
