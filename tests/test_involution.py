@@ -513,7 +513,8 @@ def test_opcheck(each_backend, case, layout):
 @pytest.mark.parametrize("name", ["reference", "torch", "cpu"])
 def test_compile_without_a_graph_break(monkeypatch, name, kernel_norm):
     monkeypatch.setenv("INVOLUTION_BACKEND", name)
-    module, x = Involution2d(32, 5, stride=2, kernel_norm=kernel_norm), torch.randn(2, 32, 9, 9)
+    K = 3 if name == "reference" else 5  # which has operations by the tap
+    module, x = Involution2d(32, K, stride=2, kernel_norm=kernel_norm), torch.randn(2, 32, 9, 9)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     parameters = list(module.parameters())
     results = [torch.autograd.grad(f(x).square().sum(), parameters) for f in (module, compiled)]
@@ -527,7 +528,8 @@ def test_compile_without_a_graph_break(monkeypatch, name, kernel_norm):
 def test_compile_for_several_kernel_sizes(monkeypatch, name, dynamic):
     monkeypatch.setenv("INVOLUTION_BACKEND", name)
     compiled = torch.compile(involution2d, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for K, H in ((3, 6), (5, 6), (7, 9))[: 2 if name == "reference" else 3]:  # which has operations by the tap
+    few = name == "reference"  # which has operations by the tap
+    for K, H in ((1, 6), (3, 6)) if few else ((3, 6), (5, 6), (7, 9)):
         input, weight, grad_output, *_ = operands((2, 8, 2, H, 7, K, 1, 1))
         inputs = [input, weight]
         assert_close(run(compiled, inputs, grad_output), run(involution2d, inputs, grad_output), torch.float64)
@@ -683,7 +685,7 @@ print(involution.backend("cpu"))
 def test_processes_that_start_at_once_build_once(cpu_backend, tmp_path):
     compiler = tmp_path / "compiler"
     real = " ".join(build._compiler())
-    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-dM*) ;; *) echo >> {tmp_path}/builds ;; esac\nexec {real} "$@"\n')
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-dM*) ;; *) echo >> {tmp_path}/builds ;; esac\nexec {real} "$@" -O0\n')
     compiler.chmod(0o755)
     environment = {"CXX": compiler, "INVOLUTION_CACHE": tmp_path / "cache", "INVOLUTION_BACKEND": ""}
     for process in [python(RUN, **environment) for _ in range(2)]:
