@@ -233,7 +233,9 @@ def plot_weights(trajectory, cell):
         axes.set_title(f"{_label(start)} → {end}", fontsize=9, pad=3, fontweight=weight, y=1)  # y: found is slower
         for side in axes.spines.values():
             side.set(linewidth=1.6 if edge in kept else 0.6, color="#000000" if edge in kept else "#aaaaaa")
-        axes.tick_params(labelleft=column == 0, labelbottom=row == len(nodes) - 1, labelsize=8, width=0.6)
+        axes.tick_params(labelsize=8, width=0.6)
+        axes.xaxis.set_visible(row == len(nodes) - 1)  # ticks that say nothing take a fifth of the time
+        axes.yaxis.set_visible(column == 0)
     low, high = _range(weights)
     shared.set_ylim(low, high + 0.08 * (high - low))
     margin = 0.5 if len(trajectory.epochs) == 1 else 0

@@ -55,7 +55,7 @@ SCRIPTS = {
     "visualize.py": visualize,
     "report.py": report,
 }
-TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --epochs 2 --report_freq 1".split()
+TINY = "--dataset digits --subset 64 --batch_size 16 --init_channels 4 --epochs 2 --report_freq 1".split()
 RUNS = {"search": ["train_search.py", "--unrolled", "--layers=3", *TINY], "train": ["train.py", "--layers=2", *TINY]}
 HANGS = 120  # seconds after which a tiny run hangs
 WORDS = (  # what a command line may hold where a number, a name or a path belongs

@@ -61,7 +61,7 @@ class Script:
 
 
 def run(folder, name, *arguments):
-    """Call a script to its end; has what a `subprocess.CompletedProcess` has."""
+    """Call a script (a path, or one below the root) to its end; has what a `subprocess.CompletedProcess` has."""
     script = Script(folder, name, *arguments)
     out, err = script.communicate()
     return SimpleNamespace(stdout=out, stderr=err, returncode=script.returncode)
@@ -76,7 +76,7 @@ def _run(line, folder, environment, *pipes):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.argv, sys.path[:0] = line, [str(ROOT)]
+    sys.argv, sys.path[:0] = line, [str(Path(line[0]).parent), str(ROOT)]
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

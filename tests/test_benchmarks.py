@@ -1,8 +1,6 @@
 """The benchmarks run and write their tables and plots; what they measure is nobody's test."""
 
 import random
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,45 +9,60 @@ import torch
 from PIL import Image
 
 import checkpoint
+import scripts
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALL = "--init_channels 4 --layers 3 --image_size 8 --rounds 1 --threads 1".split()
 
 
-def run(script, *flags):
-    command = [sys.executable, BENCHMARKS / script, *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+@pytest.fixture
+def run(tmp_path):
+    """Call a benchmark in an empty folder."""
+    return lambda name, *flags: scripts.run(tmp_path, BENCHMARKS / name, *flags)
 
 
-def test_bench_search_measures_variants_and_limits(tmp_path):
-    variants = ("fast", "plain", "textbook")
-    done = run("bench_search.py", *SMALL, "--settings", 0, "--limits", "--out", tmp_path, "--variants", *variants)
+def test_bench_search_measures_variants_and_limits(run, tmp_path):
+    variants = ("fast", "textbook")
+    done = run("bench_search.py", *SMALL, "--batch_size", 2, "--limits", "--out", tmp_path, "--variants", *variants)
     assert done.returncode == 0, done.stderr
     rows = [line for line in (tmp_path / "bench_search.md").read_text().splitlines() if line.startswith("| involution")]
-    assert len(rows) == 4  # of the variants, and of the limits
-    memory = [float(row.split("|")[-2].removesuffix(" GB ")) for row in rows[:3]]
+    assert len(rows) == 3  # of the variants, and of the limits
+    memory = [float(row.split("|")[-2].removesuffix(" GB ")) for row in rows[:2]]
     assert all(0.1 < gigabytes < 5 for gigabytes in memory)
     assert (tmp_path / "bench_search.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("flags", [["--variants", "eager"], ["--rounds", 0], ["--settings"]])
-def test_bench_search_names_a_wrong_flag(flags):
+def test_bench_search_names_a_wrong_flag(run, flags):
     done = run("bench_search.py", *flags)
     assert done.returncode == 2 and flags[0] in done.stderr and "Traceback" not in done.stderr
 
 
-def test_bench_train_measures_variants_and_limits(tmp_path):
-    flags = "--settings 0 --batch_size 4 --rounds 1 --threads 1 --limits --out".split()
+def test_bench_train_measures_variants(run, tmp_path):
+    flags = "--settings 0 --batch_size 4 --rounds 1 --threads 1 --out".split()
     done = run("bench_train.py", *flags, tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [line for line in (tmp_path / "bench_train.md").read_text().splitlines() if line.startswith("| `DARTS`")]
-    assert len(rows) == 3  # of fast and plain cells, and of the limits
+    assert len(rows) == 2
     assert "1.00×" in rows[0] and "module by module" in rows[1]
     assert (tmp_path / "bench_train.png").stat().st_size > 1000
 
 
+def test_the_limits_of_a_training_step(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bench_train
+    import tables
+
+    monkeypatch.setattr(tables, "machine_limits", lambda device: (1e10, 1e11))  # bytes and FLOPs a second
+    monkeypatch.setattr("sys.argv", "bench_train.py --settings 0 --batch_size 4 --threads 1".split())
+    row = bench_train.limits_table(bench_train.parse_args(), {})[-1].split("|")
+    assert row[1].strip().startswith("`DARTS`")
+    flops, seconds = sum(map(float, row[2:4])) * 1e9, float(row[4].removesuffix("s "))
+    assert flops > 0 and seconds == pytest.approx(flops / 1e11, rel=0.1)
+
+
 @pytest.mark.parametrize("flags", [["--rounds", 0], ["--peer", "nowhere"]])
-def test_bench_train_names_a_wrong_flag(flags):
+def test_bench_train_names_a_wrong_flag(run, flags):
     done = run("bench_train.py", *flags)
     assert done.returncode == 2 and flags[0] in done.stderr and "Traceback" not in done.stderr
 
@@ -100,7 +113,7 @@ def test_a_card_of_a_data_sheet_has_a_prediction(monkeypatch):
     assert bench.data_sheet_of("cuda") is None
 
 
-def test_bench_data_compares_both_pipelines(tmp_path):
+def test_bench_data_compares_both_pipelines(run, tmp_path):
     done = run("bench_data.py", "--batch_size", 8, "--seconds", 0.1, "--rounds", 1, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     row = (tmp_path / "bench_data.md").read_text().splitlines()[-1]
@@ -108,7 +121,7 @@ def test_bench_data_compares_both_pipelines(tmp_path):
     assert (tmp_path / "bench_data.png").stat().st_size > 1000
 
 
-def test_bench_stream_compares_costs_and_waits(tmp_path):
+def test_bench_stream_compares_costs_and_waits(run, tmp_path):
     small = ["--width", 64, "--size", 16, "--files", 32, "--workers", 1, "--pace", 2, "--steps", 1, "--rounds", 1]
     done = run("bench_stream.py", *small, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -117,7 +130,7 @@ def test_bench_stream_compares_costs_and_waits(tmp_path):
     assert rows[-2].startswith("| 16 | 1 | 0 ms |") and rows[-1].count(" % |") == 3
 
 
-def test_bench_busy_compares_ways_to_wait(tmp_path):
+def test_bench_busy_compares_ways_to_wait(run, tmp_path):
     small = "--init_channels 4 --layers 3 --batch_size 2 --rounds 2".split()
     done = run("bench_busy.py", *small, "--busy", 0, 1, "--works", "train", "--spins", 100, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -127,7 +140,7 @@ def test_bench_busy_compares_ways_to_wait(tmp_path):
     assert all(float(row[3].split()[0]) > 0 for row in rows) and rows[0][4] == "1 (1–1)"
 
 
-def test_bench_kernel_norm_keeps_the_runs_that_it_has(tmp_path):
+def test_bench_kernel_norm_keeps_the_runs_that_it_has(run, tmp_path):
     for number in range(32):
         folder = tmp_path / "images" / ("train" if number < 16 else "test") / f"class{number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,8 +160,8 @@ def test_bench_kernel_norm_keeps_the_runs_that_it_has(tmp_path):
     assert (tmp_path / "bench_kernel_norm.png").stat().st_size > 1000
 
 
-def test_a_small_draw_of_torture(tmp_path):
-    done = run("torture.py", "--kills", 2, "--ranks", 0, "--damages", 20, "--lines", 8, "--out", tmp_path)
+def test_a_small_draw_of_torture(run, tmp_path):
+    done = run("torture.py", "--kills", 1, "--ranks", 0, "--damages", 10, "--lines", 5, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / "torture.md").read_text().splitlines()[-4:]
     assert [row.split("|")[-2].split()[0] for row in rows] == 4 * ["0"]

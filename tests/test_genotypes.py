@@ -253,7 +253,15 @@ def is_read(text):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("valid, count", [(GOOD, 90_000), (L10_IN_CURLY_QUOTES, 9_000)], ids=["short", "pasted"])
+@pytest.mark.parametrize(
+    "valid, count",
+    [
+        pytest.param(GOOD, 9_000, id="short"),
+        pytest.param(L10_IN_CURLY_QUOTES, 900, id="pasted"),
+        pytest.param(GOOD, 90_000, id="short, many", marks=pytest.mark.slow),
+        pytest.param(L10_IN_CURLY_QUOTES, 9_000, id="pasted, many", marks=pytest.mark.slow),
+    ],
+)
 def test_any_text_is_a_genotype_or_refused_in_one_line(valid, count):
     read = sum(map(is_read, hostile_texts(valid, count)))
     assert count // 100 < read < count // 2  # both sides of the border are met

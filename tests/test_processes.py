@@ -122,8 +122,15 @@ def derive(team, training):
     return results | {"loss": [loss], "weights": [grad.clone() for grad in grads], "running means": means}
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["in evaluation mode", "with equal statistics"])
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(
+    "count, training",
+    [
+        pytest.param(2, False, id="two, in evaluation mode"),
+        pytest.param(3, True, id="three, with equal statistics"),
+        pytest.param(3, False, id="three, in evaluation mode", marks=pytest.mark.slow),
+        pytest.param(2, True, id="two, with equal statistics", marks=pytest.mark.slow),
+    ],
+)
 def test_derivatives_are_those_of_one_process(count, training, tmp_path):
     expected = derive(ALONE, training)
     results = in_processes(count, tmp_path, derive, training)

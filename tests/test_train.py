@@ -31,6 +31,9 @@ PRINTED_ARCH = """Genotype(normal=[('sep_invo_3x3', 1), ('sep_invo_3x3', 0), ('s
         ('skip_connect', 0), ('skip_connect', 2), ('skip_connect', 2), ('skip_connect', 3)],
         normal_concat=range(2,6), reduce=[('avg_pool_3x3', 0), ('sep_invo_5x5', 1), ('sep_invo_5x5', 2),                   ('skip_connect', 0),('avg_pool_3x3', 0), ('dil_invo_5x5', 3), ('skip_connect', 4), ('sep_invo_5x5', 0)],            reduce_concat=range(2,6))"""  # noqa: E501  the runs of spaces are the point
 
+_EDGES = "[('sep_invo_3x3', 0), ('skip_connect', 1)]"
+SMALLEST = f"Genotype(normal={_EDGES}, normal_concat=[2], reduce={_EDGES}, reduce_concat=[2])"
+
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
@@ -175,9 +178,7 @@ def test_amp_and_compile_resume_exactly(flag, tmp_path, monkeypatch):
     """A cell of one involution: compiling takes long."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes for a single network
-    edges = "[('sep_invo_3x3', 0), ('skip_connect', 1)]"
-    cell = f"Genotype(normal={edges}, normal_concat=[2], reduce={edges}, reduce_concat=[2])"
-    small = [*TINY, "--layers", 1, "--arch", cell, "--drop_path_prob", 0.5, f"--{flag}"]
+    small = [*TINY, "--layers", 1, "--arch", SMALLEST, "--drop_path_prob", 0.5, f"--{flag}"]
     result = scripts.run(tmp_path, "train.py", *small, "--save", "whole")
     assert result.returncode == 0, result.stderr
     process = scripts.Script(tmp_path, "train.py", *small, "--save", "killed")
@@ -212,8 +213,9 @@ def test_amp_is_in_bfloat16_but_for_the_losses():
 
 def test_without_a_compiler_for_compile(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    line = [*TINY, "--layers", "1", "--arch", "DARTS_L20", "--compile"]
+    line = [*TINY, "--layers", "1", "--arch", SMALLEST, "--compile"]
     command = [sys.executable, scripts.ROOT / "train.py", *line]  # a process that has not read CXX before
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
@@ -246,8 +248,8 @@ def test_a_run_keeps_what_bounds_its_kernels(script, tmp_path):
             torch.save(state, path)
         last = state["history"][-1]
         expected = f"test loss {last['valid_loss']:.4f}, top-1 {last['valid_acc']:.2f}%"
-        assert expected in script("test.py", "--model_path", folder).stdout
-        assert expected not in script("test.py", "--model_path", folder, "--kernel_norm", "soft_rms").stdout
+        assert expected in script("test.py", "--model_path", path).stdout
+        assert expected not in script("test.py", "--model_path", path, "--kernel_norm", "soft_rms").stdout
 
 
 def test_bare_weights_do_not_say_what_bounds_their_kernels(script, tmp_path):
