@@ -3,7 +3,7 @@
 python benchmarks/results.py                # make them all anew, in README.md and Figures/
 python benchmarks/results.py --check        # an error if a table in README.md is another; the tests do this
 python benchmarks/results.py --keep runs/experiment-small --to results/choice      # take in what an experiment has done
-python benchmarks/results.py --keep runs/train-EXP-20250101-120000 --to results/hour/ours-seed0   # or a run
+python benchmarks/results.py --keep runs/train-EXP-20250101-120000 --to results/NAME   # or a run
 python benchmarks/results.py --keep RUN --to pretrained/NAME --images pretrained/images     # with weights
 
 Of a run, four files are kept, a few kB: config.json (settings, seed, commit, machine, images), metrics.csv (a row an
@@ -11,7 +11,6 @@ epoch), genotype.json and summary.json (time). They are a run folder still: `--a
 `experiment.py` take it.
 """
 
-import argparse
 import csv
 import json
 import math
@@ -19,7 +18,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,23 +30,16 @@ import comparison  # noqa: E402
 import curves  # noqa: E402
 import genotypes  # noqa: E402
 import jobs  # noqa: E402
-import measure  # noqa: E402
 import plan  # noqa: E402
 import protocol  # noqa: E402
-import report  # noqa: E402
 import utils  # noqa: E402
 import visualize  # noqa: E402
 
 _KEPT = ("config.json", "metrics.csv", "genotype.json", "summary.json")
-_SEARCH = "choice/search-second-1"  # whose cells and curves are shown
-_HOUR = {  # of results/hour/NAME-seedN: what the table calls it
-    "ours": "**found here**, 8 cells",
-}
+_SEARCH = "choice/search-second-2"  # whose cells and curves are shown
 # of plans/paper.toml: share of the training images in an epoch, batch size, seconds of a step on two cores with AVX-512
 # (benchmarks/RESULTS.md: second-order search; DARTS with 36 channels, 20 cells and auxiliary head)
 _STEPS = {"search": (0.5, 64, 9.35), "short": (0.9, 96, 3.56), "final": (1.0, 96, 3.56)}
-# what there was to beat: accuracies on the images that they were judged by (n = 1, their cost was not said)
-_REPORTED = (("8 cells", 82.07), ("10 cells", 83.23), ("20 cells", 93.17))
 
 
 def keep_weights(source, target, images):
@@ -89,55 +80,6 @@ def _keep_run(source, target):
 # ------------------------------------------------------------------------------------------------- tables
 
 
-def hour(results):
-    """The table of networks that were trained for an hour of two cores each: a row for all seeds of one."""
-    runs = defaultdict(list)
-    for config in sorted((results / "hour").glob("*-seed*/config.json")):
-        runs[config.parent.name.rpartition("-seed")[0]].append(config.parent)
-    lines = [
-        [f"reported for the code that this one replaces, {what}", f"{of:.2f} (n = 1)", *"––––––"]
-        for what, of in _REPORTED
-    ]
-    for name, label in _HOUR.items():
-        lines += [_trained(label, runs[name])] if runs[name] else []
-    head = [
-        "network",
-        "test accuracy (%)",
-        "best",
-        "parameters (M)",
-        "multiply-adds (M)",
-        "epochs",
-        "s an epoch",
-        "min of two cores",
-    ]
-    return comparison.markdown_table(head, lines)
-
-
-def _trained(label, folders):
-    args = argparse.Namespace(**json.loads((folders[0] / "config.json").read_text())["args"])
-    cost = measure.count(genotypes.parse(args.arch), args)
-    threads = json.loads((folders[0] / "config.json").read_text())["threads"]
-    accuracies = [_last(folder)["valid_acc"] for folder in folders]
-    minutes = [report.seconds(folder) / 60 * threads / 2 for folder in folders]
-    return [
-        label,
-        comparison.spread(accuracies),
-        f"{max(accuracies):.2f}",
-        f"{cost.parameters / 1e6:.2f}",
-        f"{cost.multiply_adds / 1e6:.1f}",
-        f"{args.epochs}",
-        f"{60 * statistics.mean(minutes) / args.epochs:.0f}",
-        f"{statistics.mean(minutes):.0f}",
-    ]
-
-
-def _last(folder):
-    """The last row of metrics.csv, numbers where they are some."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        *_, last = csv.DictReader(file)
-    return {name: value if name == "genotype" else float(value) for name, value in last.items() if value}
-
-
 def choice(results):
     """Searched cells beside random ones: the table of groups, and the tests."""
     folder = results / "choice"
@@ -159,7 +101,8 @@ def _entries(folder):
 def _entropy(the_plan, folder, group):
     """That after the last epoch, in nats, as a mean over the searches of a group."""
     searches = [job for name, job in the_plan.searches.items() if name.rpartition("-")[0] == group]
-    ends = [_last(folder / job.name)["entropy_normal"] for job in searches if (folder / job.name).exists()]
+    runs = [folder / job.name for job in searches if (folder / job.name).exists()]
+    ends = [float(visualize.read_history(run)[-1]["entropy_normal"]) for run in runs]
     if not ends:
         return "–"
     primitives = genotypes.SEARCH_SPACES[searches[0].args.search_space]
@@ -207,7 +150,7 @@ def paper(_):
     )
 
 
-TABLES = {"hour": hour, "choice": choice, "sharpness": sharpness, "paper": paper}  # by the place in README.md
+TABLES = {"choice": choice, "sharpness": sharpness, "paper": paper}  # by the place in README.md
 
 
 def draw(results, figures):

@@ -20,11 +20,11 @@ def results(monkeypatch):
     return results
 
 
-def make_run(folder, accuracy, seed=0, threads=1):
+def make_run(folder, accuracy):
     """What a training of two epochs leaves, half an hour of work."""
-    args = train.parse_args(f"--arch DARTS --epochs 2 --init_channels 4 --layers 3 --seed {seed}".split())
+    args = train.parse_args("--arch DARTS --epochs 2 --init_channels 4 --layers 3".split())
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(dict(script="train.py", args=vars(args), threads=threads)))
+    (folder / "config.json").write_text(json.dumps(dict(script="train.py", args=vars(args))))
     (folder / "metrics.csv").write_text(f"epoch,valid_acc\n1,10.0\n2,{accuracy}\n")
     (folder / "genotype.json").write_text(genotypes.to_json(genotypes.DARTS))
     (folder / "summary.json").write_text(json.dumps(dict(hours=0.5)))
@@ -55,16 +55,6 @@ def test_a_table_that_differs_is_noticed(results, tmp_path):
     assert "| 1 |" in page.read_text()
     assert not results.tables.put(page, "hour", "| 2 |")
     assert page.read_text() == "before\n<!-- hour: begin -->\n| 2 |\n<!-- hour: end -->\nafter\n"
-
-
-def test_seeds_of_a_network_are_a_row(results, tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "_HOUR", {"ours": "found here", "other": "another"})
-    for seed, accuracy in enumerate((80.0, 82.0, 84.0)):
-        make_run(tmp_path / "hour" / f"ours-seed{seed}", accuracy, seed)
-    make_run(tmp_path / "hour" / "other-seed0", 70.0, threads=2)
-    ours, other = results.hour(tmp_path).splitlines()[-2:]
-    assert ours.startswith("| found here | 82.00 ± 2.00 (n = 3) | 84.00 | ") and ours.endswith(" | 2 | 450 | 15 |")
-    assert other.startswith("| another | 70.00 (n = 1) | ") and other.endswith(" | 2 | 900 | 30 |")
 
 
 def test_of_a_run_a_few_files_are_kept(results, tmp_path):
