@@ -18,10 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-import augment
-import image_folder
-import stream
-from processes import ALONE
+from images import augment, image_folder, stream
+from runtime.processes import ALONE
 from utils import UserError
 
 logger = logging.getLogger("darts.data")

@@ -26,8 +26,8 @@ from typing import NamedTuple
 
 import torch
 
-import progress
 from gradients import from_seed
+from runtime import progress
 
 _SMALLEST_GROUP = 8  # images: fewer have poor statistics
 _GROUPS = 4

@@ -7,8 +7,8 @@ python experiment.py plans/paper.toml --cluster dask://HOST:8786
 python experiment.py plans/small.toml --list             # the jobs, their state and their commands
 
 Every job is a run of train_search.py or train.py in a folder of the experiment, and can be looked at, resumed and
-repeated by itself. plan.py says what a plan may hold, protocol.py what is done when, jobs.py how a job is run,
-comparison.py what comes out.
+repeated by itself. In experiments/, plan.py says what a plan may hold, protocol.py what is done when, jobs.py how a job
+is run, comparison.py what comes out.
 """
 
 import logging
@@ -27,13 +27,10 @@ from pathlib import Path
 import joblib
 import torch
 
-import comparison
-import jobs
-import plan
-import progress
-import protocol
 import run_folder
 import utils
+from experiments import comparison, jobs, plan, protocol
+from runtime import progress
 
 logger = logging.getLogger("darts.experiment")
 
@@ -199,7 +196,9 @@ def tell(job, state, folder):
 
 def build_parser():
     parser = utils.ArgumentParser(description="Run a plan of searches and trainings, and compare what comes out.")
-    parser.add_argument("plan", nargs="?", metavar="PLAN.toml", help="see plans/; plan.py says what it may hold")
+    parser.add_argument(
+        "plan", nargs="?", metavar="PLAN.toml", help="see plans/; experiments/plan.py says what it may hold"
+    )
     parser.add_argument("--quick", action="store_true", help="plans/quick.toml, on digits")
     parser.add_argument("--folder", help="the experiment's folder (default: runs/experiment-PLAN)")
     parser.add_argument("--list", action="store_true", help="list the jobs, their state and their commands; run none")

@@ -22,7 +22,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import threads
+from runtime import threads
 
 if __name__ == "__main__":
     threads.choose_waiting()  # before PyTorch is imported
@@ -31,13 +31,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import checkpoint
 import data
-import progress
 import test
 import train
 import utils
 from involution import Involution2d
+from runtime import checkpoint, progress
 
 logger = logging.getLogger("darts.export")
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from processes import ALONE
+from runtime.processes import ALONE
 
 
 class Gradients:

@@ -31,7 +31,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
-import threads
+from runtime import threads
 
 if __name__ == "__main__":
     threads.choose_waiting()  # before PyTorch is imported

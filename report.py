@@ -4,7 +4,7 @@ python report.py runs/search-EXP-20250101-120000        # as the run stands, wha
 python report.py FOLDER                                 # what test.py --output FOLDER wrote
 
 Everything in a page is read from the folder, and what a folder does not hold its page leaves out. What the page says
-is gathered here; how it looks is report.jinja, whose engine escapes every text that it is given.
+is gathered here; how it looks is watch/report.jinja, whose engine escapes every text that it is given.
 """
 
 import base64
@@ -20,18 +20,17 @@ from pathlib import Path
 import jinja2
 from PIL import Image
 
-import checkpoint
 import genotypes
-import settings
 import utils
 from run_folder import judged_by
+from runtime import checkpoint, settings
 
 logger = logging.getLogger("darts.report")
 
 NAME = "report.html"
 TEST = "test"  # folder of a run in which test.py leaves its results
 RESULTS = "test.json"  # file of them that says what they are
-_TEMPLATE = Path(__file__).with_name("report.jinja")
+_TEMPLATE = Path(__file__).parent / "watch" / "report.jinja"
 _MEDIA = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp", ".svg": "image/svg+xml"}
 _KINDS = {"train_search.py": "search", "train.py": "train", "test.py": "test"}
 _GROUPS = (  # sections of pictures: title, how the names of their files begin, in order

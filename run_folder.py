@@ -8,7 +8,7 @@ runs/search-NAME-TIMESTAMP/      or train-…
     checkpoint.pt                weights, alphas, optimizers, scheduler, epoch, step, random states
     checkpoint.previous.pt       the checkpoint before it
     figures/                     curves.png, eigenvalue.png, normal.png, reduction.png, and the .gv sources
-    summary.json, events/        what it cost, TensorBoard's events, and what a search has of its alphas: observer.py
+    summary.json, events/        what it cost, TensorBoard's events, and what a search has of its alphas: watch/
     report.html                  the page of the run (report.py)
 """
 
@@ -32,20 +32,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import genotypes
 import involution
-import processes
-import progress
-import schedule
-import settings
 import visualize
-from curves import plot_curves, plot_eigenvalue
 from data import check_unchanged
-from observer import Bystander, Observer
+from images.stream import ReadError
 from operations import KERNEL_NORM
-from stream import ReadError
+from runtime import checkpoint, processes, progress, schedule, settings
 from utils import AverageMeter, Diverged, UserError, log_device, processor, remove_temporaries, write_text
+from watch.curves import plot_curves, plot_eigenvalue
+from watch.observer import Bystander, Observer
 
 try:
     import fcntl

@@ -12,21 +12,20 @@ import functools
 import logging
 from pathlib import Path
 
-import threads
+from runtime import threads
 
 if __name__ == "__main__":
     threads.choose_waiting()  # before PyTorch is imported
 
 import torch
 
-import checkpoint
 import data
-import evaluation
 import report
 import run_folder
-import settings
 import train
 import utils
+from runtime import checkpoint, settings
+from watch import evaluation
 
 logger = logging.getLogger("darts.test")
 

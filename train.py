@@ -11,7 +11,7 @@ torchrun --nproc_per_node 8 train.py --auxiliary --cutout --arch DARTS  # on eig
 import gc
 import logging
 
-import threads
+from runtime import threads
 
 if __name__ == "__main__":
     threads.choose_waiting()  # before PyTorch is imported
@@ -19,19 +19,17 @@ if __name__ == "__main__":
 import torch
 import torch.nn as nn
 
-import augment
 import data
 import genotypes
-import progress
 import report
 import run_folder
-import schedule
-import settings
 import utils
 from gradients import from_seed, running_statistics
+from images import augment
 from model import NETWORKS, default_network
 from operations import LARGEST_SMALL_IMAGE
-from processes import ALONE, Processes
+from runtime import progress, schedule, settings
+from runtime.processes import ALONE, Processes
 
 logger = logging.getLogger("darts.train")
 

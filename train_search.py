@@ -10,7 +10,7 @@ torchrun --nproc_per_node 8 train_search.py --unrolled                  # the sa
 import gc
 import logging
 
-import threads
+from runtime import threads
 
 if __name__ == "__main__":
     threads.choose_waiting()  # before PyTorch is imported
@@ -21,17 +21,15 @@ import torch.nn as nn
 import data
 import diagnostics
 import genotypes
-import progress
 import report
 import run_folder
-import schedule
-import settings
 import utils
 from architect import Architect
 from gradients import Gradients, from_seed
 from model_search import STEM_STRIDES, Network
 from operations import LARGEST_SMALL_IMAGE
-from processes import Processes
+from runtime import progress, schedule, settings
+from runtime.processes import Processes
 
 logger = logging.getLogger("darts.search")
 

@@ -17,9 +17,7 @@ from tqdm import tqdm
 
 import involution
 import operations
-import processes
-import progress
-import threads
+from runtime import processes, progress, threads
 
 logger = logging.getLogger("darts")
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import graphviz
 from PIL import Image, ImageDraw, ImageFont
 
-import alphas
 import genotypes
 import utils
+from watch import alphas
 
 logger = logging.getLogger("darts.visualize")
 

@@ -4,9 +4,10 @@ python benchmarks/bench_busy.py --update                        # idle, then bes
 python benchmarks/bench_busy.py --busy 0 --rounds 41            # idle only: what sleeping costs
 python benchmarks/bench_busy.py --spins 100 1000 --works train  # and spinning a little before sleeping
 
-*asleep* and *brief* wait as the scripts do on a busy and on an idle machine (threads.py), *spinning* as OpenMP does
-when left alone, all with a thread for each core. Every way is a process of its own. They take turns, one step each in
-an order drawn anew every round, after two steps that are not counted. A busy process is an endless loop in Python.
+*asleep* and *brief* wait as the scripts do on a busy and on an idle machine (runtime/threads.py), *spinning* as OpenMP
+does when left alone, all with a thread for each core. Every way is a process of its own. They take turns, one step
+each in an order drawn anew every round, after two steps that are not counted. A busy process is an endless loop in
+Python.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import threads  # noqa: E402
+from runtime import threads  # noqa: E402
 
 CORES = os.cpu_count()
 WORKS = {

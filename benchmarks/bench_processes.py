@@ -27,7 +27,7 @@ from architect import Architect
 from genotypes import SEARCH_SPACES
 from gradients import Gradients
 from model_search import Network
-from processes import Processes
+from runtime.processes import Processes
 
 
 class Clocked(Processes):

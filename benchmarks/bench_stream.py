@@ -30,7 +30,7 @@ import tables
 from bench_data import Cutout
 
 import data
-import image_folder
+from images import image_folder
 
 BATCH = 32
 PLAIN = data.Normalization((0.45, 0.45, 0.45), (0.25, 0.25, 0.25))

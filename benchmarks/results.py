@@ -25,15 +25,12 @@ sys.path.insert(0, str(ROOT))
 
 import tables  # noqa: E402
 
-import checkpoint  # noqa: E402  of the folder above
-import comparison  # noqa: E402
-import curves  # noqa: E402
 import genotypes  # noqa: E402
-import jobs  # noqa: E402
-import plan  # noqa: E402
-import protocol  # noqa: E402
 import utils  # noqa: E402
 import visualize  # noqa: E402
+from experiments import comparison, jobs, plan, protocol  # noqa: E402
+from runtime import checkpoint  # noqa: E402
+from watch import curves  # noqa: E402
 
 _KEPT = ("config.json", "metrics.csv", "genotype.json", "summary.json")
 _SEARCH = "choice/search-second-2"  # whose cells and curves are shown

@@ -37,7 +37,6 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
 import data  # noqa: E402
 import involution  # noqa: E402
 import report  # noqa: E402
@@ -47,6 +46,7 @@ import train  # noqa: E402
 import train_search  # noqa: E402
 import utils  # noqa: E402
 import visualize  # noqa: E402
+from runtime import checkpoint  # noqa: E402
 
 SCRIPTS = {
     "train_search.py": train_search,

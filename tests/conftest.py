@@ -12,7 +12,7 @@ from PIL import Image
 
 import scripts
 from involution import Involution2d
-from processes import Processes
+from runtime.processes import Processes
 
 # tests are small: threads would spend their time waiting for each other, above all on a busy machine
 torch.set_num_threads(1)

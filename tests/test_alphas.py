@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import alphas
 import genotypes
 from utils import UserError
+from watch import alphas
 
 
 def softmax(values):

@@ -10,7 +10,7 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms.v2 import functional
 
-import augment
+from images import augment
 
 
 def generator(seed=0):

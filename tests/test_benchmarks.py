@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
 import scripts
+from runtime import checkpoint
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALL = "--init_channels 4 --layers 3 --image_size 8 --rounds 1 --threads 1".split()

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-import checkpoint
+from runtime import checkpoint
 from utils import UserError
 
 

@@ -6,9 +6,8 @@ from collections import defaultdict
 
 import pytest
 
-import comparison
 import measure
-import plan
+from experiments import comparison, plan
 
 
 def entry(name, kind, short=(), final=(), diverged=0):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import cost
+from watch import cost
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-import curves
+from watch import curves
 
 
 def history(train, valid):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import data
-from processes import Processes
+from runtime.processes import Processes
 from train import parse_args
 from utils import UserError
 

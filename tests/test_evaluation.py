@@ -13,10 +13,10 @@ from scipy.stats import binomtest
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix, recall_score
 
-import evaluation
-import evaluation_figures as figures
 from data import Images
-from evaluation import NO_PREDICTION, Predictions
+from watch import evaluation
+from watch import evaluation_figures as figures
+from watch.evaluation import NO_PREDICTION, Predictions
 
 
 def random_predictions(count=500, classes=7, seed=0):

@@ -13,14 +13,12 @@ import torch
 
 import experiment
 import genotypes
-import jobs
 import measure
-import plan
-import protocol
 import scripts
 import train
 import train_search
 import utils
+from experiments import jobs, plan, protocol
 from test_jobs import Forked
 
 PLAN = """

@@ -8,16 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
 import data
 import export
 import genotypes
-import image_folder
 import scripts
 from conftest import only_run, vary_kernels
 from genotypes import NAMED, SEARCH_SPACES
+from images import image_folder
 from involution import KERNEL_NORMS
 from model import NETWORKS, NetworkCIFAR
+from runtime import checkpoint
 from test_model import of_primitives
 from utils import UserError
 

@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 import data
-import image_folder
+from images import image_folder
 from utils import UserError
 
 

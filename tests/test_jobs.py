@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 import genotypes
-import jobs
-import plan
 import run_folder
 import scripts
 import utils
+from experiments import jobs, plan
 
 TINY = """
 [flags]

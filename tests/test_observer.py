@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import alphas
-import checkpoint
-import cost
 import genotypes
 import run_folder
 from conftest import assert_same_curves, read_curves
+from runtime import checkpoint
 from test_run_folder import make_batches, make_run, meter, record, working_folder  # noqa: F401  a fixture
 from utils import UserError
+from watch import alphas, cost
 
 EPOCHS, STEPS = 2, 4
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import data
-import image_folder
+from images import image_folder
 from utils import UserError
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import genotypes
-import plan
 import utils
+from experiments import plan
 
 SMALL = """
 [flags]

@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import checkpoint
 import run_folder
 import utils
 from architect import Architect
@@ -25,7 +24,8 @@ from conftest import in_processes, meet_and_call, print_into, printed, start_pro
 from genotypes import SEARCH_SPACES
 from gradients import Gradients
 from model_search import Network
-from processes import ALONE, Processes, digest
+from runtime import checkpoint
+from runtime.processes import ALONE, Processes, digest
 from test_train_search import assert_same_run
 
 ARGS = Namespace(momentum=0.9, weight_decay=3e-4, arch_learning_rate=3e-3, arch_weight_decay=1e-3)

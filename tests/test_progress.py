@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-import progress
-from processes import ALONE
+from runtime import progress
+from runtime.processes import ALONE
 from scripts import ROOT
 
 

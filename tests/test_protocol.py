@@ -4,10 +4,9 @@ import pytest
 
 import genotypes
 import measure
-import plan
-import protocol
 import train
 import utils
+from experiments import plan, protocol
 
 
 def test_a_random_genotype_of_given_size(monkeypatch):

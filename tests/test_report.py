@@ -12,15 +12,15 @@ import pytest
 import torch
 
 import data
-import evaluation
 import genotypes
 import report
 import test as test_script
 import train
 import train_search
 import utils
-from curves import plot_curves
 from visualize import DrawingError, draw
+from watch import evaluation
+from watch.curves import plot_curves
 
 SCRIPTS = {"search": train_search, "train": train}
 NASTY = "<script>document.title='run'</script>&'\""

@@ -15,14 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import data
-import progress
 import run_folder
-import schedule
-import stream
 import utils
+from images import stream
 from involution import Involution2d
+from runtime import checkpoint, progress, schedule
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import schedule
+from runtime import schedule
 
 
 def make(epochs=10, **kwargs):

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-import settings
 import utils
 from operations import KERNEL_NORM
+from runtime import settings
 from test_run_folder import make_run
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import stream
+from images import stream
 
 
 def tens(items):

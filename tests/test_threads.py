@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-import threads
+from runtime import threads
 from scripts import ROOT
 
 

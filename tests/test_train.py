@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import checkpoint
 import genotypes
 import original_darts
 import scripts
 import test as test_script
 from conftest import assert_one_clear_line, assert_same_curves, only_run
 from model import NetworkCIFAR
-from processes import ALONE
+from runtime import checkpoint
+from runtime.processes import ALONE
 from train import infer, load_data, make_criterion, parse_args, train
 from utils import UserError
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-import alphas
 import genotypes
 import visualize
 from conftest import assert_one_clear_line
+from watch import alphas
 
 needs_dot = pytest.mark.skipif(not shutil.which("dot"), reason="needs Graphviz's dot program")
 

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import torch
 
-import alphas
-import cost
 import diagnostics
 import utils
 import visualize
-from events import Events
+from watch import alphas, cost
+from watch.events import Events
 
 logger = logging.getLogger("darts.observer")
 

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import evaluation_figures as figures
 import utils
+from watch import evaluation_figures as figures
 
 BINS = 15  # of confidences, as in arXiv 1706.04599
 _Z = 1.959964  # a normal variable is within so many standard deviations with 95%

@@ -17,7 +17,7 @@ from collections import deque
 import torch
 from tqdm import tqdm
 
-import progress
+from runtime import progress
 from utils import UserError
 
 _CHUNK = 64  # items of `each` that a process gets at once

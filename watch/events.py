@@ -14,7 +14,7 @@ import re
 import numpy as np
 from PIL import Image
 
-from alphas import CELLS, edge_names
+from watch.alphas import CELLS, edge_names
 
 logger = logging.getLogger("darts.events")
 

@@ -24,9 +24,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 import genotypes
-import jobs
 import measure
-import plan
+from experiments import jobs, plan
 from utils import replacing, write_text
 
 _COLUMNS = (

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-import stream
+from images import stream
 from utils import UserError
 
 logger = logging.getLogger("darts.data")

@@ -20,13 +20,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import checkpoint
 import diagnostics
 import genotypes
-import progress
 import report
 import run_folder
-import settings
+from runtime import checkpoint, progress, settings
 from utils import Diverged, UserError, write_text
 
 logger = logging.getLogger("darts.jobs")
@@ -177,7 +175,7 @@ def run(job, folder, children, threads=None, gpu=None):
             waits = True
             time.sleep(_PROBE)
             continue
-        line = [sys.executable, Path(__file__).with_name(job.script), *arguments(job, folder)]
+        line = [sys.executable, Path(__file__).parent.with_name(job.script), *arguments(job, folder)]
         with log.open("ab") as output:
             output.write(f"$ {shlex.join(map(str, line))}\n".encode())
             output.flush()

@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-import checkpoint
+from runtime import checkpoint
 from utils import UserError, number, user_value
 
 # settings that may differ between a run and its continuation: they do not change what is computed

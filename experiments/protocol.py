@@ -5,10 +5,9 @@ the size from; the final training is for the best of a group, which the short tr
 """
 
 import genotypes
-import jobs
 import measure
-import plan
 import utils
+from experiments import jobs, plan
 
 _TRIES = 10_000  # random genotypes of which one should have the wanted number of parameters
 
