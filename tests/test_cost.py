@@ -78,6 +78,24 @@ def test_hours_are_those_of_work(clock):
     assert "2 h 00 min in 2 sessions for 128 training images" in str(two)
 
 
+def test_processor_hours_are_those_of_all_threads(clock, monkeypatch):
+    spent = [500.0]
+    monkeypatch.setattr(cost.time, "process_time", lambda: spent[0])
+    one = cost.Cost("x")
+    one.begin()
+    spent[0] += 5400
+    state = one.state_dict()
+    two = cost.Cost("x")
+    two.load_state_dict(state)
+    two.begin()
+    spent[0] += 1800
+    two.state_dict()
+    assert two.summary(ended=True)["processor_hours"] == 2.0
+    del state["processor"]  # as in a checkpoint from before it was counted
+    two.load_state_dict(state)
+    assert two.summary(ended=True)["processor_hours"] is None
+
+
 def test_nothing_is_counted_before_the_first_step(clock):
     fresh = cost.Cost("x")
     clock[0] += 50

@@ -5,6 +5,7 @@ under `cost` of what a checkpoint keeps for `observer.Observer`: there, a run th
 was not.
 """
 
+import math
 import sys
 import time
 from collections import deque
@@ -80,6 +81,8 @@ class Pace:
 class Cost:
     """What a run has cost so far, over all processes that worked on it (a session each).
 
+    Hours are those of the clock; processor_hours are those of all its threads, which other work does not lengthen.
+
     Args:
         command, started: the command line that started the run, and when.
         since_epoch: epochs that were over when counting began: not zero in a run from before there was a count.
@@ -88,13 +91,13 @@ class Cost:
     def __init__(self, command, started=None, since_epoch=0):
         texts = dict(command=command, started=started or _now(), updated=_now())
         counts = dict(since_epoch=since_epoch, sessions=0, images=0)
-        self._state = texts | counts | dict(seconds=0.0, memory=0.0, cuda_memory=0.0)
-        self._clock = None
+        self._state = texts | counts | dict(seconds=0.0, processor=0.0, memory=0.0, cuda_memory=0.0)
+        self._clock = self._processor = None
 
     def begin(self):
         """This process begins its first step; what it read and built before is not counted."""
         if self._clock is None:
-            self._clock = time.monotonic()
+            self._clock, self._processor = time.monotonic(), time.process_time()
             self._state["sessions"] += 1
 
     def count(self, images):
@@ -104,9 +107,10 @@ class Cost:
     def state_dict(self):
         """Everything up to now, as plain values."""
         if self._clock is not None:
-            now = time.monotonic()
+            now, processor = time.monotonic(), time.process_time()
             self._state["seconds"] += now - self._clock
-            self._state["updated"], self._clock = _now(), now
+            self._state["processor"] += processor - self._processor
+            self._state["updated"], self._clock, self._processor = _now(), now, processor
         for name, value in zip(("memory", "cuda_memory"), peak_memory(), strict=True):
             self._state[name] = max(self._state[name], value)
         return dict(self._state)
@@ -117,7 +121,10 @@ class Cost:
         Raises:
             ValueError: not what `state_dict` returns.
         """
+        state = dict(processor=math.inf) | state  # unknown of a run from before it was counted
         for name, value in self._state.items():
+            if name == "processor" and state[name] == math.inf:
+                continue
             if type(state[name]) is not type(value) or (not isinstance(value, str) and not 0 <= state[name] < 1e18):
                 raise ValueError(f"{name} is {state[name]!r}"[:100])
         self._state = {name: state[name] for name in self._state}
@@ -130,6 +137,7 @@ class Cost:
             "started": state["started"],
             "ended": state["updated"] if ended else None,
             "hours": round(state["seconds"] / 3600, 4),
+            "processor_hours": round(state["processor"] / 3600, 4) if state["processor"] < math.inf else None,
             "sessions": state["sessions"],
             "counted_since_epoch": state["since_epoch"],
             "images": state["images"],
