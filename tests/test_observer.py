@@ -202,8 +202,8 @@ def test_the_estimate_is_said_once(watched):
 def test_the_bar_has_the_time_that_is_left_of_the_run(monkeypatch):
     seen = []
     monkeypatch.setattr(run_folder.tqdm, "set_postfix_str", lambda bar, text, **_: seen.append(text))
-    monkeypatch.setattr(cost.Pace, "remaining", lambda pace, step, epochs: 100 * epochs + step)
-    with make_run() as run:
+    monkeypatch.setattr(cost.Pace, "remaining", lambda pace, step, epochs: 25 * epochs + step)
+    with make_run(epochs=4) as run:
         for _ in run.steps(make_batches()):
             record(run)
     assert [text.split(", ")[1] for text in seen] == [f"whole run {100 + step} s left" for step in range(1, 5)]

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -202,11 +201,11 @@ def test_amp_is_in_bfloat16_but_for_the_losses():
     net, seen = NetworkCIFAR(4, 10, 1, True, genotypes.DARTS_L20), []
     net.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     keep = lambda loss, logits, target, norm: seen.append(logits.dtype)  # noqa: E731
-    run = SimpleNamespace(steps=lambda batches: batches, record=keep, team=ALONE)
+    run = SimpleNamespace(epoch=0, steps=lambda batches: batches, record=keep, team=ALONE)
     batch = torch.randn(4, 3, 29, 29), torch.arange(4)
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     for amp in (False, True):
-        args = Namespace(amp=amp, auxiliary=True, auxiliary_weight=0.4, grad_clip=5.0)
+        args = parse_args(["--auxiliary", "--image_size", "29", *["--amp"] * amp])
         train(run, [batch], net, net, torch.nn.functional.cross_entropy, optimizer, args)
     assert seen == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
 
