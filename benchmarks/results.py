@@ -18,6 +18,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 import tables  # noqa: E402
 
 import genotypes  # noqa: E402
+import measure  # noqa: E402
+import train  # noqa: E402
 import utils  # noqa: E402
 import visualize  # noqa: E402
 from experiments import comparison, jobs, plan, protocol  # noqa: E402
@@ -106,6 +109,29 @@ def _entropy(the_plan, folder, group):
     return f"{statistics.mean(ends):.2f} ({math.log(len(primitives)):.2f})"
 
 
+def hour(results):
+    """Networks that were trained under one budget, and tested: a line for those that differ in their seeds alone."""
+    groups = defaultdict(list)
+    for folder in sorted((results / "hour").glob("*/")):
+        groups[folder.name.rpartition("-seed")[0]].append(folder)
+    found = [_trained(name, folders) for name, folders in groups.items()]
+    head = ["network", "channels", "parameters (M)", "multiply-adds (M)", "epochs", "processor minutes", "test (%)"]
+    return comparison.markdown_table(head, [line for _, line in sorted(found, reverse=True)])
+
+
+def _trained(name, folders):
+    """The mean accuracy of some trainings, and what a table says of them."""
+    args = train.parse_args([])
+    vars(args).update(json.loads((folders[0] / "config.json").read_text())["args"])
+    cost = measure.count(genotypes.parse(folders[0]), args, 10)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    accuracies = [_history(folder / "metrics.csv")[-1]["valid_acc"] for folder in folders]
+    minutes = [60 * summary["processor_hours"] for summary in summaries]
+    numbers = f"{cost.parameters / 1e6:.3f}", f"{cost.multiply_adds / 1e6:.1f}", str(args.epochs)
+    line = [name, str(args.init_channels), *numbers, comparison.value_range(minutes), comparison.spread(accuracies)]
+    return statistics.mean(accuracies), line
+
+
 def sharpness(results):
     """The dominant eigenvalue and the skip connections of one search in each of three spaces."""
     lines = []
@@ -147,7 +173,7 @@ def paper(_):
     )
 
 
-TABLES = {"choice": choice, "sharpness": sharpness, "paper": paper}  # by the place in README.md
+TABLES = {"hour": hour, "choice": choice, "sharpness": sharpness, "paper": paper}  # by the place in README.md
 
 
 def draw(results, figures):

@@ -224,10 +224,11 @@ def _costs(entries):
     known = [entry.cost for entry in entries if entry.cost]
     if not known:
         return "–", "–"
-    return tuple(_range([getattr(c, what) / 1e6 for c in known]) for what in ("parameters", "multiply_adds"))
+    return tuple(value_range([getattr(c, what) / 1e6 for c in known]) for what in ("parameters", "multiply_adds"))
 
 
-def _range(values):
+def value_range(values):
+    """The smallest and the largest, or the only one, in words."""
     low, high = (f"{value:.3g}" for value in (min(values), max(values)))
     return low if low == high else f"{low}–{high}"
 
