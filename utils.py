@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import involution
 import operations
-from runtime import processes, progress, threads
+from runtime import memory, processes, progress, threads
 
 logger = logging.getLogger("darts")
 
@@ -248,6 +248,8 @@ class _ConsoleHandler(logging.Handler):
 def pick_device(args, team=processes.ALONE):
     """The torch.device that --device and --gpu ask for; of several processes, each has a GPU of its own.
 
+    A run on a CPU keeps the memory that it frees from here on.
+
     Args:
         team: a Processes.
 
@@ -259,6 +261,8 @@ def pick_device(args, team=processes.ALONE):
         involution.backend(device)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if device.type == "cpu":
+        memory.keep_freed()
     return device
 
 

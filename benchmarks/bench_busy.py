@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runtime import threads  # noqa: E402
+from runtime import memory, threads  # noqa: E402
 
 CORES = os.cpu_count()
 WORKS = {
@@ -76,6 +76,7 @@ def make_step(name, sizes):
 
 def work(name, sizes):
     """Do a step for every line of standard input; answer with its seconds."""
+    memory.keep_freed()  # as the scripts
     step = make_step(name, sizes)
     for _ in sys.stdin:
         start = time.perf_counter()

@@ -165,6 +165,11 @@ def work(make_step, setting):
     import torch
 
     step = make_step(setting)
+    if setting["device"] == "cpu":
+        with contextlib.suppress(ImportError):  # an older commit, whose scripts do not
+            from runtime import memory
+
+            memory.keep_freed()
     for _ in sys.stdin:
         answer = {}
         for phase in setting["phases"]:
