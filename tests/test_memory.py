@@ -1,4 +1,4 @@
-"""Memory that a run on a CPU has freed stays with its process; the system is asked how often it has handed out pages."""
+"""Memory that a run on a CPU has freed stays with its process: the system is asked how many pages it has handed out."""
 
 import ctypes
 import subprocess
