@@ -29,8 +29,11 @@ kernels/fast_cell_cpu.py, which cannot be differentiated twice and alone has wha
 
 import functools
 import logging
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import chain
+from operator import eq, is_, methodcaller
 from typing import NamedTuple
 
 import torch
@@ -179,29 +182,38 @@ def derived(stems, cells, x, drop_prob, wanted):
 
     stems: the module whose output is both inputs of the first cell, or one for each, the second reading the first.
     """
-    backend, plans = choose_backend(x), [_plan(cell, x.dtype) for cell in cells]
+    plans, programs = _known.setdefault(cells, _Known()).of(stems, cells, x.dtype)
+    if programs is not None and not torch.is_grad_enabled():
+        results = _evaluate(stems, plans, programs, x, wanted)
+        if results:
+            return results
+    backend, stems = choose_backend(x), [functools.partial(_stem, stem) for stem in stems]
+    return {k: _as_one(nodes, backend) for k, nodes in _cells(stems, plans, x, drop_prob, wanted, backend)}
+
+
+def _cells(stems, plans, x, drop_prob, wanted, backend):
+    """(k, the nodes of cell k) for k in wanted; stems: functions (image, what is wanted of it, backend) -> State."""
     # a feature map is the second input of the cell after it, and the first one of the cell after that
     readers = [[(k, j) for k, j in ((i, 1), (i + 1, 0)) if k < len(plans)] for i in range(len(plans) + 1)]
-    states, maps = {}, {}
+    states = {}
     if len(stems) == 2:
-        nodes0 = [_stem(stems[0], x, _map_wanted([(0, 0)], plans, True), backend)]
+        nodes0 = [stems[0](x, _map_wanted([(0, 0)], plans, True), backend)]
         states.update(_preprocess(nodes0, [(0, 0)], plans, backend))
         x = nodes0[0].plain
     else:
         readers[0] = [(0, 0), *readers[0]]
-    nodes1 = [_stem(stems[-1], x, _map_wanted(readers[0], plans, False), backend)]
+    nodes1 = [stems[-1](x, _map_wanted(readers[0], plans, False), backend)]
     nodes0 = nodes0 if len(stems) == 2 else nodes1
     for k, plan in enumerate(plans):
         states.update(_preprocess(nodes1, readers[k], plans, backend))
         if plan.ops is None:
-            nodes = [_own_state(plan.cell(_as_one(nodes0), _as_one(nodes1), drop_prob))]
+            nodes = [_own_state(plan.cell(_as_one(nodes0, backend), _as_one(nodes1, backend), drop_prob))]
         else:
             inputs = [states.pop((k, 0)), states.pop((k, 1))]
             nodes = _nodes(plan, inputs, drop_prob, _map_wanted(readers[k + 1], plans, k in wanted), backend)
         nodes0, nodes1 = nodes1, nodes
         if k in wanted:
-            maps[k] = _as_one(nodes)
-    return maps
+            yield k, nodes
 
 
 def _plan(cell, dtype):
@@ -219,25 +231,30 @@ def _map_wanted(readers, plans, is_output):
 
 def _stem(module, x, wanted, backend):
     """The State of a stem, whose last layers are a convolution and a batch norm."""
-    if type(module) is not nn.Sequential or tuple(map(type, module[-2:])) != (nn.Conv2d, nn.BatchNorm2d):
+    if not _is_usual_stem(module, x.dtype):
         return _own_state(module(x))
     *before, conv, norm = module
-    if any(map(is_watched, (module, conv, norm))) or not _is_usual_norm(norm, module.training, True, x.dtype):
-        return _own_state(module(x))
-    if conv.out_channels != norm.num_features:
-        return _own_state(module(x))  # which raises PyTorch's own error
     for layer in before:
         x = layer(x)
     return _state(iter(backend.normalize(conv(x), norm, wanted)), wanted)
+
+
+def _is_usual_stem(module, dtype):
+    if type(module) is not nn.Sequential or tuple(map(type, module[-2:])) != (nn.Conv2d, nn.BatchNorm2d):
+        return False
+    *_, conv, norm = module
+    if any(map(is_watched, (module, conv, norm))) or not _is_usual_norm(norm, module.training, True, dtype):
+        return False
+    return conv.out_channels == norm.num_features  # else PyTorch raises its own error
 
 
 def _own_state(plain):
     return State(plain, functools.cache(functools.partial(F.relu, plain)))
 
 
-def _as_one(nodes):
+def _as_one(nodes, backend):
     """The feature map of nodes: their channels one after the other."""
-    return nodes[0].plain if len(nodes) == 1 else torch.cat([node.plain for node in nodes], dim=1)
+    return nodes[0].plain if len(nodes) == 1 else backend.side_by_side([node.plain for node in nodes])
 
 
 def _preprocess(nodes, readers, plans, backend):
@@ -249,7 +266,7 @@ def _preprocess(nodes, readers, plans, backend):
             continue
         op, wanted = (cell.preprocess0, cell.preprocess1)[j], _wanted(plans[k], j)
         if preprocess[j][0] not in _PREPROCESS:
-            states[k, j] = _own_state(op(_as_one(nodes)))
+            states[k, j] = _own_state(op(_as_one(nodes, backend)))
         else:  # what nobody reads is by itself, so that its weights get no gradient
             groups[preprocess[j], cell.training, any(wanted) or (k, j)].append(((k, j), op, wanted))
     for (kind, *_), group in groups.items():
@@ -307,7 +324,8 @@ def _project(images, ops, wanted, backend):
 
 def _project_every_second(images, ops, wanted, backend):
     first, second = zip(*map(backend.every_second, images), strict=True)
-    return _projected([*first, *second], list(map(_reducing_weight, ops)), [op.bn for op in ops], wanted, backend)
+    weights = [_reducing_weight(op, backend) for op in ops]
+    return _projected([*first, *second], weights, [op.bn for op in ops], wanted, backend)
 
 
 def _projected(images, weights, norms, wanted, backend):
@@ -317,6 +335,121 @@ def _projected(images, weights, norms, wanted, backend):
 
 
 _PREPROCESS = {"project": _project, "reduce": _project_every_second}
+
+
+# ------------------------------------------------------------------------------------------ what is known of a network
+
+
+class _Known:
+    """The plans of a network's cells, and its programs of evaluation, for as long as its modules stay as they are.
+
+    To see whether they do takes less than planning, by lists of what may change: the attributes of all modules, what is
+    in the dictionaries and lists among them, hooks, and where tensors lie (`data` may be replaced).
+    """
+
+    def __init__(self):
+        self.roots, self.by_dtype = [], {}
+
+    def of(self, stems, cells, dtype):
+        """Plans of images of this dtype; and the programs by what they were recorded for, None where they cannot be."""
+        roots = [*stems, *cells]
+        if not self._holds(roots):
+            self._look_at(roots)
+        if dtype not in self.by_dtype:
+            plans = [_plan(cell, dtype) for cell in cells]
+            self.by_dtype[dtype] = plans, {} if _can_be_recorded(stems, plans, dtype) else None
+        return self.by_dtype[dtype]
+
+    def _look_at(self, roots):
+        self.roots, self.by_dtype = roots, {}
+        self.modules = [m for root in roots for m in root.modules()]
+        self.attributes = [dict(vars(m)) for m in self.modules]
+        self.hooks = [hooks for m in self.modules for hooks in _hooks(m)]
+        self.dictionaries = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
+        self.contents = _contents(self.dictionaries)
+        self.tensors = [x for x in self.contents if isinstance(x, torch.Tensor)]
+        self.places = _places(self.tensors)
+        self.lists = [x for attributes in self.attributes for x in attributes.values() if type(x) is list]
+        self.copies = list(map(list, self.lists))
+
+    def _holds(self, roots):
+        try:
+            if self.roots != roots or any(self.hooks) or not all(map(eq, map(vars, self.modules), self.attributes)):
+                return False
+        except (RuntimeError, ValueError):  # an attribute is another tensor or array, which are not simply equal or not
+            return False
+        contents = _contents(self.dictionaries)
+        same = len(contents) == len(self.contents) and all(map(is_, contents, self.contents))
+        return same and _places(self.tensors) == self.places and self.lists == self.copies
+
+
+_known = weakref.WeakKeyDictionary()  # by the list of cells, so that copies of a network and pickles know nothing
+
+
+def _hooks(m):
+    return m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+
+
+def _contents(dictionaries):
+    return [*chain.from_iterable(map(methodcaller("values"), dictionaries))]
+
+
+def _places(tensors):
+    return [(x.data_ptr(), x.dtype) for x in tensors]
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def _can_be_recorded(stems, plans, dtype):
+    """Whether nothing that a network does depends on more than one image, and all of it is known."""
+    if any(module.training for module in (*stems, *(plan.cell for plan in plans))):
+        return False
+    kinds = [kind for plan in plans for kinds in (plan.ops, plan.preprocess) for (kind, *_) in kinds or [("any",)]]
+    return not {"any", "pool"} & {*kinds} and all(_is_usual_stem(stem, dtype) for stem in stems)
+
+
+def _evaluate(stems, plans, programs, x, wanted):
+    """`derived`, by a program that is recorded the first time; None where other code is to do it."""
+    inputs = _before_norms(stems, x)
+    key = (*sorted(wanted), *(v.shape[1:] for v in inputs))
+    if key not in programs:
+        programs[key] = _record(stems, plans, inputs, wanted)
+    if programs[key] is None:
+        return None
+    return dict(zip(sorted(wanted), programs[key].run(inputs), strict=True))
+
+
+def _before_norms(stems, x):
+    """The images that the last batch norms of the stems read."""
+    images = []
+    for stem in stems:
+        *before, norm = stem
+        for layer in before:
+            x = layer(x)
+        images.append(x)
+        x = norm(x) if stem is not stems[-1] else None
+    return images
+
+
+def _record(stems, plans, inputs, wanted):
+    """The inference_cpu.Program of the cells; None where there is none, or where other code is to raise an error."""
+    from kernels import inference_cpu
+
+    recording = inference_cpu.Recording(inputs)
+    recorded = [functools.partial(_recorded_stem, v, stem[-1]) for v, stem in zip(inputs, stems, strict=True)]
+    try:
+        inference_cpu.library()
+        for _, nodes in _cells(recorded, plans, None, 0.0, wanted, recording):
+            recording.hand_on([node.plain for node in nodes])
+    except (inference_cpu.Unsupported, ValueError, build.BuildError):
+        return None
+    return inference_cpu.Program(recording)
+
+
+def _recorded_stem(v, norm, x, wanted, backend):
+    """The State of a stem, of which the program is given v, what its last layer reads."""
+    return _state(iter(backend.normalize(v, norm, wanted)), wanted)
 
 
 # ------------------------------------------------------------------------------------- the terms of each primitive
@@ -451,13 +584,13 @@ def _pooled(x, pool, backend):
 
 def _reduce(x, relu, ops, backend):
     """FactorizedReduce is one 1x1 convolution of every second pixel and, beside it, of its diagonal neighbour."""
-    pixels = torch.cat(backend.every_second(relu()), dim=1)
-    return [Term(pixels, _reducing_weight(op), op.bn) for op in ops]
+    pixels = backend.side_by_side(backend.every_second(relu()))
+    return [Term(pixels, _reducing_weight(op, backend), op.bn) for op in ops]
 
 
-def _reducing_weight(op):
+def _reducing_weight(op, backend):
     C = op.conv_1.in_channels
-    return torch.cat([_widened(op.conv_1.weight, 0, C), _widened(op.conv_2.weight, C, 0)])
+    return backend.made(lambda: torch.cat([_widened(op.conv_1.weight, 0, C), _widened(op.conv_2.weight, C, 0)]))
 
 
 def _widened(weight, before, after):
@@ -467,7 +600,8 @@ def _widened(weight, before, after):
 
 def _involution(x, relu, ops, backend):
     layers = [op.op[1] for op in ops]
-    outputs = backend.involutions(relu(), layers[0].avgpool(relu()), layers, _SHARED_NORMS[layers[0].kernel_norm])
+    pooled = backend.average(relu(), layers[0].avgpool)
+    outputs = backend.involutions(relu(), pooled, layers, _SHARED_NORMS[layers[0].kernel_norm])
     return [Term(output, op.op[2].weight, op.op[3]) for op, output in zip(ops, outputs, strict=True)]
 
 

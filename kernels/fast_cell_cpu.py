@@ -42,19 +42,22 @@ import torch
 from torch.autograd import Function
 
 from . import build, involution_cpu
-from .fast_cell_torch import MOMENTUM
+from .fast_cell_torch import MOMENTUM, average, made, side_by_side
 
 __all__ = [
+    "average",
     "depthwise",
     "every_second",
     "heads",
     "involutions",
     "library",
+    "made",
     "mix",
     "node",
     "normalize",
     "pool",
     "project",
+    "side_by_side",
     "spread",
 ]
 
@@ -253,7 +256,7 @@ class _Depthwise(Function):
     def forward(ctx, x, weight, stride, dilation):
         x, weight = _channels_last(x), weight.contiguous()
         N, C, H, W = x.shape
-        _check_widths(C, weight.transpose(0, 1))
+        check_widths(C, weight.transpose(0, 1))
         ctx.problem = N, C, H, W, weight.shape[-1], stride, dilation
         ctx.save_for_backward(x, weight)
         output = _image(x, C, -(-H // stride), -(-W // stride))
@@ -312,7 +315,7 @@ class _Mix(Function):
             z, weights = [_channels_last(x) for x in tensors[:n]], [w.contiguous() for w in tensors[n : 2 * n]]
             tensors = tensors[2 * n :]
             for x, weight, norm in zip(z, weights, group, strict=True):
-                _check_widths(x.shape[1], weight, [norm])
+                check_widths(x.shape[1], weight, [norm])
             linear.append((z, weights))
             ctx.stats.append(_statistics(group, n, *weights[0].shape[:2]))
         like, C = (parts[0], parts[0].shape[1]) if parts else (linear[0][0][0], len(linear[0][1][0]))
@@ -391,7 +394,7 @@ class _Project(Function):
         weights, scales, shifts = _thirds(tensors[n:])
         scale, shift, weight = _side_by_side(scales), _side_by_side(shifts), torch.cat(weights)
         training, C = norms[0].training, len(weight)
-        _check_widths(sum(x.shape[1] for x in images), weight, norms)
+        check_widths(sum(x.shape[1] for x in images), weight, norms)
         v, stats = _image(images[0], C) if keep or training else None, _statistics(norms, 1, C, 0)
         results = [
             [_image(images[0], len(w)) if each else None for each in pair]
@@ -513,7 +516,7 @@ def _projection(v, weight, scale, shift, stats):
 def _heads(x, weights, scales, shifts, norms):
     """[relu(norm_k(weight_k * x))]; and what `_heads_backward` needs: parameters side by side, and statistics."""
     weight, affine = torch.cat(weights), (_side_by_side(scales), _side_by_side(shifts))
-    _check_widths(x.shape[1], weight, norms)
+    check_widths(x.shape[1], weight, norms)
     hidden, stats = [_image(x, len(w)) for w in weights], _statistics(norms, 1, *weight.shape[:2])
     packed = [True, *_parts(hidden), 0, 0, 1, *_candidate(x, None, weight, *affine, stats, 0)]
     _call_with_statistics("mix", x, norms[0].training, packed)
@@ -552,7 +555,7 @@ def _rms_norm_backward(grads, hidden, scales):
 # ------------------------------------------------------------------------------- parameters and statistics of norms
 
 
-def _check_widths(width, weight, norms=()):
+def check_widths(width, weight, norms=()):
     """Raise ValueError unless a convolution fits its images and its batch norms: C++ reads what it is given."""
     channels = sum(norm.num_features for norm in norms) if norms else len(weight)
     if (channels, width) != tuple(weight.shape[:2]):

@@ -54,6 +54,21 @@ def every_second(x):
     return x[:, :, ::2, ::2], F.pad(x, (-1, W % 2, -1, H % 2))[:, :, ::2, ::2]
 
 
+def side_by_side(images):
+    """The channels of images (N, C_k, H, W), one after the other."""
+    return torch.cat(images, dim=1)
+
+
+def average(x, pooling):
+    """What the kernels of a strided involution are made of: x after the layer's pooling."""
+    return pooling(x)
+
+
+def made(make):
+    """make(), a weight that is made of parameters."""
+    return make()
+
+
 def spread(images, alphas):
     """[sum_t alphas[n, t] * images[t]] for every row n of alphas (nodes, images)."""
     return [sum(alpha * x for alpha, x in zip(row, images, strict=True)) for row in alphas.unbind()]

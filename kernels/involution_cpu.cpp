@@ -76,12 +76,12 @@ struct Problem {
 
   // Rows of one piece of work. Few images are cut, so that several threads have something to do; large ones, so that
   // the scratch image stays in the second-level cache.
-  int64_t block_rows() const {
-    int64_t pieces = N > 0 ? (16 + N - 1) / N : 1;
+  int64_t block_rows(int64_t least = 16) const {
+    int64_t pieces = N > 0 ? (least + N - 1) / N : 1;
     int64_t rows = std::min((Ho() + pieces - 1) / pieces, 4096 / std::max<int64_t>(Wo(), 1));
     return std::max<int64_t>(1, std::min(std::max<int64_t>(rows, 8), Ho()));
   }
-  int64_t blocks() const { return (Ho() + block_rows() - 1) / block_rows(); }
+  int64_t blocks(int64_t least = 16) const { return (Ho() + block_rows(least) - 1) / block_rows(least); }
 };
 
 struct Argument {  // a tensor as Python passes it: strides in elements, unused ones zero
@@ -865,16 +865,18 @@ void forward(const Problem& p, const Image<T>& input, const Source& source, cons
   }
   const auto blocks = channel_blocks<A>(p);
   const int64_t width = blocks.back().channel + blocks.back().width;
-  const int64_t cols = p.padded_cols(), image = p.padded_rows(p.block_rows()) * cols;
-  at::parallel_for(0, p.N * p.blocks(), 1, [&](int64_t begin, int64_t end) {
+  // no sum goes beyond a pixel: where one thread does all, as within a parallel loop, rows need not be shared out
+  const int64_t pieces = at::in_parallel_region() || at::get_num_threads() == 1 ? 1 : 16;
+  const int64_t rows = p.block_rows(pieces), units = p.blocks(pieces);
+  const int64_t cols = p.padded_cols(), image = p.padded_rows(rows) * cols;
+  at::parallel_for(0, p.N * units, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(sizeof(A) * (image * width + p.KK() * kPitch + kPitch * width + source.scratch()) + 256);
     A* padded = scratch.take<A>(image * width);
     A* w = scratch.take<A>(p.KK() * kPitch);
     A* out = scratch.take<A>(kPitch * width);
     A* features = scratch.take<A>(source.scratch());
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t n = unit / p.blocks(), y0 = unit % p.blocks() * p.block_rows();
-      const int64_t y1 = std::min(p.Ho(), y0 + p.block_rows());
+      const int64_t n = unit / units, y0 = unit % units * rows, y1 = std::min(p.Ho(), y0 + rows);
       for (int64_t g = 0; g < p.G; ++g) {
         for (const auto& b : blocks)
           load_pixels(padded + b.channel * image, p, input, n, g * p.Cg() + b.channel, b.channels, b.width, y0,

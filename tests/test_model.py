@@ -209,12 +209,15 @@ def make(genotype, C=8, layers=3, drop_path_prob=0.4, auxiliary=False, kind=Netw
     return net.double().to(memory_format=torch.channels_last)
 
 
-def results(net, size, batch=4):
-    """Everything that a step can see: logits, gradients by name, and buffers."""
+def batch_of(net, size, batch=4):
     torch.manual_seed(1)
     input = torch.randn(batch, 3, *(size if isinstance(size, tuple) else (size, size))).double()
-    input = input.to(net.classifier.weight.dtype)
-    outputs = [logits for logits in net(input) if logits is not None]
+    return input.to(net.classifier.weight.dtype)
+
+
+def results(net, size, batch=4):
+    """Everything that a step can see: logits, gradients by name, and buffers."""
+    outputs = [logits for logits in net(batch_of(net, size, batch)) if logits is not None]
     grads = torch.autograd.grad(
         sum(logits.square().sum() for logits in outputs), list(net.parameters()), allow_unused=True
     )
@@ -231,6 +234,9 @@ def assert_equal_to_plain(net, size=8):
         if value is not None:
             scale = max(1e-3, expected[name].abs().max().item())
             assert (value - expected[name]).abs().max().item() <= 1e-9 * scale, name
+    if not net.training:  # where no gradient is wanted, there is another way
+        with torch.no_grad():
+            torch.testing.assert_close(net(batch_of(net, size))[0], expected[0], rtol=1e-9, atol=1e-12)
 
 
 def of_primitives(normal, reduce):
