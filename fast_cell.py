@@ -20,6 +20,8 @@ once, and a node is made in one go, with the factors of drop path. Besides,
     - a feature map is handed on as the nodes that it consists of. The preprocessing blocks that read it, those of the
       next two cells, are one 1x1 convolution of all of them.
     - ReLU is no pass of its own: whatever makes a state writes its positive part too, where an edge reads that.
+    - in evaluation without gradients the same functions are recorded once, by kernels/inference_cpu.py, and done in C++
+      for a few images after the other, whose feature maps stay in the cache.
 
 An operation of another class than those of operations.py, one with hooks, or one whose layers are not as `OPS` makes
 them is a plain term: its own forward is called. Two backends do the work: kernels/fast_cell_torch.py, and
