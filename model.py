@@ -98,6 +98,19 @@ class AuxiliaryHeadImageNet(_AuxiliaryHead):
         super().__init__(C, num_classes, stride=2, last_norm=False)
 
 
+def _stem(C):
+    return nn.Sequential(nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C))
+
+
+def _stem_to_a_quarter(C):
+    half = max(1, C // 2)
+    return nn.Sequential(*halving(3, half), nn.ReLU(), *halving(half, C))
+
+
+def _stem_to_an_eighth(C):
+    return nn.Sequential(nn.ReLU(), *halving(C, C))
+
+
 class _Network(nn.Module):
     """What the derived networks have in common: cells, the head, and how they are computed.
 
@@ -115,8 +128,11 @@ class _Network(nn.Module):
     """
 
     fast = True  # of modules that were pickled whole before there was the choice
-    stem_stride = 1  # by which the stem reduces the image
-    auxiliary_head_class = AuxiliaryHeadCIFAR
+    # what tells the networks apart
+    stems: dict  # name -> function of C; of two, each gives an input of the first cell, and the second reads the first
+    stem_channels: int  # that they put out, for each of C
+    stem_stride: int  # by which they reduce the image
+    auxiliary_head_class: type
 
     def __init__(self, C, num_classes, layers, auxiliary, genotype, kernel_norm=KERNEL_NORM, fast=True):
         super().__init__()
@@ -125,8 +141,10 @@ class _Network(nn.Module):
         self.fast = fast
         self.drop_path_prob = 0.0
 
-        C_prev_prev, C_prev, reduction_prev = self._make_stem(C)
-        C_curr = C
+        for name, make in self.stems.items():
+            self.add_module(name, make(C))
+        C_prev_prev = C_prev = self.stem_channels * C
+        C_curr, reduction_prev = C, len(self.stems) == 2
         self.cells = nn.ModuleList()
         for i in range(layers):
             reduction = i in (layers // 3, 2 * layers // 3)
@@ -143,14 +161,6 @@ class _Network(nn.Module):
         self.classifier = nn.Linear(C_prev, num_classes)
         set_kernel_norm(self, kernel_norm)
 
-    def _make_stem(self, C):
-        """Make the stem; returns C_prev_prev, C_prev and reduction_prev of the first cell."""
-        raise NotImplementedError
-
-    def _stems(self):
-        """The module whose output is both inputs of the first cell, or one for each, the second reading the first."""
-        raise NotImplementedError
-
     def forward(self, input):
         """(N, 3, H, W) -> logits (N, num_classes) and the auxiliary logits (None outside training)."""
         middle, last = 2 * self._layers // 3, self._layers - 1
@@ -158,7 +168,8 @@ class _Network(nn.Module):
         wanted = {middle, last} if auxiliary else {last}
         fast = self.fast and fast_cell.serves(input) and all(type(cell) is Cell for cell in self.cells)
         compute = fast_cell.derived if fast else _module_by_module
-        maps = compute(self._stems(), self.cells, input, self.drop_path_prob, wanted)
+        stems = [getattr(self, name) for name in self.stems]
+        maps = compute(stems, self.cells, input, self.drop_path_prob, wanted)
         logits_aux = self.auxiliary_head(maps[middle]) if auxiliary else None
         return self.classifier(self.global_pooling(maps[last]).flatten(1)), logits_aux
 
@@ -175,12 +186,10 @@ class NetworkCIFAR(_Network):
     Arguments: `_Network`.
     """
 
-    def _make_stem(self, C):
-        self.stem = nn.Sequential(nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C))
-        return 3 * C, 3 * C, False
-
-    def _stems(self):
-        return [self.stem]
+    stems = {"stem": _stem}
+    stem_channels = 3
+    stem_stride = 1
+    auxiliary_head_class = AuxiliaryHeadCIFAR
 
 
 class NetworkImageNet(_Network):
@@ -190,17 +199,10 @@ class NetworkImageNet(_Network):
     The head pools the whole map (7x7 of 224 pixels, as the original), whatever its size. Arguments: `_Network`.
     """
 
+    stems = {"stem0": _stem_to_a_quarter, "stem1": _stem_to_an_eighth}
+    stem_channels = 1
     stem_stride = 8
     auxiliary_head_class = AuxiliaryHeadImageNet
-
-    def _make_stem(self, C):
-        half = max(1, C // 2)
-        self.stem0 = nn.Sequential(*halving(3, half), nn.ReLU(), *halving(half, C))
-        self.stem1 = nn.Sequential(nn.ReLU(), *halving(C, C))
-        return C, C, True
-
-    def _stems(self):
-        return [self.stem0, self.stem1]
 
 
 NETWORKS = {"cifar": NetworkCIFAR, "imagenet": NetworkImageNet}

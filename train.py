@@ -24,11 +24,11 @@ import genotypes
 import report
 import run_folder
 import utils
-from gradients import from_seed, running_statistics
+from gradients import running_statistics
 from images import augment
 from model import NETWORKS, default_network
 from operations import LARGEST_SMALL_IMAGE
-from runtime import progress, schedule, settings
+from runtime import schedule, settings
 from runtime.processes import ALONE, Processes
 
 logger = logging.getLogger("darts.train")
@@ -56,20 +56,9 @@ def train(run, batches, model, forward, criterion, optimizer, args):
         run.record(loss, logits.detach(), target, norm)
 
 
-@torch.no_grad()
 def infer(batches, model, after_batch=lambda: None, meter=None):
-    """Loss and accuracy on plain images, as a meter; `after_batch` is called after every batch.
-
-    Noise is the same every time, and the random states stay: a stop between two batches saves those of the last step.
-    """
-    model.eval()
-    meter = meter or utils.Evaluation()
-    for k, (input, target) in enumerate(progress.counted(batches, "evaluation")):
-        if len(target):
-            with from_seed(input.device, k):
-                meter.add(model(input)[0], target)
-        after_batch()
-    return meter.merged(batches.team, len(batches.labels))
+    """As utils.infer; the auxiliary head takes no part."""
+    return utils.infer(batches, model, lambda output: output[0], after_batch, meter)
 
 
 def load_data(args, device, team=ALONE):

@@ -25,10 +25,10 @@ import report
 import run_folder
 import utils
 from architect import Architect
-from gradients import Gradients, from_seed
+from gradients import Gradients
 from model_search import STEM_STRIDES, Network
 from operations import LARGEST_SMALL_IMAGE
-from runtime import progress, schedule, settings
+from runtime import schedule, settings
 from runtime.processes import Processes
 
 logger = logging.getLogger("darts.search")
@@ -52,22 +52,6 @@ def train(run, train_batches, search_batches, architect, optimizer, args):
         norm = nn.utils.clip_grad_norm_(weights, args.grad_clip)
         optimizer.step()
         run.record(loss, logits, target, norm)
-
-
-@torch.no_grad()
-def infer(run, batches, model):
-    """Loss and accuracy of the supernet on plain images, as a meter.
-
-    Noise is the same every time, and the random states stay: a stop between two batches saves those of the last step.
-    """
-    model.eval()
-    meter = utils.Evaluation()
-    for k, (input, target) in enumerate(progress.counted(batches, "validation")):
-        if len(target):
-            with from_seed(input.device, k):
-                meter.add(model(input), target)
-        run.stop_if_asked()
-    return meter.merged(batches.team, len(batches.labels))
 
 
 def load_data(args, device, team):
@@ -285,7 +269,7 @@ def main():
                 report.update(run.folder, build_parser())
             model.drop_path_prob = args.drop_path_prob * run.epoch / args.epochs
             train(run, train_batches, search_batches, architect, optimizer, args)
-            valid = infer(run, search_batches, model)
+            valid = utils.infer(search_batches, model, after_batch=run.stop_if_asked)
             genotype = model.genotype()
             more = dict(skip_connects=count_skips(genotype), **run.observer.entropies())
             if every and (run.epoch + 1) % every == 0:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import involution
 import operations
+from gradients import from_seed
 from runtime import memory, processes, progress, threads
 
 logger = logging.getLogger("darts")
@@ -430,6 +431,27 @@ class Evaluation(AverageMeter):
             f"{len(images)} of {self.images} {part} images make {share:.1f}% of the loss, up to "
             f"{self.losses[images[0]]:.4g} each; the median over the images is {finite.median():.4g}"
         )
+
+
+@torch.no_grad()
+def infer(batches, model, logits_of=lambda output: output, after_batch=lambda: None, meter=None):
+    """Loss and accuracy of a model on plain images, as a meter.
+
+    Noise is the same every time, and the random states stay: a stop between two batches saves those of the last step.
+
+    Args:
+        logits_of: takes the logits (N, classes) from what the model puts out.
+        after_batch: called after every batch.
+        meter: an Evaluation to begin with.
+    """
+    model.eval()
+    meter = meter or Evaluation()
+    for k, (input, target) in enumerate(progress.counted(batches, "evaluation")):
+        if len(target):
+            with from_seed(input.device, k):
+                meter.add(logits_of(model(input)), target)
+        after_batch()
+    return meter.merged(batches.team, len(batches.labels))
 
 
 @torch.no_grad()

@@ -67,6 +67,17 @@ def run(folder, name, *arguments):
     return SimpleNamespace(stdout=out, stderr=err, returncode=script.returncode)
 
 
+def stop_at(text, number, folder, name, *arguments):
+    """Call a script, which gets a signal as soon as it has printed a text; its exit code."""
+    script = Script(folder, name, *arguments)
+    for printed in script.stdout:
+        if text in printed:
+            script.send_signal(number)
+            break
+    script.communicate(timeout=120)
+    return script.returncode
+
+
 def _run(line, folder, environment, *pipes):
     """In the new process: become the script."""
     for number, pipe in enumerate(pipes, start=1):

@@ -58,12 +58,17 @@ def test_the_printed_command_works(script, image_folder, tmp_path):
 
 
 def test_a_killed_training_resumes_exactly(uninterrupted, tmp_path):
-    process = scripts.Script(tmp_path, "train.py", *TINY, "--drop_path_prob", 0.5, "--first_image_size", 4)
-    for printed in process.stdout:
-        if "epoch 2/2 step 2/6" in printed:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.communicate(timeout=120)
+    scripts.stop_at(
+        "epoch 2/2 step 2/6",
+        signal.SIGKILL,
+        tmp_path,
+        "train.py",
+        *TINY,
+        "--drop_path_prob",
+        0.5,
+        "--first_image_size",
+        4,
+    )
     folder = only_run(tmp_path, "train")
     result = scripts.run(tmp_path, "train.py", "--resume", folder)
     assert result.returncode == 0, result.stderr
@@ -106,12 +111,7 @@ def test_the_protocol_for_large_images_resumes_exactly(script, tmp_path):
     own = [*TINY, *"--network imagenet --image_size 32 --augment resized_crop --color_jitter 0.4".split()]
     own += "--label_smooth 0.1 --lr_scheduler linear --warmup_epochs 1 --subset 64 --arch DARTS_V2 --cutout".split()
     assert script("train.py", *own, "--save", "whole").returncode == 0
-    process = scripts.Script(tmp_path, "train.py", *own, "--save", "killed")
-    for printed in process.stdout:
-        if "epoch 2/2 step 1/4" in printed:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.communicate(timeout=120)
+    scripts.stop_at("epoch 2/2 step 1/4", signal.SIGKILL, tmp_path, "train.py", *own, "--save", "killed")
     whole, killed = (next((tmp_path / "runs").glob(f"train-{name}-*")) for name in ("whole", "killed"))
     assert script("train.py", "--resume", killed).returncode == 0
     assert (killed / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
@@ -180,12 +180,7 @@ def test_amp_and_compile_resume_exactly(flag, tmp_path, monkeypatch):
     small = [*TINY, "--layers", 1, "--arch", SMALLEST, "--drop_path_prob", 0.5, f"--{flag}"]
     result = scripts.run(tmp_path, "train.py", *small, "--save", "whole")
     assert result.returncode == 0, result.stderr
-    process = scripts.Script(tmp_path, "train.py", *small, "--save", "killed")
-    for printed in process.stdout:
-        if "epoch 2/2 step 2/6" in printed:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.communicate(timeout=120)
+    scripts.stop_at("epoch 2/2 step 2/6", signal.SIGKILL, tmp_path, "train.py", *small, "--save", "killed")
     whole, killed = (next((tmp_path / "runs").glob(f"train-{name}-*")) for name in ("whole", "killed"))
     assert f'"{flag}": true' in (killed / "config.json").read_text()
     result = scripts.run(tmp_path, "train.py", "--resume", killed)

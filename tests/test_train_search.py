@@ -74,13 +74,8 @@ def assert_same_run(folder, expected):
 
 def start_and_signal(folder, number, line):
     """Start the search, send a signal when `line` has been printed, and return (exit code, run folder)."""
-    process = scripts.Script(folder, "train_search.py", *SECOND_ORDER)
-    for printed in process.stdout:
-        if line in printed:
-            process.send_signal(number)
-            break
-    process.communicate(timeout=120)
-    return process.returncode, only_run(folder, "search")
+    code = scripts.stop_at(line, number, folder, "train_search.py", *SECOND_ORDER)
+    return code, only_run(folder, "search")
 
 
 @pytest.mark.parametrize(
@@ -193,11 +188,11 @@ def test_noise_in_a_validation_is_not_what_a_run_goes_on_with():
     images = data.Images(torch.randint(256, (6, 8, 8, 3), dtype=torch.uint8), torch.arange(6), [*"abcdefghij"])
     batches = data.Batches(images, 2, data.Normalization((0.5,) * 3, (0.5,) * 3), augmentation=None)
     before, saved = torch.get_rng_state(), []
-    run = Namespace(stop_if_asked=lambda: saved.append(torch.get_rng_state()))
-    losses = train_search.infer(run, batches, net).losses
+    keep = lambda: saved.append(torch.get_rng_state())  # noqa: E731
+    losses = utils.infer(batches, net, after_batch=keep).losses
     assert len(saved) == 3 and all(torch.equal(state, before) for state in saved)
     torch.randn(3)
-    assert (train_search.infer(run, batches, net).losses == losses).all()
+    assert (utils.infer(batches, net, after_batch=keep).losses == losses).all()
 
 
 def test_mixed_precision(script, tmp_path):
