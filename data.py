@@ -8,7 +8,6 @@ batch is a function of (seed, epoch, step) alone, so that an interrupted run can
 import dataclasses
 import functools
 import hashlib
-import itertools
 import logging
 from http.client import HTTPException
 from pathlib import Path
@@ -195,27 +194,33 @@ class Plan:
         """How many images the batch of a step has, of all processes."""
         return min(self.batch_size, self.count - step % len(self) * self.batch_size)
 
-    def in_order(self):
+    @functools.cached_property
+    def plain(self):
         """The images of the plain batches: as many batches for each process, the last of which may be empty."""
         rank, count = self._team.rank, self._team.count
         batches = torch.arange(self.count, device=self._order_on).split(-(-self.batch_size // count) * count)
         return [batch[rank::count] for batch in batches]
 
-    def ahead(self, place):
-        """Yield (place, indices) of the batches from a place on, an (epoch, step), or (None, step) of the plain images.
+    def after(self, place):
+        """The place, (epoch, step) or (None, step) of the plain images, that comes after a place; None if none does.
 
         After the training images of an epoch come those of the next; plain ones come again if there are no others.
         """
         epoch, step = place
-        while epoch is not None:
-            for step in range(step, self._steps):  # noqa: B020  from this step on
-                yield (epoch, step), self.batch(epoch, step)[0].tolist()
-            epoch, step = epoch + 1, 0
-        plain = self.in_order()
-        for step in range(step, len(plain)) if self.augmentation else itertools.count(step):  # noqa: B020
-            step %= len(plain)
-            if len(plain[step]):
-                yield (None, step), plain[step].tolist()
+        if step + 1 < (len(self.plain) if epoch is None else self._steps):
+            return epoch, step + 1
+        if epoch is None:
+            return None if self.augmentation else (None, 0)
+        return epoch + 1, 0
+
+    def ahead(self, place):
+        """Yield (place, indices) of the batches from a place on."""
+        while place is not None:
+            epoch, step = place
+            indices = self.plain[step] if epoch is None else self.batch(epoch, step)[0]
+            if len(indices):
+                yield place, indices.tolist()
+            place = self.after(place)
 
     def _draw(self, epoch, lap):
         """What a pass over the images needs of chance, the same on every device; on the device, but for two.
@@ -252,7 +257,7 @@ class Batches:
     images for each goes to every one of them whole.
 
     Args:
-        images: Images, or StreamedImages, of which the batches to come are read ahead.
+        images: Images, or StreamedImages, of which the batches to come are read ahead, and the next one is made.
         augmentation: None for a set that is not trained on.
         key: two integers, the seed of the run and a number that tells its data streams apart.
         steps: as of Plan.
@@ -285,6 +290,7 @@ class Batches:
             len(images), batch_size, augmentation, S, key, self._device, images.labels.device, steps, team
         )
         self._reader = images.reader(self._plan.ahead) if isinstance(images, StreamedImages) else None
+        self._ahead = stream.Ahead() if self._reader else None
         self._rows = None if self._reader else self._lay_out(images.pixels)
 
     def __len__(self):
@@ -293,8 +299,8 @@ class Batches:
 
     @property
     def waited(self):
-        """Seconds that have been spent waiting for images to be decoded."""
-        return self._reader.waited if self._reader else 0.0
+        """Seconds that have been spent waiting for images from the disk."""
+        return self._ahead.waited if self._ahead else 0.0
 
     def images(self, step):
         """How many images the batch of a step has, of all processes."""
@@ -302,8 +308,30 @@ class Batches:
 
     def batch(self, epoch, step):
         """The augmented batch of a step; after the last step of an epoch, a newly shuffled pass begins."""
-        indices, corners, centres, mirrored, boxes, changes, turns = self._plan.batch(epoch, step)
-        input = self._crop((epoch, step), indices, *corners, mirrored=int(mirrored.sum()))
+        return self._get((epoch, step))
+
+    def __iter__(self):
+        return (self._get((None, step)) for step in range(len(self._plan.plain)))
+
+    def _get(self, place):
+        if self._ahead:
+            return self._ahead.get(self._make, place, self._plan.after(place))
+        return self._make(place)
+
+    def _make(self, place):
+        """The batch of a place, as of `Plan.after`."""
+        return self._make_plain(place) if place[0] is None else self._make_augmented(place)
+
+    def _make_plain(self, place):
+        indices = self._plan.plain[place[1]]
+        input = torch.empty(0, 3, self.size, self.size, device=self._device)
+        if len(indices):
+            input = self._normalize(self._crop(place, indices, self._pad, self._pad))
+        return input, self._target(indices)
+
+    def _make_augmented(self, place):
+        indices, corners, centres, mirrored, boxes, changes, turns = self._plan.batch(*place)
+        input = self._crop(place, indices, *corners, mirrored=int(mirrored.sum()))
         if self.augmentation.resized_crop:
             input = augment.resize(input, boxes)
         if self.augmentation.color_jitter:
@@ -315,13 +343,6 @@ class Batches:
             torch.maximum(self._kept_rows[y][:, :, None], self._kept_columns[x][:, None], out=kept)
             input.permute(0, 2, 3, 1).flatten(2).mul_(kept)
         return input, self._target(indices)
-
-    def __iter__(self):
-        for step, indices in enumerate(self._plan.in_order()):
-            input = torch.empty(0, 3, self.size, self.size, device=self._device)
-            if len(indices):
-                input = self._normalize(self._crop((None, step), indices, self._pad, self._pad))
-            yield input, self._target(indices)
 
     def _target(self, indices):
         return self.labels[indices].to(self._device)
@@ -335,7 +356,7 @@ class Batches:
         """S x S crops at (y, x) of the padded images, 0 to 255, (B, 3, S, S); the first `mirrored` are mirrored.
 
         Args:
-            place: of this batch, as of `Plan.ahead`.
+            place: of this batch, as of `Plan.after`.
             indices: of its images, on the device of the labels.
         """
         S, P, rows = self.size, self._P, self._rows

@@ -104,37 +104,29 @@ def cost_of_check(root, rounds):
 
 
 def feeds(root, size, workers):
-    """{name: (an endless iterator of batches, the seconds so far that it waited for decoders)}, which are at work.
-
-    torchvision's decoders also augment, so that all of its waiting is for them.
-    """
+    """{name: an endless iterator of batches}, whose processes are at work."""
     images = data.load("folder", root, True, size, data_in="disk", workers=workers)
     batches = data.Batches(images, BATCH, PLAIN, augmentation(size))
     loader = torch.utils.data.DataLoader(
         torchvision_set(root, size), BATCH, shuffle=True, num_workers=workers, persistent_workers=True
     )
     return {
-        "this code": (
-            (batches.batch(epoch, step) for epoch in itertools.count() for step in range(len(batches))),
-            lambda: batches.waited,
-        ),
-        "torchvision": (itertools.chain.from_iterable(itertools.repeat(loader)), lambda: 0.0),
+        "this code": (batches.batch(epoch, step) for epoch in itertools.count() for step in range(len(batches))),
+        "torchvision": itertools.chain.from_iterable(itertools.repeat(loader)),
     }
 
 
-def consume(feed, waited_so_far, step, count):
-    """Images a second, and the shares (percent) of the time that steps of so many seconds wait for batches, and of it
-    for decoders.
-    """
+def consume(feed, step, count):
+    """Images a second, and the share (percent) of the time that steps of so many seconds wait for batches."""
     next(feed)
-    start, waited, before = time.perf_counter(), 0.0, waited_so_far()
+    start, waited = time.perf_counter(), 0.0
     for _ in range(count):
         time.sleep(step)
         begin = time.perf_counter()
         next(feed)
         waited += time.perf_counter() - begin
     passed = time.perf_counter() - start
-    return count * BATCH / passed, 100 * waited / passed, 100 * (waited_so_far() - before) / passed
+    return count * BATCH / passed, 100 * waited / passed
 
 
 def spread(values, digits):
@@ -156,20 +148,19 @@ def costs_table(roots, args):
 
 
 def feeds_table(root, args):
-    lines = ["| pixels | workers | a step | this code | torchvision | waits | of it for decoding | torchvision waits |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines = ["| pixels | workers | a step | this code | torchvision | waits | torchvision waits |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for size, workers in itertools.product(args.size, args.workers):
         both, batch = feeds(root, size, workers), 0.0
         for pace in (0, *args.pace):
             found = {name: [] for name in both}
             for _ in range(args.rounds):
                 for name, feed in both.items():
-                    found[name].append(consume(*feed, pace * batch, args.steps))
-            rates, waits, decoding = ([[each[k] for each in of] for of in found.values()] for k in range(3))
+                    found[name].append(consume(feed, pace * batch, args.steps))
+            rates, waits = ([[each[k] for each in of] for of in found.values()] for k in range(2))
             if pace == 0:
                 batch = BATCH / statistics.median(rates[0])
-            cells = [spread(values, 0) for values in rates]
-            cells += [f"{spread(values, 1)} %" for values in (waits[0], decoding[0], waits[1])]
+            cells = [spread(values, 0) for values in rates] + [f"{spread(values, 1)} %" for values in waits]
             lines.append(f"| {size} | {workers} | {1000 * pace * batch:.0f} ms | {' | '.join(cells)} |")
     return lines
 

@@ -2,10 +2,12 @@
 
 `each` computes a function of every item once, in order. `Reader` serves batches of items, in an order that is known
 beforehand: it asks the processes for those that come next, and a jump (a resumed run, a validation) makes it begin anew
-from there. Both stand on torch.utils.data.DataLoader.
+from there. Both stand on torch.utils.data.DataLoader. `Ahead` is for what this process does with a batch before it is
+used: a thread does it for the next one while a step computes.
 
-What goes wrong in a process arrives where its result is due, and nowhere else, so that a run that stops there is
-between two steps and can be saved: a function returns its error as a `Failure`; a killed process is a ReadError.
+What goes wrong in a process or in that thread arrives where its result is due, and nowhere else, so that a run that
+stops there is between two steps and can be saved: a function returns its error as a `Failure`; a killed process is a
+ReadError.
 """
 
 import contextlib
@@ -13,6 +15,7 @@ import os
 import signal
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from tqdm import tqdm
@@ -66,7 +69,6 @@ class Reader:
         self._order = _Order(ahead)
         self._loader = _loader(function, items, self._order, workers, pinned)
         self._results = _started(self._loader)
-        self.waited = 0.0  # seconds that results were waited for
 
     def read(self, place):
         """The result of a place.
@@ -74,18 +76,40 @@ class Reader:
         Raises:
             ReadError: the function failed there, or a process was killed.
         """
-        start = time.monotonic()
         with _clear_errors():
             if self._order.next_place() != place:
                 self._order.start(place)
                 self._results = _started(self._loader)
             result = next(self._results)
-        self.waited += time.monotonic() - start
         self._order.asked.popleft()
         if isinstance(result, Failure):
             self._order.asked.clear()  # whoever tries once more reads it once more
             raise ReadError(result)
         return result
+
+
+class Ahead:
+    """Results that a thread computes, one after the other, one of them before it is asked for.
+
+    Attributes:
+        waited: seconds that results were waited for.
+    """
+
+    def __init__(self):
+        self._thread, self.waited = ThreadPoolExecutor(1), 0.0
+        self._coming = None, None  # a place, and its result to be
+
+    def get(self, function, place, following):
+        """function(place), or what that raises; that of the following place, if there is one, is computed next."""
+        start = time.monotonic()
+        (known, result), self._coming = self._coming, (None, None)
+        if known != place:
+            result = self._thread.submit(function, place)
+        value = result.result()
+        self.waited += time.monotonic() - start
+        if following is not None:
+            self._coming = following, self._thread.submit(function, following)
+        return value
 
 
 class _Order:

@@ -311,6 +311,7 @@ def test_an_epoch_from_the_disk_waits_for_nothing_at_its_end(photographs):
     for epoch, step in [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]:
         batches.batch(epoch, step)
     assert batches._reader._results._sampler_iter is started
+    assert batches._ahead._coming[0] == (1, 2)  # and is made by now, or soon
     plain = data.Batches(images, 25, PLAIN, None)
     assert len([*plain]) == 3
     started = plain._reader._results._sampler_iter

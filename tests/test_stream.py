@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -68,6 +69,26 @@ def test_interrupts_of_the_terminal_do_not_end_the_processes(reader):
         os.kill(process.pid, signal.SIGINT)
     for k in range(4, 20):
         assert len(reader.read((k,))) == 2
+
+
+def test_a_thread_computes_the_next_result_meanwhile():
+    """Once each, in order, with the errors where they are due; what is not asked for any more is left alone."""
+    computed, released = [], threading.Event()
+
+    def tenfold(place):
+        released.wait(60)
+        computed.append(place)
+        return 10 // (place != 3) * place
+
+    ahead = stream.Ahead()
+    threading.Timer(0.1, released.set).start()
+    assert ahead.get(tenfold, 1, 2) == 10 and ahead.waited >= 0.09
+    assert (ahead.get(tenfold, 2, 3), ahead.get(tenfold, 7, 3)) == (20, 70)  # a jump
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            ahead.get(tenfold, 3, 4)
+    assert ahead.get(tenfold, 4, None) == 40
+    assert computed == [1, 2, 3, 7, 3, 3, 4]
 
 
 @pytest.mark.parametrize("count", [0, 3, stream._ENOUGH + 3])
