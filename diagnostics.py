@@ -57,12 +57,17 @@ class Eigenvalue(NamedTuple):
         return f"{self.value:.4g}, the largest {self.largest:.4g} ± {self.error:.1g} ({self.products} products)"
 
 
-def usual_interval(steps, unrolled):
-    """Epochs between two eigenvalues that take about 5 % of the time of a search of so many steps an epoch.
+def steps_of_eigenvalue(unrolled):
+    """How many steps of a search take as long as an eigenvalue.
 
-    An eigenvalue takes about ten products, and a product as long as 1.05 second-order or 2.75 first-order steps.
+    It takes about ten products, and a product as long as 1.05 second-order or 2.75 first-order steps.
     """
-    return math.ceil(10 * (1.05 if unrolled else 2.75) / (0.05 * steps))
+    return 10 * (1.05 if unrolled else 2.75)
+
+
+def usual_interval(steps, unrolled):
+    """Epochs between two eigenvalues that take about 5 % of the time of a search of so many steps an epoch."""
+    return math.ceil(steps_of_eigenvalue(unrolled) / (0.05 * steps))
 
 
 def take_groups(batches):

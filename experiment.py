@@ -178,8 +178,9 @@ class Report:
                 left += max(0, epochs - done[stage]) * spent[stage] / done[stage]
             elif epochs:
                 unknown.append(stage)
-        words = f"about {utils.duration(left / self.at_once)} left"
-        return words + f", and what is not known yet: {' and '.join(unknown)}" * bool(unknown)
+        words = [f"about {utils.duration(left / self.at_once)} left"] * (left > 0 or not unknown)
+        words += [f"how long {' and '.join(unknown)} takes is not known yet"] * bool(unknown)
+        return ", and ".join(words)
 
 
 def tell(job, state, folder):
@@ -234,19 +235,17 @@ def parse_args(argv=None):
     return args
 
 
-def open_folder(args, the_plan):
-    """The experiment's folder, with a copy of the plan."""
-    folder = Path(args.folder or f"runs/experiment-{the_plan.name}")
+def open_folder(folder, path):
+    """Make the experiment's folder, with a copy of the plan of that path."""
     try:
         for made in (folder, folder / "logs", folder / "genotypes"):
             made.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise utils.UserError(f"cannot make the folder {error.filename}: {error.strerror}") from None
-    text = Path(args.plan).read_text()
+    text = Path(path).read_text()
     copy = folder / plan.NAME
     if not copy.exists() or copy.read_text() != text:
         utils.write_text(copy, text)
-    return folder
 
 
 def listen(children):
@@ -264,16 +263,20 @@ def main():
     args = parse_args()
     the_plan = plan.load(args.plan)
     progress.doing("looks at what there is to do")
-    folder, children = open_folder(args, the_plan), jobs.Children()
+    folder, children = Path(args.folder or f"runs/experiment-{the_plan.name}"), jobs.Children()
     if args.list:
         return list_jobs(the_plan, folder)
+    open_folder(folder, args.plan)
     if args.cluster is None:
         listen(children)
     if args.job:
         return run_one(args, the_plan, folder, children)
-    tried = set()
+    tried, same = set(), None
     while not children.stopping:
-        known = protocol.known_jobs(the_plan, folder)
+        known = name_jobs(the_plan, folder)
+        same, before = protocol.same_cells(protocol.find_genotypes(the_plan, folder)), same
+        if same != before:
+            logger.warning("%s", same)
         for job in known:
             jobs.check(job, folder)
             if args.retry and job.name not in tried:
@@ -288,6 +291,12 @@ def main():
     conclude(the_plan, folder, children.stopping)
 
 
+def name_jobs(the_plan, folder):
+    """The jobs that can be named by now; what they need is in the folder."""
+    protocol.keep_genotypes(the_plan, folder)
+    return protocol.known_jobs(the_plan, folder)
+
+
 def list_jobs(the_plan, folder):
     for job in protocol.known_jobs(the_plan, folder):
         state = jobs.look(job, folder)
@@ -297,7 +306,7 @@ def list_jobs(the_plan, folder):
 
 
 def run_one(args, the_plan, folder, children):
-    known = {job.name: job for job in protocol.known_jobs(the_plan, folder)}
+    known = {job.name: job for job in name_jobs(the_plan, folder)}
     if args.job not in known:
         raise utils.UserError(f"--job {args.job}: no job of this plan, or not yet; --list says which there are")
     jobs.check(known[args.job], folder)
@@ -313,9 +322,7 @@ def conclude(the_plan, folder, stopped):
     """
     known = protocol.known_jobs(the_plan, folder)
     states = {job: jobs.look(job, folder) for job in known}
-    comparison.write(
-        the_plan, folder, states, {c: protocol.find_genotype(the_plan, c, folder) for c in the_plan.candidates}
-    )
+    comparison.write(the_plan, folder, states, protocol.find_genotypes(the_plan, folder))
     logger.info("results: %s, %s", folder / "results.md", folder / "report.html")
     failed = [job for job, state in states.items() if state.status == "failed"]
     for job in failed:

@@ -19,6 +19,7 @@ Measured, on this device, are
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import io
@@ -134,6 +135,7 @@ def _train_and_look(text, args):
         before = torch.cuda.memory_allocated(device)
         _train(genotype, args, device, args.batch_size)
         return torch.cuda.max_memory_allocated(device) - before
+    _forget_peak()
     before = _resident("VmRSS")
     _train(genotype, args, device, args.batch_size)
     return before and max(0, _resident("VmHWM") - before)
@@ -165,6 +167,12 @@ def _resident(field):
     except OSError:
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)
+
+
+def _forget_peak():
+    """Let VmHWM begin anew at VmRSS, on Linux: the imports of a process may have held more than a small network."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 @torch.no_grad()

@@ -291,7 +291,8 @@ def main():
             logger.info(genotypes.WHICH_DARTS)
         run.report(genotype)
         logger.info("network of %.2f M weights", utils.count_parameters_in_MB(model))
-        run.observer.pace.validation_steps = len(valid_batches) / 3  # a step passes forward, and back in twice the time
+        # a step passes forward, and back in twice the time; a validation forward
+        run.observer.pace.after = lambda epoch: len(valid_batches) / 3
         run.observer.pace.work = lambda epoch: (size_of_epoch(args, epoch) / size_of_epoch(args, args.epochs)) ** 2
         gc.freeze()  # what is there by now stays: looking through it for garbage takes 5 % of a small step
         while run.epoch < args.epochs:

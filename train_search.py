@@ -7,6 +7,7 @@ python train_search.py --resume runs/search-EXP-20250101-120000         # go on 
 torchrun --nproc_per_node 8 train_search.py --unrolled                  # the same on eight GPUs
 """
 
+import functools
 import gc
 import logging
 
@@ -98,6 +99,18 @@ def choose_interval(args, steps):
             f"to {diagnostics.WINDOW}, got {args.eigenvalue_every}"
         )
     return args.eigenvalue_every
+
+
+def is_measured_after(epoch, every):
+    """Whether an eigenvalue is measured after an epoch (counted from 0)."""
+    return every > 0 and (epoch + 1) % every == 0
+
+
+def steps_after(batches, every, unrolled, epoch):
+    """How many steps take as long as what comes after those of an epoch: a validation, an eigenvalue if it is due."""
+    # a step passes 13 batches forward or back if unrolled, else 5; a validation passes each batch forward
+    validation = batches / (13 if unrolled else 5)
+    return validation + is_measured_after(epoch, every) * diagnostics.steps_of_eigenvalue(unrolled)
 
 
 def report_genotype(run, args):
@@ -261,8 +274,7 @@ def main():
         logger.info("supernet of %.2f M weights, %s space", utils.count_parameters_in_MB(model), args.search_space)
         if run.history:
             report_genotype(run, args)  # a kill may have come before
-        # a step passes 13 batches forward or back if unrolled, else 5; a validation passes each batch forward
-        run.observer.pace.validation_steps = len(search_batches) / (13 if args.unrolled else 5)
+        run.observer.pace.after = functools.partial(steps_after, len(search_batches), every, args.unrolled)
         gc.freeze()  # as in train.py
         while run.epoch < args.epochs and not run.stopped:
             if run.leads:
@@ -272,7 +284,7 @@ def main():
             valid = utils.infer(search_batches, model, after_batch=run.stop_if_asked)
             genotype = model.genotype()
             more = dict(skip_connects=count_skips(genotype), **run.observer.entropies())
-            if every and (run.epoch + 1) % every == 0:
+            if is_measured_after(run.epoch, every):
                 more |= measure_sharpness(run, search_batches, architect.gradients)
             stop = diagnostics.early_stop(args.early_stop, [*run.history, more])
             if stop:

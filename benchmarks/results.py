@@ -94,8 +94,7 @@ def choice(results):
 def _entries(folder):
     the_plan = plan.load(folder / plan.NAME)
     states = {job: jobs.look(job, folder) for job in protocol.known_jobs(the_plan, folder)}
-    found = {candidate: protocol.find_genotype(the_plan, candidate, folder) for candidate in the_plan.candidates}
-    return the_plan, comparison.collect(the_plan, folder, states, found)
+    return the_plan, comparison.collect(the_plan, folder, states, protocol.find_genotypes(the_plan, folder))
 
 
 def _entropy(the_plan, folder, group):

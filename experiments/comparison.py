@@ -25,7 +25,7 @@ from scipy import stats
 
 import genotypes
 import measure
-from experiments import jobs, plan
+from experiments import jobs, plan, protocol
 from utils import replacing, write_text
 
 _COLUMNS = (
@@ -74,6 +74,7 @@ def write(the_plan, folder, states, found):
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
     tables, sentences = [by_group(entries), by_genotype(entries)], compare(entries)
+    sentences += filter(None, [protocol.same_cells(found)])
     title = f"Experiment {the_plan.name}"
     drawn = [name for name, figure in pictures.items() if figure]
     write_text(folder / "results.md", _markdown(title, tables, sentences, drawn))

@@ -13,7 +13,10 @@ _TRIES = 10_000  # random genotypes of which one should have the wanted number o
 
 
 def find_genotype(the_plan, candidate, folder):
-    """The genotype of a candidate, and how --arch names it; None while it depends on a search that has not ended."""
+    """The genotype of a candidate, and how --arch names it; None while it depends on a search that has not ended.
+
+    A random one is named by its file, once `keep_genotypes` has written it.
+    """
     if candidate.kind == "named":
         return genotypes.NAMED[candidate.name], candidate.name
     if candidate.kind == "searched":
@@ -29,11 +32,48 @@ def find_genotype(the_plan, candidate, folder):
             return None
         wanted = found[0]
     genotype = draw(candidate, wanted, the_plan.network)
-    path, text = folder / "genotypes" / f"{candidate.name}.json", genotypes.to_json(genotype)
-    if not path.exists() or path.read_text() != text:
-        path.parent.mkdir(exist_ok=True)
-        utils.write_text(path, text)
-    return genotype, path
+    path = _file(candidate, folder)
+    return genotype, path if _holds(path, genotype) else genotypes.format(genotype)
+
+
+def find_genotypes(the_plan, folder):
+    """`find_genotype` of every candidate, as a dict."""
+    return {candidate: find_genotype(the_plan, candidate, folder) for candidate in the_plan.candidates}
+
+
+def keep_genotypes(the_plan, folder):
+    """Write the random genotypes that are known by now to the experiment's folder."""
+    for candidate in the_plan.candidates:
+        found = find_genotype(the_plan, candidate, folder) if candidate.kind == "random" else None
+        path = _file(candidate, folder)
+        if found and not _holds(path, found[0]):
+            path.parent.mkdir(exist_ok=True)
+            utils.write_text(path, genotypes.to_json(found[0]))
+
+
+def _file(candidate, folder):
+    return folder / "genotypes" / f"{candidate.name}.json"
+
+
+def _holds(path, genotype):
+    try:
+        return path.read_text() == genotypes.to_json(genotype)
+    except OSError:
+        return False
+
+
+def same_cells(found):
+    """A sentence that names the candidates that have one genotype, or None.
+
+    Args:
+        found: as of `find_genotypes`.
+    """
+    names = {}
+    for candidate, known in found.items():
+        if known:
+            names.setdefault(genotypes.format(known[0]), []).append(candidate.name)
+    same = [" = ".join(of) for of in names.values() if len(of) > 1]
+    return f"One genotype under two names, so that these are not independent: {', '.join(same)}." if same else None
 
 
 def draw(candidate, like, network):
@@ -58,7 +98,7 @@ def draw(candidate, like, network):
 
 def known_jobs(the_plan, folder):
     """The jobs that can be named by now, in the order of their stages; more of them as searches and rankings end."""
-    found = {c: find_genotype(the_plan, c, folder) for c in the_plan.candidates}
+    found = find_genotypes(the_plan, folder)
     short = {c: list(the_plan.training("short", c, arch[1])) for c, arch in found.items() if arch}
     result = [*the_plan.searches.values(), *(job for of in short.values() for job in of)]
     for group in dict.fromkeys(c.group for c in the_plan.candidates):

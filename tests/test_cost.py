@@ -24,7 +24,7 @@ def steps(pace, clock, *seconds):
 
 def test_an_estimate_leaves_the_first_step_out_and_has_the_validation_in(clock):
     pace = cost.Pace()
-    pace.validation_steps = 2.5
+    pace.after = lambda epoch: 2.5
     pace.begin_epoch(0, 10, done=0)
     steps(pace, clock, 60)
     assert pace.seconds(0) == pytest.approx(12.5 * 60) and not pace.is_news
@@ -36,7 +36,7 @@ def test_an_estimate_leaves_the_first_step_out_and_has_the_validation_in(clock):
 
 def test_a_measured_validation_takes_the_place_of_the_estimate(clock):
     pace = cost.Pace()
-    pace.validation_steps = 100
+    pace.after = lambda epoch: 100
     pace.begin_epoch(0, 3, done=0)
     steps(pace, clock, 1, 1, 1)
     assert pace.is_news  # no epoch has more
@@ -45,6 +45,19 @@ def test_a_measured_validation_takes_the_place_of_the_estimate(clock):
     steps(pace, clock, 1)
     assert pace.validation_is_known and not pace.is_news
     assert pace.seconds(1) == pytest.approx(10)
+
+
+def test_what_comes_after_some_epochs_alone_is_counted_where_it_comes(clock):
+    """An eigenvalue after every second epoch, which takes as long as three validations."""
+    pace = cost.Pace()
+    pace.after = lambda epoch: 2 + 6 * (epoch % 2)
+    pace.begin_epoch(0, 3, done=0)
+    steps(pace, clock, 1, 1, 1)
+    assert pace.remaining(3, epochs=4) == pytest.approx(2 + 11 + 5 + 11)
+    clock[0] += 4  # twice as long as was thought
+    pace.begin_epoch(1, 3, done=0)
+    steps(pace, clock, 1)
+    assert pace.remaining(1, epochs=4) == pytest.approx(2 + 16 + 3 + 4 + 3 + 16)
 
 
 def test_an_estimate_goes_by_the_work_of_each_epoch(clock):

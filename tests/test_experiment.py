@@ -196,7 +196,21 @@ def test_a_list_of_the_jobs_runs_none(pretend, caplog):
     caplog.set_level("INFO")
     assert pretend("tiny.toml", "--list") == []
     assert "search-second-0: waiting, 0 of 1 epochs" in caplog.text
+    assert f"--arch '{genotypes.format(genotypes.sample(genotypes.PRIMITIVES, 4))}' --dataset digits" in caplog.text
+    assert not Path("runs").exists()
+    pretend("tiny.toml", "--job", "search-second-0")
+    pretend("tiny.toml", "--list")
     assert f"train.py --arch {FOLDER}/genotypes/uniform-4.json --dataset digits" in caplog.text
+
+
+def test_one_cell_under_two_names_is_told(pretend):
+    Path("tiny.toml").write_text(PLAN.replace("seeds = [0]\nparameters_of", "seeds = [4]\nparameters_of"))
+    pretend()
+    names = "uniform-4 = equal-4"  # it has the size that was asked for
+    assert protocol.draw(plan.Candidate("", "", "", 4, "involution"), None, None) == genotypes.parse(
+        FOLDER / "genotypes" / "equal-4.json"
+    )
+    assert f"these are not independent: {names}." in (FOLDER / "results.md").read_text()
 
 
 def test_one_job_alone(pretend):
@@ -240,7 +254,7 @@ def test_the_time_that_is_left(pretend, monkeypatch):
     monkeypatch.setattr(jobs, "seconds", lambda job, folder: seconds.get(job.name, 0))
     tiny = plan.load("tiny.toml")
     report = experiment.Report([], protocol.known_jobs(tiny, FOLDER), tiny, FOLDER, at_once=1)
-    assert report.left() == "about 4 min left, and what is not known yet: final"  # 100 + 5 * 30 s
+    assert report.left() == "about 4 min left, and how long final takes is not known yet"  # 100 + 5 * 30 s
 
 
 @pytest.mark.parametrize(

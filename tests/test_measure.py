@@ -1,6 +1,7 @@
 """What genotypes cost, counted: parameters as published, multiply-adds by hand, what is refused."""
 
 import csv
+import os
 from argparse import Namespace
 
 import pytest
@@ -96,6 +97,13 @@ def test_genotypes_side_by_side(monkeypatch, tmp_path, capsys):
     for images in (1, 64):
         low, median, high = (float(rows[1][f"latency_{images}_{what}_seconds"]) for what in ("min", "median", "max"))
         assert 0 < low <= median <= high
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
+def test_a_peak_of_before_is_forgotten():
+    bytearray(10**8)
+    measure._forget_peak()
+    assert measure._resident("VmHWM") - measure._resident("VmRSS") < 10**7
 
 
 def test_the_memory_of_a_training_step():

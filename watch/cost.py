@@ -23,26 +23,27 @@ _MEASURED = 5  # steps after which the estimate is made
 
 
 class Pace:
-    """How long what is left of a run will take, from the last steps of this process and from its last validation.
+    """How long what is left of a run will take, from the last steps of this process and from what came after an epoch.
 
     Attributes:
-        validation_steps: how many steps take as long as a validation; counts until one was measured.
+        after: how many steps take as long as what comes after those of an epoch, as a function of the epoch: by this
+            alone until one was measured, by that one's time from then on.
         work: what a step of an epoch takes, of one of the last epoch, as a function of the epoch.
     """
 
     def __init__(self):
-        self.validation_steps, self.work = 0.0, lambda epoch: 1.0
+        self.after, self.work = lambda epoch: 0.0, lambda epoch: 1.0
         self.epoch = self.steps = self._first = self._done = (
             0  # of an epoch; left of this process's first one; of the process
         )
         self._seconds = deque(maxlen=100)  # of the last steps
-        self._between = self._last = None  # seconds from the last step of an epoch to the next epoch; when it was
+        self._after = self._last = None  # seconds from the last step of an epoch to the next epoch; when it was
 
     def begin_epoch(self, epoch, steps, done):
         """An epoch of so many steps begins, or goes on after some of them."""
         now = time.monotonic()
         if self._last is not None:
-            self._between = now - self._last
+            self._after = now - self._last
         self._last, self.epoch, self.steps = now, epoch, steps
         self._first = self._first or steps - done
 
@@ -60,9 +61,12 @@ class Pace:
         return left - step * self._per_step() * self.work(self.epoch)
 
     def seconds(self, epoch):
-        """Those of an epoch with its validation."""
-        between = self.validation_steps * self._per_step() if self._between is None else self._between
-        return self.steps * self._per_step() * self.work(epoch) + between
+        """Those of an epoch with its validation and what else comes after its steps."""
+        after = self._per_step() * self.after(epoch)
+        if self._after is not None:
+            expected = self.after(self.epoch - 1)
+            after = self._after * (self.after(epoch) / expected if expected else 1)
+        return self.steps * self._per_step() * self.work(epoch) + after
 
     def _per_step(self):
         """Seconds of a step of the last epoch."""
@@ -70,7 +74,7 @@ class Pace:
 
     @property
     def validation_is_known(self):
-        return self._between is not None
+        return self._after is not None
 
     @property
     def is_news(self):
