@@ -11,6 +11,7 @@ repeated by itself. In experiments/, plan.py says what a plan may hold, protocol
 is run, comparison.py what comes out.
 """
 
+import contextlib
 import logging
 import os
 import queue
@@ -50,7 +51,7 @@ def run_jobs(todo, known, the_plan, folder, args, children):
     # a worker need not be able to import this code: what it calls is of the standard library
     call = joblib.delayed(partial(subprocess.call, cwd=os.getcwd()))
     try:
-        with cluster(args.cluster), Report(todo, known, the_plan, folder, joblib.effective_n_jobs(-1)):
+        with Report(todo, known, the_plan, folder, joblib.effective_n_jobs(-1)):
             codes = joblib.Parallel(batch_size=1)(call([*command, "--job", job.name]) for job in todo)
     except KeyboardInterrupt:
         logger.info("stopped; jobs that are at work on the cluster go on, and the same command waits for them")
@@ -266,11 +267,20 @@ def main():
     folder, children = Path(args.folder or f"runs/experiment-{the_plan.name}"), jobs.Children()
     if args.list:
         return list_jobs(the_plan, folder)
-    open_folder(folder, args.plan)
-    if args.cluster is None:
-        listen(children)
-    if args.job:
-        return run_one(args, the_plan, folder, children)
+    if args.job and args.job not in {job.name for job in protocol.known_jobs(the_plan, folder)}:
+        raise utils.UserError(f"--job {args.job}: no job of this plan, or not yet; --list says which there are")
+    with cluster(args.cluster) if args.cluster else contextlib.nullcontext():
+        open_folder(folder, args.plan)
+        if args.cluster is None:
+            listen(children)
+        if args.job:
+            return run_one(args, the_plan, folder, children)
+        run_all(args, the_plan, folder, children)
+    conclude(the_plan, folder, children.stopping)
+
+
+def run_all(args, the_plan, folder, children):
+    """Run the jobs that can be named, until there are no more."""
     tried, same = set(), None
     while not children.stopping:
         known = name_jobs(the_plan, folder)
@@ -288,7 +298,6 @@ def main():
             logger.info("%s", run_folder.command(job.script, *jobs.arguments(job, folder)))
         run_jobs(todo, known, the_plan, folder, args, children)
         tried |= {job.name for job in todo}
-    conclude(the_plan, folder, children.stopping)
 
 
 def name_jobs(the_plan, folder):
@@ -306,12 +315,10 @@ def list_jobs(the_plan, folder):
 
 
 def run_one(args, the_plan, folder, children):
-    known = {job.name: job for job in name_jobs(the_plan, folder)}
-    if args.job not in known:
-        raise utils.UserError(f"--job {args.job}: no job of this plan, or not yet; --list says which there are")
-    jobs.check(known[args.job], folder)
+    job = next(job for job in name_jobs(the_plan, folder) if job.name == args.job)
+    jobs.check(job, folder)
     progress.doing(args.job)
-    jobs.run(known[args.job], folder, children, args.threads)
+    jobs.run(job, folder, children, args.threads)
 
 
 def conclude(the_plan, folder, stopped):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -196,21 +197,20 @@ def test_a_list_of_the_jobs_runs_none(pretend, caplog):
     caplog.set_level("INFO")
     assert pretend("tiny.toml", "--list") == []
     assert "search-second-0: waiting, 0 of 1 epochs" in caplog.text
-    assert f"--arch '{genotypes.format(genotypes.sample(genotypes.PRIMITIVES, 4))}' --dataset digits" in caplog.text
+    drawn = genotypes.format(genotypes.sample(genotypes.PRIMITIVES, 4))
+    assert f"train.py --arch {shlex.quote(drawn)} --dataset digits" in caplog.text
     assert not Path("runs").exists()
     pretend("tiny.toml", "--job", "search-second-0")
     pretend("tiny.toml", "--list")
     assert f"train.py --arch {FOLDER}/genotypes/uniform-4.json --dataset digits" in caplog.text
 
 
-def test_one_cell_under_two_names_is_told(pretend):
-    Path("tiny.toml").write_text(PLAN.replace("seeds = [0]\nparameters_of", "seeds = [4]\nparameters_of"))
+def test_one_cell_under_two_names_is_told(pretend, caplog):
+    of_equal = 'seeds = {}\nparameters_of = "second"\ntolerance = {}'
+    Path("tiny.toml").write_text(PLAN.replace(of_equal.format([0], 0.3), of_equal.format([4], 0.99)))
     pretend()
-    names = "uniform-4 = equal-4"  # it has the size that was asked for
-    assert protocol.draw(plan.Candidate("", "", "", 4, "involution"), None, None) == genotypes.parse(
-        FOLDER / "genotypes" / "equal-4.json"
-    )
-    assert f"these are not independent: {names}." in (FOLDER / "results.md").read_text()
+    told = "One genotype under two names, so that these are not independent: uniform-4 = equal-4."
+    assert told in caplog.text and told in (FOLDER / "results.md").read_text()
 
 
 def test_one_job_alone(pretend):
@@ -267,12 +267,24 @@ def test_the_time_that_is_left(pretend, monkeypatch):
         (["tiny.toml", "--cluster", "slurm"], "--cluster must be dask://HOST:PORT or ray, got 'slurm'"),
         (["tiny.toml", "--cluster", "dask://"], "--cluster must be dask://HOST:PORT or ray"),
         (["tiny.toml", "--folder", "tiny.toml/x"], "cannot make the folder"),
+        (["tiny.toml", "--job", "final-second-0-seed0"], "no job of this plan, or not yet"),
     ],
 )
 def test_bad_input(pretend, tmp_path, arguments, says):
     with pytest.raises(utils.UserError) as caught:
         pretend(*arguments) if arguments else experiment.parse_args([])
     assert says in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
+
+
+def test_a_cluster_that_does_not_answer(pretend, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise OSError("timed out")
+
+    monkeypatch.setattr(experiment, "find_spec", lambda name: True)
+    monkeypatch.setattr(experiment.joblib, "parallel_config", fail)
+    with pytest.raises(utils.UserError, match="--cluster dask://host:1: no cluster answers there .timed out"):
+        pretend("tiny.toml", "--cluster", "dask://host:1")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
 
 
