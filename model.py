@@ -161,6 +161,9 @@ class _Network(nn.Module):
         self.classifier = nn.Linear(C_prev, num_classes)
         set_kernel_norm(self, kernel_norm)
 
+    def _stems(self):
+        return [getattr(self, name) for name in self.stems]
+
     def forward(self, input):
         """(N, 3, H, W) -> logits (N, num_classes) and the auxiliary logits (None outside training)."""
         middle, last = 2 * self._layers // 3, self._layers - 1
@@ -168,8 +171,7 @@ class _Network(nn.Module):
         wanted = {middle, last} if auxiliary else {last}
         fast = self.fast and fast_cell.serves(input) and all(type(cell) is Cell for cell in self.cells)
         compute = fast_cell.derived if fast else _module_by_module
-        stems = [getattr(self, name) for name in self.stems]
-        maps = compute(stems, self.cells, input, self.drop_path_prob, wanted)
+        maps = compute(self._stems(), self.cells, input, self.drop_path_prob, wanted)
         logits_aux = self.auxiliary_head(maps[middle]) if auxiliary else None
         return self.classifier(self.global_pooling(maps[last]).flatten(1)), logits_aux
 
