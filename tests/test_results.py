@@ -27,7 +27,7 @@ def make_run(folder, accuracy):
     (folder / "config.json").write_text(json.dumps(dict(script="train.py", args=vars(args))))
     (folder / "metrics.csv").write_text(f"epoch,valid_acc\n1,10.0\n2,{accuracy}\n")
     (folder / "genotype.json").write_text(genotypes.to_json(genotypes.DARTS))
-    (folder / "summary.json").write_text(json.dumps(dict(hours=0.5)))
+    (folder / "summary.json").write_text(json.dumps(dict(hours=0.5, processor_hours=0.4)))
     (folder / "checkpoint.pt").write_bytes(bytes(1000))
     return folder
 
@@ -55,6 +55,14 @@ def test_a_table_that_differs_is_noticed(results, tmp_path):
     assert "| 1 |" in page.read_text()
     assert not results.tables.put(page, "hour", "| 2 |")
     assert page.read_text() == "before\n<!-- hour: begin -->\n| 2 |\n<!-- hour: end -->\nafter\n"
+
+
+def test_trainings_that_differ_in_their_seeds_are_one_line(results, tmp_path):
+    for name, accuracy in {"small-seed0": 80.0, "small-seed1": 82.0, "large-seed0": 90.0}.items():
+        make_run(tmp_path / "hour" / name, accuracy)
+    *_, first, second = results.hour(tmp_path).splitlines()
+    assert first.startswith("| large | 3 | 4 |") and first.endswith("| 2 | 24 | 90.00 (n = 1), test |")
+    assert second.startswith("| small | 3 | 4 |") and second.endswith("| 2 | 24 | 81.00 ± 1.41 (n = 2), test |")
 
 
 def test_of_a_run_a_few_files_are_kept(results, tmp_path):
