@@ -344,28 +344,34 @@ class _Mix(Function):
         gradient = _added_up(_gradient(grads, ctx.wanted, positive)), None, None
         to_inputs = [torch.empty_like(x) if needs else None for x, needs in zip(tensors, needed, strict=True)]
         left = iter(zip(tensors, to_inputs, strict=True))
-        to_scales, to_shifts = ([_double_like(x) for x in affine] for affine in (scales, shifts))
-        packed = [*_sums([gradient]), sum(len(stats) for stats in ctx.stats)]
+        sizes = [0 if x is None else x.shape[0] for x in saved[: 2 * n]]
+        in_double = torch.empty(sum(sizes), dtype=torch.float64)
+        to_affine = [to if size else None for to, size in zip(in_double.split(sizes), sizes, strict=True)]
+        to_scales, to_shifts = to_affine[:n], to_affine[n:]
+        packed = [*_sums([gradient]), sum(stats.shape[0] for stats in ctx.stats)]
         for scale, shift, to_scale, to_shift, factors, stats in zip(
             scales, shifts, to_scales, to_shifts, ctx.factors, ctx.stats, strict=True
         ):
-            z, weights = [next(left) for _ in stats], [next(left) for _ in stats]
+            candidates = stats.shape[0]
+            z, weights = ([next(left) for _ in range(candidates)] for _ in range(2))
             for k, ((x, to_x), (weight, to_weight), factor) in enumerate(zip(z, weights, factors, strict=True)):
                 packed += _candidate(x, factor, weight, scale, shift, stats, k)
-                to_own = to_scale if to_scale is None or len(stats) == 1 else to_scale[k]
+                to_own = to_scale if to_scale is None or candidates == 1 else to_scale[k]
                 packed += [_address(to_own), _address(to_shift), _address(to_weight), _address(to_x), 0]
         _call_with_statistics("mix_backward", gradient[0], ctx.training, packed)
-        to_affine = (_as(x, gradient[0]) for x in (*to_scales, *to_shifts))
+        to_affine = in_double.to(gradient[0].dtype).split(sizes)
+        to_affine = (to if size else None for to, size in zip(to_affine, sizes, strict=True))
         return None, None, None, None, *to_affine, *[gradient[0]] * ctx.parts, *to_inputs
 
 
 def _candidate(x, factor, weight, scale, shift, stats, k):
     """The k-th term of a group as C++ reads it."""
-    step = int(scale is not None and len(stats) == 1 and len(scale) == len(weight))
-    scale = 0 if scale is None else _items(scale)[0 if step else k]
-    pixels = x.shape[2] * x.shape[3]
-    numbers = _address(factor), pixels, len(weight), weight.data_ptr(), scale, step, _address(shift)
-    return [*_parts([x]), *numbers, _items(stats)[k]]
+    (_, K, H, W), C, candidates = x.shape, weight.shape[0], stats.shape[0]
+    step = int(scale is not None and candidates == 1 and scale.shape[0] == C)
+    scale = 0 if scale is None else scale.data_ptr() + (0 if step else k * scale.stride(0) * scale.element_size())
+    operand = 1, x.data_ptr(), 0, 0, K
+    numbers = _address(factor), H * W, C, weight.data_ptr(), scale, step, _address(shift)
+    return *operand, *numbers, stats.data_ptr() + k * stats.shape[1] * stats.element_size()
 
 
 def _gradient(grads, wanted, positive):
@@ -393,19 +399,25 @@ class _Project(Function):
         images = [_channels_last(x) for x in tensors[:n]]
         weights, scales, shifts = _thirds(tensors[n:])
         scale, shift, weight = _side_by_side(scales), _side_by_side(shifts), torch.cat(weights)
-        training, C = norms[0].training, len(weight)
+        training, C = norms[0].training, weight.shape[0]
         check_widths(sum(x.shape[1] for x in images), weight, norms)
         v, stats = _image(images[0], C) if keep or training else None, _statistics(norms, 1, C, 0)
         results = [
-            [_image(images[0], len(w)) if each else None for each in pair]
+            [_image(images[0], w.shape[0]) if each else None for each in pair]
             for w, pair in zip(weights, wanted, strict=True)
         ]
         packed = [*_operands(images), *_projection(v, weight, scale, shift, stats), len(results)]
         for w, pair in zip(weights, results, strict=True):
-            packed += [*map(_address, pair), len(w)]
+            packed += [*map(_address, pair), w.shape[0]]
         _call_with_statistics("project", images[0], training, packed)
         _track(norms, stats, C)
-        ctx.training, ctx.stats, ctx.wanted, ctx.n, ctx.widths = training, stats, wanted, n, [len(w) for w in weights]
+        ctx.training, ctx.stats, ctx.wanted, ctx.n, ctx.widths = (
+            training,
+            stats,
+            wanted,
+            n,
+            [w.shape[0] for w in weights],
+        )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*images, weight, scale, shift, v, *(positive for _, positive in results))
         return tuple(image for pair in results for image in pair if image is not None)
@@ -419,7 +431,7 @@ class _Project(Function):
         for pair, image in zip(ctx.wanted, positive, strict=True):
             gradients.append(_gradient([next(grads) for each in pair if each], pair, image))
         to_images = [torch.empty_like(x) if n else None for x, n in zip(images, ctx.needs_input_grad[4:], strict=False)]
-        to_scale, to_shift = torch.empty(2, len(weight), dtype=torch.float64)
+        to_scale, to_shift = torch.empty(2, weight.shape[0], dtype=torch.float64)
         to_weight = torch.empty_like(weight)
         packed = [*_operands(images), *_projection(v, weight, scale, shift, ctx.stats)]
         # a list, since C++ reads the zeros too
@@ -517,10 +529,10 @@ def _heads(x, weights, scales, shifts, norms):
     """[relu(norm_k(weight_k * x))]; and what `_heads_backward` needs: parameters side by side, and statistics."""
     weight, affine = torch.cat(weights), (_side_by_side(scales), _side_by_side(shifts))
     check_widths(x.shape[1], weight, norms)
-    hidden, stats = [_image(x, len(w)) for w in weights], _statistics(norms, 1, *weight.shape[:2])
+    hidden, stats = [_image(x, w.shape[0]) for w in weights], _statistics(norms, 1, *weight.shape[:2])
     packed = [True, *_parts(hidden), 0, 0, 1, *_candidate(x, None, weight, *affine, stats, 0)]
     _call_with_statistics("mix", x, norms[0].training, packed)
-    _track(norms, stats, len(weight))
+    _track(norms, stats, weight.shape[0])
     return hidden, affine, stats
 
 
@@ -531,7 +543,7 @@ def _heads_backward(grads, x, weights, hidden, affine, stats, training, more=())
     packed = [*_parts(grads, hidden), 1, *_candidate(x, None, weight, *affine, stats, 0)]
     packed += [*map(_address, to_affine), to_weight.data_ptr(), to_x.data_ptr(), *_operands(more)]
     _call_with_statistics("mix_backward", x, training, packed)
-    widths = [len(w) for w in weights]
+    widths = [w.shape[0] for w in weights]
     to_affine = [each for to, a in zip(to_affine, affine, strict=True) for each in _split_affine(to, a, widths, x)]
     return to_x, *to_weight.split(widths), *to_affine
 
@@ -557,8 +569,8 @@ def _rms_norm_backward(grads, hidden, scales):
 
 def check_widths(width, weight, norms=()):
     """Raise ValueError unless a convolution fits its images and its batch norms: C++ reads what it is given."""
-    channels = sum(norm.num_features for norm in norms) if norms else len(weight)
-    if (channels, width) != tuple(weight.shape[:2]):
+    channels = sum(norm.num_features for norm in norms) if norms else weight.shape[0]
+    if (channels, width) != weight.shape[:2]:
         fit = f"images of {width} channels and batch norms of {channels}"
         raise ValueError(f"a convolution must fit {fit}, got a weight {tuple(weight.shape)}")
 
@@ -577,10 +589,6 @@ def _double_like(x):
     return None if x is None else torch.empty_like(x, dtype=torch.float64)
 
 
-def _as(x, like):
-    return None if x is None else x.to(like.dtype)
-
-
 def _statistics(norms, candidates, C, K):
     """Room for the statistics of candidates with weights (C, K): mean v, var v, s (C each), m (K), W S (C, K).
 
@@ -597,12 +605,15 @@ def _track(norms, stats, C):
     """Update the running statistics by those that mix has filled in."""
     if not norms[0].training:
         return
-    mean, var = stats[:, :C].contiguous(), stats[:, C : 2 * C].contiguous()
-    packed = [mean.data_ptr(), var.data_ptr(), len(norms)]
+    if stats.shape[0] == 1:  # where they lie one after the other
+        packed = [stats.data_ptr(), stats.data_ptr() + C * stats.element_size(), len(norms)]
+    else:
+        mean, var = stats[:, :C].contiguous(), stats[:, C : 2 * C].contiguous()
+        packed = [mean.data_ptr(), var.data_ptr(), len(norms)]
     for norm in norms:
         buffers = norm._buffers
         running = buffers["running_mean"]
-        packed.append(len(running))
+        packed.append(running.shape[0])
         packed += [running.data_ptr(), buffers["running_var"].data_ptr(), buffers["num_batches_tracked"].data_ptr()]
     _call("track", norms[0]._buffers["running_mean"], ctypes.c_double(MOMENTUM), _numbers(packed))
 
@@ -616,7 +627,8 @@ def _channels_last(x):
 
 def _image(x, C, H=None, W=None):
     """An uninitialised image of C channels, else like x."""
-    shape = len(x), C, H or x.shape[2], W or x.shape[3]
+    N, _, *size = x.shape
+    shape = N, C, H or size[0], W or size[1]
     return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
 
 
@@ -639,12 +651,6 @@ def _sums(sums):
 def _operands(images):
     """A list of an operand each."""
     return [len(images), *(number for image in images for number in _parts([image]))]
-
-
-def _items(tensor):
-    """The addresses of the slices of a contiguous tensor."""
-    step = tensor.stride(0) * tensor.element_size()
-    return range(tensor.data_ptr(), tensor.data_ptr() + step * len(tensor), step) if len(tensor) else ()
 
 
 def _address(tensor):
