@@ -126,9 +126,9 @@ DepthwiseRow<A> choose_row(const Depthwise& p) {
 }
 
 template <class A>
-std::vector<A> turned_taps(const A* weight, const Depthwise& p, int64_t width, bool flip) {
+Buffer<A> turned_taps(const A* weight, const Depthwise& p, int64_t width, bool flip) {
   const int64_t KK = p.K * p.K;  // (C, K*K) -> (K*K, width)
-  std::vector<A> taps(KK * width);
+  Buffer<A> taps(KK * width);
   for (int64_t c = 0; c < p.C; ++c)
     for (int64_t t = 0; t < KK; ++t) taps[(flip ? KK - 1 - t : t) * width + c] = weight[c * KK + t];
   return taps;
@@ -136,13 +136,13 @@ std::vector<A> turned_taps(const A* weight, const Depthwise& p, int64_t width, b
 
 // The convolution of `input` (N, H, W, C), with `step` - 1 zeros put between its pixels, at `Ho` x `Wo` places
 template <class A>
-void depthwise(const Depthwise& p, const A* input, int64_t step, const std::vector<A>& taps, A* output, int64_t H,
+void depthwise(const Depthwise& p, const A* input, int64_t step, const Buffer<A>& taps, A* output, int64_t H,
                int64_t W, int64_t Ho, int64_t Wo) {
   const int64_t width = round_up(p.C, kLanes<A>), cols = (Wo - 1) * p.stride + p.span();
   const int64_t block = p.block_rows(Ho, cols), blocks = (Ho + block - 1) / block;
   const auto convolve = choose_row<A>(p);
   at::parallel_for(0, p.N * blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> padded(((block - 1) * p.stride + p.span()) * cols * width), out(Wo * width);
+    Buffer<A> padded(((block - 1) * p.stride + p.span()) * cols * width), out(Wo * width);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / blocks, y0 = unit % blocks * block, y1 = std::min(Ho, y0 + block);
       load_padded(padded.data(), input + n * H * W * p.C, H, W, p.C, width, y0 * p.stride - p.pad(),
@@ -183,7 +183,7 @@ void depthwise_grad_weight(const Depthwise& p, const A* grad, const A* input, A*
   const int64_t chunks = std::min<int64_t>(16, p.N * blocks);
   std::vector<double> partial(chunks * KK * width);
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> padded(((block - 1) * p.stride + p.span()) * cols * width), copy(block * Wo * width);
+    Buffer<A> padded(((block - 1) * p.stride + p.span()) * cols * width), copy(block * Wo * width);
     for (int64_t chunk = begin; chunk < end; ++chunk)
       for (int64_t unit = p.N * blocks * chunk / chunks; unit < p.N * blocks * (chunk + 1) / chunks; ++unit) {
         const int64_t n = unit / blocks, y0 = unit % blocks * block, rows = std::min(Ho - y0, block);

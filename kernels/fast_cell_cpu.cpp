@@ -263,7 +263,7 @@ struct Projection {  // scale * norm(v) + shift, v = W z
   A* v;             // null where it is not kept
   const A *scales, *shifts;  // null for ones and zeros
   Statistics stats;
-  std::vector<A> mean, slope, shift;  // of every channel
+  Buffer<A> mean, slope, shift;  // of every channel
 
   explicit Projection(Reader& reader)
       : z(read_operands<A>(reader)), C(reader.number()), weight(reader.address<const A>()), v(reader.address<A>()),
@@ -308,7 +308,7 @@ struct Projection {  // scale * norm(v) + shift, v = W z
 template <class A>
 void add_moments(const A* v, int64_t rows, int64_t C, double* sums) {
   thread_local std::vector<double> total, square;
-  thread_local std::vector<A> mean;
+  thread_local Buffer<A> mean;
   total.assign(C, 0), square.assign(C, 0), mean.resize(C);
   add_rows<A>(rows, C, total.data(), [&](int64_t p, int64_t c, auto zero) { return read<decltype(zero)>(v + p * C + c); });
   for (int64_t c = 0; c < C; ++c) mean[c] = A(total[c] / rows);
@@ -397,7 +397,7 @@ std::vector<double> sum_gradients(const Projection<A>& p, const Operand<A>& g, i
   const int64_t C = p.C;
   std::vector<double> sums(chunks_of(pixels) * 2 * C);
   for_tiles(pixels, kMultiplied, [&](int64_t chunk, int64_t p0, int64_t rows) {
-    thread_local std::vector<A> copy;
+    thread_local Buffer<A> copy;
     const A *from = g.tile(p0, rows, copy), *v = p.v + p0 * C;
     double* to = sums.data() + chunk * 2 * C;
     add_rows<A>(rows, C, to, [&](int64_t r, int64_t c, auto zero) { return read<decltype(zero)>(from + r * C + c); });
@@ -419,7 +419,7 @@ void project_backward(int64_t pixels, bool training, Reader reader) {
   for (size_t n = 0; n < p.z.size(); ++n) to_z.push_back(reader.address<A>());
   const int64_t C = p.C, K = p.K, chunks = chunks_of(pixels);
 
-  std::vector<A> of_v(C), constant(C);
+  Buffer<A> of_v(C), constant(C);
   for (int64_t c = 0; c < C; ++c) {
     p.mean[c] = A(p.stats.mean[c]);
     p.slope[c] = A(p.scale(c) * p.stats.s[c]);
@@ -436,7 +436,7 @@ void project_backward(int64_t pixels, bool training, Reader reader) {
   std::vector<double> products(p.weight ? chunks * C * K : 0);
   const int64_t tile = C * K > kWideProduct ? 2 * kMultiplied : kMultiplied;
   for_tiles(pixels, tile, [&](int64_t chunk, int64_t p0, int64_t rows) {
-    thread_local std::vector<A> g_copy, z_copy, v_room, zeros;
+    thread_local Buffer<A> g_copy, z_copy, v_room, zeros;
     const A *from = g.tile(p0, rows, g_copy), *v = p.v + p0 * C;
     A* to_v = p.weight ? scratch(v_room, rows * C) : to_weight + p0 * C;
     for_columns<kLanes<A>>(0, C, [&](int64_t c, auto n) {

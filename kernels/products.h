@@ -25,6 +25,7 @@ constexpr int64_t kCombined = 48;    // pixels of a tile of `combine`: a multipl
 constexpr int64_t kMultiplied = 128;  // pixels of a tile of `multiply`
 constexpr int64_t kDepth = 128;      // channels of images, so many tiles of which stay in the first-level cache
 constexpr int kSums = kVectorBytes == 64 ? 24 : 12;      // vectors of sums of `combine` that are held in registers
+constexpr int kSumsOfOne = kVectorBytes == 64 ? 16 : 12;
 constexpr int kOuterSums = kVectorBytes == 64 ? 16 : 8;  // and of `multiply`
 
 // ------------------------------------------------------------------------------------------------------- operands
@@ -59,10 +60,14 @@ struct Part {
 };
 
 template <class A>
-inline void copy_row(A* to, const Part<A>& part, int64_t row, A factor = 1) {
+inline void copy_row(A* to, const Part<A>& part, int64_t row, A factor = 1, int64_t ahead = 0) {
+  ahead *= part.width;
   for_columns<kLanes<A>>(0, part.width, [&](int64_t c, auto n) {
     using V = Lanes<A, n>;
     const int64_t e = row * part.width + c;
+    fetch(part.x + e + ahead);
+    if (part.mask) fetch(part.mask + e + ahead);
+    if (part.more) fetch(part.more + e + ahead);
     V value = read<V>(part.x + e);
     if (part.mask) value = read<V>(part.mask + e) <= 0 ? V{} : value;  // what is not a number passes, as it does ReLU
     if (part.more) value += read<V>(part.more + e);
@@ -95,12 +100,12 @@ struct Operand {  // images side by side
   A factor(int64_t pixel) const { return factors ? factors[pixel / image_pixels] : A(1); }
 
   // Rows [p0, p0 + rows), one after the other; copied unless they lie like that in memory
-  const A* tile(int64_t p0, int64_t rows, std::vector<A>& buffer) const {
+  const A* tile(int64_t p0, int64_t rows, Buffer<A>& buffer) const {
     if (parts.size() == 1 && !parts[0].mask && !parts[0].more && !factors) return parts[0].x + p0 * width;
     A* copy = scratch(buffer, rows * width);
     int64_t offset = 0;
     for (const auto& part : parts) {
-      for (int64_t p = 0; p < rows; ++p) copy_row(copy + p * width + offset, part, p0 + p, factor(p0 + p));
+      for (int64_t p = 0; p < rows; ++p) copy_row(copy + p * width + offset, part, p0 + p, factor(p0 + p), rows);
       offset += part.width;
     }
     return copy;
@@ -135,7 +140,27 @@ struct Start {  // what is added to the products of a pixel: rows with `pitch` e
   int64_t pitch;
 };
 
-// out[p + r][c + v] = start + sum over inputs and k of x[p + r][k] * matrix[k][c + v]: R rows, V vectors of n columns
+template <class A, int R>
+struct Rows {  // of a matrix: addresses that need few registers, one of them for every four rows
+  static constexpr int kBases = (R + 3) / 4;
+  const char* base[kBases];
+  int64_t step, three;  // bytes from a row to the next one, and three times as many
+
+  Rows(const A* first, int64_t pitch) : step(pitch * sizeof(A)), three(3 * step) {
+    for (int b = 0; b < kBases; ++b) base[b] = (const char*)first + 4 * b * step;
+    opaque(step), opaque(three);
+  }
+  A at(int r) const {
+    const int64_t offset[] = {0, step, 2 * step, three};
+    return *(const A*)(base[r / 4] + offset[r % 4]);
+  }
+  void advance(int64_t count) {
+    for (auto& address : base) address += count * sizeof(A);
+  }
+};
+
+// out[p + r][c + v] = start + sum over inputs and k of x[p + r][k] * matrix[k][c + v]: R rows, V vectors of n columns.
+// Meanwhile the next R rows are fetched.
 template <class A, int n, int R, int V>
 inline void combine_block(const Input<A>* input, int64_t inputs, Start<A> start, A* out, int64_t width, int64_t p,
                           int64_t c) {
@@ -145,18 +170,26 @@ inline void combine_block(const Input<A>* input, int64_t inputs, Start<A> start,
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) sum[r][v] = read<Vector>(start.first + (p + r) * start.pitch + c + v * n);
+  constexpr int64_t kLine = 64;
+  const char* next_out = (const char*)(out + (p + R) * width);
   for (const Input<A>* end = input + inputs; input != end; ++input) {
-    const int64_t depth = input->depth;
-    const A *x = input->x + p * depth, *matrix = input->matrix + c;
-    for (int64_t k = 0; k < depth; ++k, matrix += input->pitch) {
+    const A* matrix = input->matrix + c;
+    Rows<A, R> x(input->x + p * input->depth, input->depth);
+    const char* next = (const char*)(input->x + (p + R) * input->depth);
+    for (int64_t k = 0; k < input->depth; ++k, matrix += input->pitch, x.advance(1)) {
+      if constexpr (R > 1) {
+        fetch(next + k * kLine);
+        fetch_to_write(next_out + k * kLine);
+      }
       Vector row[V];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) row[v] = read<Vector>(matrix + v * n);
 #pragma GCC unroll 24
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) sum[r][v] += row[v] * x[r * depth + k];
+        for (int v = 0; v < V; ++v) sum[r][v] += row[v] * x.at(r);
     }
+    next_out += input->depth * kLine;
   }
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
@@ -169,7 +202,7 @@ template <class A>
 void combine_tile(const Input<A>* input, int64_t inputs, Start<A> start, A* out, int64_t width, int64_t rows) {
   constexpr int L = kLanes<A>;
   const auto columns = [&](int64_t c, auto n, auto V) {
-    constexpr int R = kSums / V;
+    constexpr int R = V == 2 ? kSums / 2 : kSumsOfOne;
     int64_t p = 0;
     for (; p + R <= rows; p += R) combine_block<A, n, R, V>(input, inputs, start, out, width, p, c);
     for (; p < rows; ++p) combine_block<A, n, 1, V>(input, inputs, start, out, width, p, c);
@@ -184,14 +217,14 @@ void combine_tile(const Input<A>* input, int64_t inputs, Start<A> start, A* out,
 template <class A>
 struct Source {
   const Operand<A>* operand;
-  std::vector<A> matrix;     // (channel of the operand, channel of the result)
+  Buffer<A> matrix;     // (channel of the operand, channel of the result)
   std::vector<double> bias;  // added with the operand's factors, where it has some
 };
 
 template <class A>
 struct Buffers {  // of a thread
-  std::vector<A> sums, addend, bias;
-  std::vector<std::vector<A>> copies;
+  Buffer<A> sums, addend, bias;
+  std::vector<Buffer<A>> copies;
   std::vector<Input<A>> inputs;
 };
 
@@ -213,7 +246,7 @@ struct Combination {  // results = bias + sum over sources of matrix * operand, 
 
   // A source whose matrix is to be filled in: row k says what the operand's channel k adds to the results
   Source<A>& add(const Operand<A>& operand) {
-    sources.push_back({&operand, std::vector<A>(operand.width * width), std::vector<double>(width)});
+    sources.push_back({&operand, Buffer<A>(operand.width * width), std::vector<double>(width)});
     return sources.back();
   }
   void add(const Operand<A>& operand, A factor) { addends.push_back({&operand, factor}); }
@@ -284,13 +317,16 @@ void combine(int64_t pixels, const std::vector<Combination<A>>& combinations) {
 // sums[r][c] += the tile's sum over p of a[p][r] * b[p][c]: R rows, V vectors of n columns
 template <class A, int n, int R, int V>
 inline void multiply_block(const A* a, int64_t a_width, const A* b, int64_t b_width, int64_t rows, double* sums,
-                           int64_t pitch) {
+                           int64_t pitch, int64_t ahead) {
   using Vector = Lanes<A, n>;
   Vector sum[R][V] = {};
+  const int64_t a_ahead = ahead * a_width, b_ahead = ahead * b_width;
   for (int64_t p = 0; p < rows; ++p, a += a_width, b += b_width) {
     Vector row[V];
+    fetch(a + a_ahead);
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
+      fetch(b + b_ahead + v * n);
       row[v] = read<Vector>(b + v * n);
       if constexpr (n > 1) in_register(row[v]);
     }
@@ -302,11 +338,7 @@ inline void multiply_block(const A* a, int64_t a_width, const A* b, int64_t b_wi
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)  // unrolled, since what has a variable index is kept in memory
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      A lanes[n];
-      std::memcpy(lanes, &sum[r][v], sizeof(lanes));
-      for (int e = 0; e < n; ++e) sums[r * pitch + v * n + e] += lanes[e];
-    }
+    for (int v = 0; v < V; ++v) add_to(sums + r * pitch + v * n, sum[r][v]);
 }
 
 // The same for all; of a symmetric result, the part above the diagonal
@@ -318,7 +350,7 @@ void multiply_tile(const A* a, int64_t a_width, const A* b, int64_t b_width, int
     constexpr int R = kOuterSums / V;
     const int64_t height = is_symmetric ? std::min<int64_t>(a_width, c + V * n) : a_width;
     const auto visit = [&](int64_t r, auto R) {
-      multiply_block<A, n, R, V>(a + r, a_width, b + c, b_width, rows, sums + r * pitch + c, pitch);
+      multiply_block<A, n, R, V>(a + r, a_width, b + c, b_width, rows, sums + r * pitch + c, pitch, rows);
     };
     int64_t r = 0;
     for (; r + R <= height; r += R) visit(r, std::integral_constant<int, R>());
@@ -344,10 +376,7 @@ inline void add_rows(int64_t rows, int64_t C, double* sums, const F& value) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) sum[i] += value(p + i, c, V());
     for (; p < rows; ++p) sum[0] += value(p, c, V());
-    const V total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    A lanes[n];
-    std::memcpy(lanes, &total, sizeof(lanes));
-    for (int e = 0; e < n; ++e) sums[c + e] += lanes[e];
+    add_to(sums + c, V((sum[0] + sum[1]) + (sum[2] + sum[3])));
   });
 }
 
@@ -379,7 +408,7 @@ struct Product {
   int64_t size() const { return is_dot ? 1 : a.width * (b.width + 1); }
 
   // Add the pixels [begin, end) to partial sums (a.width, b.width), followed by those of a alone
-  void run(int64_t begin, int64_t end, double* partial, std::vector<A>& a_copy, std::vector<A>& b_copy) const {
+  void run(int64_t begin, int64_t end, double* partial, Buffer<A>& a_copy, Buffer<A>& b_copy) const {
     for (int64_t p0 = begin; p0 < end; p0 += kMultiplied) {
       const int64_t rows = std::min(kMultiplied, end - p0);
       const A* x = a.tile(p0, rows, a_copy);
@@ -415,7 +444,7 @@ void multiply(int64_t pixels, std::vector<Product<A>>& products) {
   std::vector<double> partial(offset.back());
   // a chunk of pixels after the other, so that what several products share stays in the cache
   at::parallel_for(0, chunks * count, 1, [&](int64_t begin, int64_t end) {
-    thread_local std::vector<A> a_copy, b_copy;
+    thread_local Buffer<A> a_copy, b_copy;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / count, k = task % count;
       products[k].run(pixels * chunk / chunks, pixels * (chunk + 1) / chunks,

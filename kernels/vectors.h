@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -46,8 +47,19 @@ inline Vec<A> load(const A* p) {
 }
 
 template <class V, class A>
-inline void store(A* p, V v) {
+inline void store(A* p, const V& v) {
   std::memcpy(p, &v, sizeof(v));
+}
+
+// Add numbers of either dtype to as many doubles
+template <class V>
+inline void add_to(double* sums, V values) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    *sums += values;
+  } else {
+    using Doubles = Lanes<double, sizeof(V) / sizeof(values[0])>;
+    store(sums, Doubles(read<Doubles>(sums) + __builtin_convertvector(values, Doubles)));
+  }
 }
 
 // Compilers like to read a vector again from memory at each use; the load ports have no time for that here.
@@ -60,10 +72,37 @@ inline void in_register(V& vector) {
 #endif
 }
 
+// Ask for a line of memory that will be read, or written, soon: whoever works on one place asks for the next
+template <class T>
+inline void fetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+template <class T>
+inline void fetch_to_write(const T* p) {
+  __builtin_prefetch(p, 1, 3);
+}
+
+// A number of which the compiler knows nothing, so that it does not compute anew what follows from it
+inline void opaque(int64_t& number) { asm("" : "+r"(number)); }
+
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 template <class A>
-A* scratch(std::vector<A>& buffer, int64_t size) {
+struct Aligned {  // an allocator: a vector that straddles two lines of the cache takes twice as long to read
+  using value_type = A;
+  Aligned() = default;
+  template <class B>
+  Aligned(const Aligned<B>&) {}
+  A* allocate(size_t count) { return static_cast<A*>(::operator new(count * sizeof(A), std::align_val_t(64))); }
+  void deallocate(A* data, size_t) { ::operator delete(data, std::align_val_t(64)); }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+template <class A>
+using Buffer = std::vector<A, Aligned<A>>;
+
+template <class A>
+A* scratch(Buffer<A>& buffer, int64_t size) {
   if (int64_t(buffer.size()) < size) buffer.resize(size);
   return buffer.data();
 }
