@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <deque>
@@ -189,9 +190,12 @@ void mix(int64_t pixels, bool training, Reader reader) {
 
 template <class A>
 void mix_backward(int64_t pixels, bool training, Reader reader) {
-  const Operand<A> g(reader);
+  const Operand<A> given(reader);
+  A* const total = reader.address<A>();  // room for the gradient as one image; null where it is given as such
+  const Operand<A> g = total ? Operand<A>(total, given.width) : given;
+  int64_t n = reader.number();
   // a few candidates at a time: what the first sweep over pixels has read, the second finds in the cache
-  for (int64_t n = reader.number(); n > 0;) {
+  for (bool adds_up = total; adds_up || n > 0; adds_up = false) {
     const int64_t bytes = pixels * g.width * sizeof(A), count = std::min(n, std::max<int64_t>(2, kBatchBytes / bytes));
     std::deque<Candidate<A>> candidates;
     std::deque<Operand<A>> gradients;
@@ -216,7 +220,9 @@ void mix_backward(int64_t pixels, bool training, Reader reader) {
       combinations.emplace_back(image(grad_z, candidate.K), false);
       for (const auto& operand : operands.back()) combinations.back().add(operand, A(1));
     }
-    multiply(pixels, products);
+    multiply(pixels, products, adds_up, [&](int64_t p0, int64_t rows) {
+      given.copy_to(total + p0 * given.width, p0, rows);
+    });
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k)
         candidates[k].differentiate(gradients[k], products[k].result, products[k].sum, pixels, training, to_scales[k],
@@ -281,9 +287,12 @@ struct Projection {  // scale * norm(v) + shift, v = W z
     }
   }
 
+  void find_s() {
+    for (int64_t c = 0; c < C; ++c) stats.s[c] = 1 / std::sqrt(stats.var[c] + kEps);
+  }
+
   void find_slopes() {
     for (int64_t c = 0; c < C; ++c) {
-      stats.s[c] = 1 / std::sqrt(stats.var[c] + kEps);
       mean[c] = A(stats.mean[c]);
       slope[c] = A(scale(c) * stats.s[c]);
       shift[c] = shifts ? shifts[c] : A(0);
@@ -310,12 +319,14 @@ void add_moments(const A* v, int64_t rows, int64_t C, double* sums) {
   thread_local std::vector<double> total, square;
   thread_local Buffer<A> mean;
   total.assign(C, 0), square.assign(C, 0), mean.resize(C);
-  add_rows<A>(rows, C, total.data(), [&](int64_t p, int64_t c, auto zero) { return read<decltype(zero)>(v + p * C + c); });
+  add_rows<A, 1>(rows, C, {total.data()}, [&](int64_t p, int64_t c, auto zero) {
+    return std::array{read<decltype(zero)>(v + p * C + c)};
+  });
   for (int64_t c = 0; c < C; ++c) mean[c] = A(total[c] / rows);
-  add_rows<A>(rows, C, square.data(), [&](int64_t p, int64_t c, auto zero) {
+  add_rows<A, 1>(rows, C, {square.data()}, [&](int64_t p, int64_t c, auto zero) {
     using V = decltype(zero);
     const V distance = read<V>(v + p * C + c) - read<V>(mean.data() + c);
-    return V(distance * distance);
+    return std::array<V, 1>{distance * distance};
   });
   for (int64_t c = 0; c < C; ++c) {
     sums[c] += total[c];
@@ -324,22 +335,65 @@ void add_moments(const A* v, int64_t rows, int64_t C, double* sums) {
 }
 
 template <class A>
-struct Result {  // room for an image and for its positive part; either may be null
+struct Result {  // images of a result, or of its gradient, and of its positive part's; either may be null
   A *plain, *positives;
   int64_t width;
+
+  explicit Result(Reader& reader)
+      : plain(reader.address<A>()), positives(reader.address<A>()), width(reader.number()) {}
 };
 
-// Rows of slope * (v - mean) + shift, and of its positive part, for the channels of v from c0 on
+template <class A>
+std::vector<Result<A>> read_results(Reader& reader) {
+  std::vector<Result<A>> results;
+  for (int64_t n = reader.number(); n > 0; --n) results.emplace_back(reader);
+  return results;
+}
+
+template <class V>
+struct Norm {  // of the channels of a vector
+  V mean, slope, shift;
+
+  template <class A>
+  Norm(const Projection<A>& p, int64_t c)
+      : mean(read<V>(&p.mean[c])), slope(read<V>(&p.slope[c])), shift(read<V>(&p.shift[c])) {}
+  V operator()(V v) const { return (v - mean) * slope + shift; }
+
+  // The gradient of a result at its element e, which is made of v. Tells of the place `ahead` elements further on.
+  template <class A>
+  V gradient(const Result<A>& of, int64_t e, V v, int64_t ahead) const {
+    V g{};
+    if (of.positives) {
+      fetch(of.positives + e + ahead);
+      g = (*this)(v) <= 0 ? g : read<V>(of.positives + e);  // what is not a number passes, as it does ReLU
+    }
+    if (of.plain) {
+      fetch(of.plain + e + ahead);
+      g += read<V>(of.plain + e);
+    }
+    return g;
+  }
+};
+
+// Rows of norm(v), and of its positive part, for the channels of v from c0 on
 template <class A>
 void normalize(const Projection<A>& p, int64_t c0, const Result<A>& result, int64_t p0, int64_t rows) {
   for_columns<kLanes<A>>(0, result.width, [&](int64_t first, auto n) {
     using V = Lanes<A, n>;
-    const int64_t c = c0 + first;
-    const V mean = read<V>(&p.mean[c]), slope = read<V>(&p.slope[c]), shift = read<V>(&p.shift[c]);
+    const Norm<V> norm(p, c0 + first);
     for (int64_t row = p0; row < p0 + rows; ++row) {
-      const V value = (read<V>(p.v + row * p.C + c) - mean) * slope + shift;
-      if (result.plain) store(result.plain + row * result.width + first, value);
-      if (result.positives) store(result.positives + row * result.width + first, positive(value));
+      const A* v = p.v + row * p.C + c0 + first;
+      const int64_t e = row * result.width + first, ahead = rows * result.width;
+      fetch(v + rows * p.C);
+      const V value = norm(read<V>(v));
+      if (result.plain) {
+        fetch_to_write(result.plain + e + ahead);
+        store(result.plain + e, value);
+      }
+      if (result.positives) {
+        fetch_to_write(result.positives + e + ahead);
+        store(result.positives + e, positive(value));
+      }
     }
   });
 }
@@ -361,9 +415,7 @@ std::vector<Combination<A>> normalized(const Projection<A>& p, const std::vector
 template <class A>
 void project(int64_t pixels, bool training, Reader reader) {
   Projection<A> p(reader);
-  std::vector<Result<A>> results;
-  for (int64_t n = reader.number(); n > 0; --n)
-    results.push_back({reader.address<A>(), reader.address<A>(), reader.number()});
+  const auto results = read_results<A>(reader);
   const auto finish = [&](int64_t p0, int64_t rows) {
     int64_t c0 = 0;
     for (const auto& result : results) {
@@ -371,7 +423,7 @@ void project(int64_t pixels, bool training, Reader reader) {
       c0 += result.width;
     }
   };
-  if (!training) p.find_slopes();
+  if (!training) p.find_s(), p.find_slopes();
   if (p.weight && !p.v) return combine(pixels, normalized(p, results));
   Combination<A> product(image(p.v, p.C), false);
   if (p.weight) p.add_to(product, 0, false);
@@ -386,80 +438,93 @@ void project(int64_t pixels, bool training, Reader reader) {
   });
   if (!training) return;
   p.find_statistics(total_of(sums, 2 * p.C), pixels);
-  p.find_slopes();
+  p.find_s(), p.find_slopes();
   for (int64_t c = 0; c < p.C; ++c) p.stats.var[c] *= pixels / (pixels - 1.0);
   for_tiles(pixels, kCombined, [&](int64_t, int64_t p0, int64_t rows) { finish(p0, rows); });
 }
 
 // The sums over pixels of the gradient g, and of g * (v - mean), of every channel
 template <class A>
-std::vector<double> sum_gradients(const Projection<A>& p, const Operand<A>& g, int64_t pixels) {
+std::vector<double> sum_gradients(const Projection<A>& p, const std::vector<Result<A>>& g, int64_t pixels) {
   const int64_t C = p.C;
   std::vector<double> sums(chunks_of(pixels) * 2 * C);
   for_tiles(pixels, kMultiplied, [&](int64_t chunk, int64_t p0, int64_t rows) {
-    thread_local Buffer<A> copy;
-    const A *from = g.tile(p0, rows, copy), *v = p.v + p0 * C;
-    double* to = sums.data() + chunk * 2 * C;
-    add_rows<A>(rows, C, to, [&](int64_t r, int64_t c, auto zero) { return read<decltype(zero)>(from + r * C + c); });
-    add_rows<A>(rows, C, to + C, [&](int64_t r, int64_t c, auto zero) {
-      using V = decltype(zero);
-      return V(read<V>(from + r * C + c) * (read<V>(v + r * C + c) - read<V>(&p.mean[c])));
-    });
+    int64_t c0 = 0;
+    for (const auto& of : g) {
+      double* to = sums.data() + chunk * 2 * C + c0;
+      add_rows<A, 2>(rows, of.width, {to, to + C}, [&](int64_t r, int64_t c, auto zero) {
+        using V = decltype(zero);
+        const Norm<V> norm(p, c0 + c);
+        const A* place = p.v + (p0 + r) * C + c0 + c;
+        fetch(place + rows * C);
+        const V v = read<V>(place), value = norm.gradient(of, (p0 + r) * of.width + c, v, rows * of.width);
+        return std::array<V, 2>{value, value * (v - norm.mean)};
+      });
+      c0 += of.width;
+    }
   });
   return total_of(sums, 2 * C);
+}
+
+// Rows of the gradient of v: slope * (g - constant - (v - mean) * curve)
+template <class A>
+void differentiate_norm(const Projection<A>& p, const std::vector<Result<A>>& g, const A* constant, const A* curve,
+                        int64_t p0, int64_t rows, A* to_v) {
+  int64_t c0 = 0;
+  for (const auto& of : g) {
+    for_columns<kLanes<A>>(0, of.width, [&](int64_t first, auto n) {
+      using V = Lanes<A, n>;
+      const int64_t c = c0 + first;
+      const Norm<V> norm(p, c);
+      const V less = read<V>(constant + c), slope = read<V>(curve + c);
+      for (int64_t r = 0; r < rows; ++r) {
+        const A* place = p.v + (p0 + r) * p.C + c;
+        fetch(place + rows * p.C);
+        const V v = read<V>(place), value = norm.gradient(of, (p0 + r) * of.width + first, v, rows * of.width);
+        store(to_v + r * p.C + c, V(norm.slope * (value - less - (v - norm.mean) * slope)));
+      }
+    });
+    c0 += of.width;
+  }
 }
 
 template <class A>
 void project_backward(int64_t pixels, bool training, Reader reader) {
   Projection<A> p(reader);
-  const Operand<A> g(reader);
+  const auto g = read_results<A>(reader);
   double *to_scales = reader.address<double>(), *to_shifts = reader.address<double>();
   A* to_weight = reader.address<A>();  // or, where v is given, the gradient of v
   std::vector<A*> to_z;
   for (size_t n = 0; n < p.z.size(); ++n) to_z.push_back(reader.address<A>());
   const int64_t C = p.C, K = p.K, chunks = chunks_of(pixels);
 
-  Buffer<A> of_v(C), constant(C);
-  for (int64_t c = 0; c < C; ++c) {
-    p.mean[c] = A(p.stats.mean[c]);
-    p.slope[c] = A(p.scale(c) * p.stats.s[c]);
-  }
+  p.find_slopes();
+  Buffer<A> curve(C), constant(C);
   const auto sums = sum_gradients(p, g, pixels);
   for (int64_t c = 0; c < C; ++c) {
     const double s = p.stats.s[c], G = sums[c], q = s * sums[C + c];
     to_shifts[c] = G;
     to_scales[c] = q;
     constant[c] = A(training ? G / pixels : 0);
-    of_v[c] = A(training ? s * q / pixels : 0);
+    curve[c] = A(training ? s * q / pixels : 0);
   }
 
   std::vector<double> products(p.weight ? chunks * C * K : 0);
+  const Buffer<A> zeros(K);
+  const std::vector<Addend<A>> none;
   const int64_t tile = C * K > kWideProduct ? 2 * kMultiplied : kMultiplied;
   for_tiles(pixels, tile, [&](int64_t chunk, int64_t p0, int64_t rows) {
-    thread_local Buffer<A> g_copy, z_copy, v_room, zeros;
-    const A *from = g.tile(p0, rows, g_copy), *v = p.v + p0 * C;
+    thread_local Buffer<A> z_copy, v_room;
     A* to_v = p.weight ? scratch(v_room, rows * C) : to_weight + p0 * C;
-    for_columns<kLanes<A>>(0, C, [&](int64_t c, auto n) {
-      using V = Lanes<A, n>;
-      const V mean = read<V>(&p.mean[c]), slope = read<V>(&p.slope[c]);
-      const V less = read<V>(&constant[c]), curve = read<V>(&of_v[c]);
-      for (int64_t e = c; e < rows * C; e += C)
-        store(to_v + e, V(slope * (read<V>(from + e) - less - (read<V>(v + e) - mean) * curve)));
-    });
-    zeros.resize(K);
+    differentiate_norm(p, g, constant.data(), curve.data(), p0, rows, to_v);
     int64_t k0 = 0;
     for (size_t n = 0; p.weight && n < to_z.size(); k0 += p.z[n++].width) {
       const int64_t width = p.z[n].width;
       const A* z = p.z[n].tile(p0, rows, z_copy);
-      multiply_tile(to_v, C, z, width, rows, products.data() + chunk * C * K + k0, K);
+      multiply_tile(to_v, C, true, z, width, rows, products.data() + chunk * C * K + k0, K);
       if (!to_z[n]) continue;
       const Input<A> input{to_v, C, p.weight + k0, K};
-      A* out = to_z[n] + p0 * width;
-      combine_tile(&input, 1, {zeros.data(), 0}, out, width, rows);
-      for_columns<kLanes<A>>(0, rows * width, [&](int64_t e, auto n) {
-        using V = Lanes<A, n>;
-        store(out + e, V(read<V>(z + e) <= 0 ? V{} : read<V>(out + e)));
-      });
+      combine_tile(&input, 1, {zeros.data(), 0, none}, {to_z[n] + p0 * width, width, false, nullptr, z}, rows);
     }
   });
   if (!p.weight) return;

@@ -341,14 +341,16 @@ class _Mix(Function):
         n, saved = len(ctx.stats), ctx.saved_tensors  # once, which is what torch.utils.checkpoint allows
         scales, shifts, positive, tensors = saved[:n], saved[n : 2 * n], saved[2 * n], saved[2 * n + 1 :]
         needed = ctx.needs_input_grad[4 + 2 * n + ctx.parts :]
-        gradient = _added_up(_gradient(grads, ctx.wanted, positive)), None, None
+        gradient, mask, more = _gradient(grads, ctx.wanted, positive)
+        total = None if mask is None else torch.empty_like(gradient)  # one image, for the parts too
         to_inputs = [torch.empty_like(x) if needs else None for x, needs in zip(tensors, needed, strict=True)]
         left = iter(zip(tensors, to_inputs, strict=True))
         sizes = [0 if x is None else x.shape[0] for x in saved[: 2 * n]]
         in_double = torch.empty(sum(sizes), dtype=torch.float64)
         to_affine = [to if size else None for to, size in zip(in_double.split(sizes), sizes, strict=True)]
         to_scales, to_shifts = to_affine[:n], to_affine[n:]
-        packed = [*_sums([gradient]), sum(stats.shape[0] for stats in ctx.stats)]
+        packed = [*_sums([(gradient, mask, more)]), _address(total), sum(stats.shape[0] for stats in ctx.stats)]
+        gradient = gradient if total is None else total
         for scale, shift, to_scale, to_shift, factors, stats in zip(
             scales, shifts, to_scales, to_shifts, ctx.factors, ctx.stats, strict=True
         ):
@@ -358,10 +360,10 @@ class _Mix(Function):
                 packed += _candidate(x, factor, weight, scale, shift, stats, k)
                 to_own = to_scale if to_scale is None or candidates == 1 else to_scale[k]
                 packed += [_address(to_own), _address(to_shift), _address(to_weight), _address(to_x), 0]
-        _call_with_statistics("mix_backward", gradient[0], ctx.training, packed)
-        to_affine = in_double.to(gradient[0].dtype).split(sizes)
+        _call_with_statistics("mix_backward", gradient, ctx.training, packed)
+        to_affine = in_double.to(gradient.dtype).split(sizes)
         to_affine = (to if size else None for to, size in zip(to_affine, sizes, strict=True))
-        return None, None, None, None, *to_affine, *[gradient[0]] * ctx.parts, *to_inputs
+        return None, None, None, None, *to_affine, *[gradient] * ctx.parts, *to_inputs
 
 
 def _candidate(x, factor, weight, scale, shift, stats, k):
@@ -384,15 +386,6 @@ def _gradient(grads, wanted, positive):
     return _channels_last(of_positive), positive, plain
 
 
-def _added_up(gradient):
-    if gradient[1] is None:
-        return gradient[0]
-    result = torch.empty_like(gradient[0])
-    one = torch.ones(1, dtype=result.dtype)
-    _call_on_pixels("spread", result, [1, *_sums([gradient]), 1, result.data_ptr(), one.data_ptr()])
-    return result
-
-
 class _Project(Function):
     @staticmethod
     def forward(ctx, norms, wanted, keep, n, *tensors):
@@ -406,9 +399,8 @@ class _Project(Function):
             [_image(images[0], w.shape[0]) if each else None for each in pair]
             for w, pair in zip(weights, wanted, strict=True)
         ]
-        packed = [*_operands(images), *_projection(v, weight, scale, shift, stats), len(results)]
-        for w, pair in zip(weights, results, strict=True):
-            packed += [*map(_address, pair), w.shape[0]]
+        packed = [*_operands(images), *_projection(v, weight, scale, shift, stats)]
+        packed += _results(results, [w.shape[0] for w in weights])
         _call_with_statistics("project", images[0], training, packed)
         _track(norms, stats, C)
         ctx.training, ctx.stats, ctx.wanted, ctx.n, ctx.widths = (
@@ -419,31 +411,27 @@ class _Project(Function):
             [w.shape[0] for w in weights],
         )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*images, weight, scale, shift, v, *(positive for _, positive in results))
+        ctx.save_for_backward(*images, weight, scale, shift, v)
         return tuple(image for pair in results for image in pair if image is not None)
 
     @staticmethod
     @_once_differentiable
     def backward(ctx, *grads):
         saved = ctx.saved_tensors  # once, as in _Mix
-        images, (weight, scale, shift, v, *positive) = saved[: ctx.n], saved[ctx.n :]
-        grads, gradients = iter(grads), []
-        for pair, image in zip(ctx.wanted, positive, strict=True):
-            gradients.append(_gradient([next(grads) for each in pair if each], pair, image))
+        images, (weight, scale, shift, v) = saved[: ctx.n], saved[ctx.n :]
+        gradients = _of_results(grads, ctx.wanted)
         to_images = [torch.empty_like(x) if n else None for x, n in zip(images, ctx.needs_input_grad[4:], strict=False)]
         to_scale, to_shift = torch.empty(2, weight.shape[0], dtype=torch.float64)
         to_weight = torch.empty_like(weight)
         packed = [*_operands(images), *_projection(v, weight, scale, shift, ctx.stats)]
-        # a list, since C++ reads the zeros too
-        known = [g or (_image(v, n).zero_(), None, None) for g, n in zip(gradients, ctx.widths, strict=True)]
-        packed += _sums(known)
+        packed += _results(gradients, ctx.widths)
         packed += [x.data_ptr() for x in (to_scale, to_shift, to_weight)] + [_address(x) for x in to_images]
         _call_with_statistics("project_backward", v, ctx.training, packed)
         per_norm = (
             to_weight.split(ctx.widths),
             *(_split_affine(to, affine, ctx.widths, v) for to, affine in ((to_scale, scale), (to_shift, shift))),
         )
-        used = [gradient is not None for gradient in gradients]
+        used = [any(image is not None for image in pair) for pair in gradients]
         per_norm = [to if each else None for tos in per_norm for to, each in zip(tos, used, strict=True)]
         return None, None, None, None, *to_images, *per_norm
 
@@ -455,21 +443,21 @@ class _Normalize(Function):
     def forward(ctx, norm, wanted, v, scale, shift):
         v, stats = _channels_last(v), _statistics([norm], 1, norm.num_features, 0)
         plain, positive = (torch.empty_like(v) if each else None for each in wanted)
-        packed = [0, *_projection(v, None, scale, shift, stats), 1, _address(plain), _address(positive), v.shape[1]]
+        packed = [0, *_projection(v, None, scale, shift, stats), *_results([(plain, positive)], [v.shape[1]])]
         _call_with_statistics("project", v, norm.training, packed)
         _track([norm], stats, norm.num_features)
         ctx.training, ctx.stats, ctx.wanted = norm.training, stats, wanted
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(v, scale, shift, positive)
+        ctx.save_for_backward(v, scale, shift)
         return tuple(image for image in (plain, positive) if image is not None)
 
     @staticmethod
     @_once_differentiable
     def backward(ctx, *grads):
-        v, scale, shift, positive = ctx.saved_tensors
+        v, scale, shift = ctx.saved_tensors
         to_v, (to_scale, to_shift) = torch.empty_like(v), torch.empty(2, v.shape[1], dtype=torch.float64)
-        gradient = _gradient(grads, ctx.wanted, positive)
-        packed = [0, *_projection(v, None, scale, shift, ctx.stats), *_sums([gradient])]
+        gradients = _of_results(grads, [ctx.wanted])
+        packed = [0, *_projection(v, None, scale, shift, ctx.stats), *_results(gradients, [v.shape[1]])]
         packed += [x.data_ptr() for x in (to_scale, to_shift, to_v)]
         _call_with_statistics("project_backward", v, ctx.training, packed)
         return None, None, to_v, *(None if scale is None else to.to(v.dtype) for to in (to_scale, to_shift))
@@ -520,6 +508,21 @@ def _every_second(x, gather, first, second):
     _call("every_second", x, *numbers, *_addresses(x, first, second))
 
 
+def _of_results(grads, wanted):
+    """(gradient of y, gradient of relu(y)) of every result, None where there is none."""
+    grads = iter(grads)
+    grads = [[next(grads) if each else None for each in pair] for pair in wanted]
+    return [[None if grad is None else _channels_last(grad) for grad in pair] for pair in grads]
+
+
+def _results(images, widths):
+    """The `Result`s of (image of y, image of relu(y)) each, either None."""
+    packed = [len(images)]
+    for pair, width in zip(images, widths, strict=True):
+        packed += [*map(_address, pair), width]
+    return packed
+
+
 def _projection(v, weight, scale, shift, stats):
     """A `Projection` without its operand."""
     return stats.shape[1] // 3, *map(_address, (weight, v, scale, shift, stats))
@@ -540,7 +543,7 @@ def _heads_backward(grads, x, weights, hidden, affine, stats, training, more=())
     """The gradient of x, plus all images in `more`, and those of the weights, scales and shifts."""
     weight, grads, more = torch.cat(weights), [_channels_last(g) for g in grads], [_channels_last(g) for g in more]
     to_x, to_weight, to_affine = torch.empty_like(x), torch.empty_like(weight), [_double_like(a) for a in affine]
-    packed = [*_parts(grads, hidden), 1, *_candidate(x, None, weight, *affine, stats, 0)]
+    packed = [*_parts(grads, hidden), 0, 1, *_candidate(x, None, weight, *affine, stats, 0)]
     packed += [*map(_address, to_affine), to_weight.data_ptr(), to_x.data_ptr(), *_operands(more)]
     _call_with_statistics("mix_backward", x, training, packed)
     widths = [w.shape[0] for w in weights]

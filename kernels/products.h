@@ -12,6 +12,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <utility>
@@ -23,6 +24,7 @@ namespace {
 
 constexpr int64_t kCombined = 48;    // pixels of a tile of `combine`: a multiple of the rows of a block
 constexpr int64_t kMultiplied = 128;  // pixels of a tile of `multiply`
+constexpr int64_t kPieceBytes = 64 << 10;  // of an image that several products share
 constexpr int64_t kDepth = 128;      // channels of images, so many tiles of which stay in the first-level cache
 constexpr int kSums = kVectorBytes == 64 ? 24 : 12;      // vectors of sums of `combine` that are held in registers
 constexpr int kSumsOfOne = kVectorBytes == 64 ? 16 : 12;
@@ -46,11 +48,6 @@ class Reader {  // of the numbers and addresses that the caller packs into one a
 template <class V>
 inline V positive(V value) {  // what is not a number passes
   return value < 0 ? V{} : value;
-}
-
-template <class A>
-inline void make_positive(const A* x, int64_t count, A* to) {
-  for_columns<kLanes<A>>(0, count, [&](int64_t e, auto n) { store(to + e, positive(read<Lanes<A, n>>(x + e))); });
 }
 
 template <class A>
@@ -82,6 +79,7 @@ struct Operand {  // images side by side
   const A* factors = nullptr;  // one for each `image_pixels` pixels, or null
   int64_t image_pixels = 1;
 
+  Operand(const A* x, int64_t width) : parts{{x, nullptr, nullptr, width}}, width(width) {}
   explicit Operand(Reader& reader) {
     for (int64_t n = reader.number(); n > 0; --n) {
       Part<A> part{reader.address<const A>(), reader.address<const A>(), reader.address<const A>(), reader.number()};
@@ -103,12 +101,15 @@ struct Operand {  // images side by side
   const A* tile(int64_t p0, int64_t rows, Buffer<A>& buffer) const {
     if (parts.size() == 1 && !parts[0].mask && !parts[0].more && !factors) return parts[0].x + p0 * width;
     A* copy = scratch(buffer, rows * width);
-    int64_t offset = 0;
-    for (const auto& part : parts) {
-      for (int64_t p = 0; p < rows; ++p) copy_row(copy + p * width + offset, part, p0 + p, factor(p0 + p), rows);
-      offset += part.width;
-    }
+    copy_to(copy, p0, rows);
     return copy;
+  }
+
+  void copy_to(A* to, int64_t p0, int64_t rows) const {
+    for (const auto& part : parts) {
+      for (int64_t p = 0; p < rows; ++p) copy_row(to + p * width, part, p0 + p, factor(p0 + p), rows);
+      to += part.width;
+    }
   }
 };
 
@@ -135,9 +136,25 @@ struct Input {  // of a product: rows (pixel, depth), and a matrix (depth, resul
 };
 
 template <class A>
+struct Addend {  // of a result, as wide as that: rows (pixel, result), times a factor
+  const A* x;
+  A factor;
+};
+
+template <class A>
 struct Start {  // what is added to the products of a pixel: rows with `pitch` elements between them, 0 for a single one
   const A* first;
   int64_t pitch;
+  const std::vector<Addend<A>>& addends;
+};
+
+template <class A>
+struct Target {  // rows (pixel, result) for the sums: where they are positive if `relu`, where a mask is if there is one
+  A* sums;
+  int64_t width;
+  bool relu = false;
+  A* positives = nullptr;  // room for their positive part, where that is wanted too
+  const A* mask = nullptr;
 };
 
 template <class A, int R>
@@ -159,59 +176,89 @@ struct Rows {  // of a matrix: addresses that need few registers, one of them fo
   }
 };
 
-// out[p + r][c + v] = start + sum over inputs and k of x[p + r][k] * matrix[k][c + v]: R rows, V vectors of n columns.
+// target[p + r][c + v] = start + sum over inputs and k of x[p + r][k] * matrix[k][c + v]: R rows, V vectors of n columns.
 // Meanwhile the next R rows are fetched.
 template <class A, int n, int R, int V>
-inline void combine_block(const Input<A>* input, int64_t inputs, Start<A> start, A* out, int64_t width, int64_t p,
-                          int64_t c) {
+inline void combine_block(const Input<A>* input, int64_t inputs, const Start<A>& start, const Target<A>& target,
+                          int64_t p, int64_t c) {
   using Vector = Lanes<A, n>;
   Vector sum[R][V];
+  const int64_t width = target.width;
+  const auto for_sums = [&](const auto& f) {  // unrolled, since what has a variable index is kept in memory
 #pragma GCC unroll 24
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) sum[r][v] = read<Vector>(start.first + (p + r) * start.pitch + c + v * n);
-  constexpr int64_t kLine = 64;
-  const char* next_out = (const char*)(out + (p + R) * width);
+      for (int v = 0; v < V; ++v) f(sum[r][v], (p + r) * width + c + v * n, r, v);
+  };
+  for_sums([&](Vector& s, int64_t, int r, int v) {
+    s = read<Vector>(start.first + (p + r) * start.pitch + c + v * n);
+  });
+  for (const auto& addend : start.addends)
+    for_sums([&](Vector& s, int64_t e, int, int) {
+      fetch(addend.x + e + R * width);
+      s += addend.factor * read<Vector>(addend.x + e);
+    });
+  const int64_t line = c ? 0 : 64 / sizeof(A);  // the first columns' block has fetched all that lie on the way
+  const A* next_sums = target.sums + (p + R) * width;
+  const A* next_positives = (target.positives ? target.positives : target.sums) + (p + R) * width;
   for (const Input<A>* end = input + inputs; input != end; ++input) {
     const A* matrix = input->matrix + c;
     Rows<A, R> x(input->x + p * input->depth, input->depth);
-    const char* next = (const char*)(input->x + (p + R) * input->depth);
+    const A* next = input->x + (p + R) * input->depth;
     for (int64_t k = 0; k < input->depth; ++k, matrix += input->pitch, x.advance(1)) {
       if constexpr (R > 1) {
-        fetch(next + k * kLine);
-        fetch_to_write(next_out + k * kLine);
+        fetch(next + k * line);
+        fetch_to_write(next_sums + k * line);
+        fetch_to_write(next_positives + k * line);
       }
       Vector row[V];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) row[v] = read<Vector>(matrix + v * n);
-#pragma GCC unroll 24
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) sum[r][v] += row[v] * x.at(r);
+      for_sums([&](Vector& s, int64_t, int r, int v) { s += row[v] * x.at(r); });
     }
-    next_out += input->depth * kLine;
+    next_sums += input->depth * line;
+    next_positives += input->depth * line;
   }
-#pragma GCC unroll 24
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) store(out + (p + r) * width + c + v * n, sum[r][v]);
+  if (target.relu) for_sums([](Vector& s, int64_t, int, int) { s = positive(s); });
+  if (target.mask)
+    for_sums([&](Vector& s, int64_t e, int, int) { s = read<Vector>(target.mask + e) <= 0 ? Vector{} : s; });
+  for_sums([&](Vector& s, int64_t e, int, int) { store(target.sums + e, s); });
+  if (target.positives)
+    for_sums([&](Vector& s, int64_t e, int, int) { store(target.positives + e, positive(s)); });
 }
 
-// The same for all rows and columns of a tile; out may be where it starts
+// The same for all rows and columns of a tile; its sums may be where it starts
 template <class A>
-void combine_tile(const Input<A>* input, int64_t inputs, Start<A> start, A* out, int64_t width, int64_t rows) {
+void combine_tile(const Input<A>* input, int64_t inputs, const Start<A>& start, const Target<A>& target,
+                  int64_t rows) {
   constexpr int L = kLanes<A>;
   const auto columns = [&](int64_t c, auto n, auto V) {
     constexpr int R = V == 2 ? kSums / 2 : kSumsOfOne;
     int64_t p = 0;
-    for (; p + R <= rows; p += R) combine_block<A, n, R, V>(input, inputs, start, out, width, p, c);
-    for (; p < rows; ++p) combine_block<A, n, 1, V>(input, inputs, start, out, width, p, c);
+    for (; p + R <= rows; p += R) combine_block<A, n, R, V>(input, inputs, start, target, p, c);
+    for (; p < rows; ++p) combine_block<A, n, 1, V>(input, inputs, start, target, p, c);
   };
   constexpr std::integral_constant<int, 1> one;
   constexpr std::integral_constant<int, 2> two;
   int64_t c = 0;
-  for (; c + 2 * L <= width; c += 2 * L) columns(c, std::integral_constant<int, L>(), two);
-  for_columns<L>(c, width, [&](int64_t c, auto n) { columns(c, n, one); });
+  for (; c + 2 * L <= target.width; c += 2 * L) columns(c, std::integral_constant<int, L>(), two);
+  for_columns<L>(c, target.width, [&](int64_t c, auto n) { columns(c, n, one); });
+}
+
+// The same of inputs of any depth: as many at a time as stay in the cache
+template <class A>
+void combine_tile(const std::vector<Input<A>>& inputs, const Start<A>& start, const Target<A>& target, int64_t rows) {
+  const std::vector<Addend<A>> none;
+  for (size_t first = 0, last = 0; first < inputs.size() || !last; first = last) {
+    int64_t depth = 0;
+    for (; last < inputs.size() && (last == first || depth + inputs[last].depth <= kDepth); ++last)
+      depth += inputs[last].depth;
+    const Start<A> begun{target.sums, target.width, none};
+    const bool is_last = last == inputs.size();
+    combine_tile(inputs.data() + first, last - first, first ? begun : start,
+                 is_last ? target : Target<A>{target.sums, target.width}, rows);
+    if (is_last) return;
+  }
 }
 
 template <class A>
@@ -223,9 +270,15 @@ struct Source {
 
 template <class A>
 struct Buffers {  // of a thread
-  Buffer<A> sums, addend, bias;
-  std::vector<Buffer<A>> copies;
+  Buffer<A> sums, bias;
+  std::deque<Buffer<A>> copies;
   std::vector<Input<A>> inputs;
+  std::vector<Addend<A>> addends;
+
+  Buffer<A>& copy(size_t k) {
+    while (copies.size() <= k) copies.emplace_back();
+    return copies[k];
+  }
 };
 
 template <class A>
@@ -251,47 +304,23 @@ struct Combination {  // results = bias + sum over sources of matrix * operand, 
   }
   void add(const Operand<A>& operand, A factor) { addends.push_back({&operand, factor}); }
 
-  // A tile of the sums without the sources' products: whether there is more to them than the bias
-  bool add_plain(int64_t p0, int64_t rows, A* out, Buffers<A>& buffers) const {
-    const auto goes_by_image = [](const auto& source) { return source.operand->factors != nullptr; };
-    const bool by_image = std::any_of(sources.begin(), sources.end(), goes_by_image);
-    if (addends.empty() && !by_image && !sources.empty()) return false;
-    for_columns<kLanes<A>>(0, width, [&](int64_t c, auto n) {
-      const auto first = read<Lanes<A, n>>(&buffers.bias[c]);
-      for (int64_t p = 0; p < rows; ++p) store(out + p * width + c, first);
-    });
-    for (const auto& [operand, factor] : addends) {
-      const A* x = operand->tile(p0, rows, buffers.addend);
-      for (int64_t e = 0; e < rows * width; ++e) out[e] += factor * x[e];
-    }
-    for (const auto& source : sources)
-      for (int64_t p = 0; goes_by_image(source) && p < rows; ++p)
-        for (int64_t c = 0; c < width; ++c) out[p * width + c] += source.operand->factor(p0 + p) * A(source.bias[c]);
-    return true;
-  }
-
   void run(int64_t p0, int64_t rows, Buffers<A>& buffers) const {
     const bool in_place = results.size() == 1;
     A* out = in_place ? const_cast<A*>(results[0].x) + p0 * width : scratch(buffers.sums, rows * width);
     buffers.bias.assign(bias.begin(), bias.end());
-    Start<A> start{buffers.bias.data(), 0};
-    if (add_plain(p0, rows, out, buffers)) start = {out, width};
-    auto& inputs = buffers.inputs;
-    inputs.clear();
-    buffers.copies.resize(std::max(buffers.copies.size(), sources.size()));
-    for (size_t k = 0; k < sources.size(); ++k) {
-      const auto& source = sources[k];
-      inputs.push_back({source.operand->tile(p0, rows, buffers.copies[k]), source.operand->width,
-                        source.matrix.data(), width});
+    buffers.addends.clear(), buffers.inputs.clear();
+    size_t k = 0;
+    for (const auto& [operand, factor] : addends)
+      buffers.addends.push_back({operand->tile(p0, rows, buffers.copy(k++)), factor});
+    for (const auto& source : sources) {
+      const int64_t depth = source.operand->width;
+      buffers.inputs.push_back(
+          {source.operand->tile(p0, rows, buffers.copy(k++)), depth, source.matrix.data(), width});
     }
-    for (size_t first = 0, last; first < inputs.size(); first = last, start = {out, width}) {
-      int64_t depth = inputs[first].depth;
-      for (last = first + 1; last < inputs.size() && depth + inputs[last].depth <= kDepth; ++last)
-        depth += inputs[last].depth;
-      combine_tile(&inputs[first], last - first, start, out, width, rows);
-    }
-    if (relu) make_positive(out, rows * width, out);
-    if (positives) make_positive(out, rows * width, positives + p0 * width);
+    for (const auto& source : sources)
+      if (source.operand->factors) add_bias(source, p0, rows, buffers.copy(k++), buffers.inputs);
+    const Target<A> target{out, width, relu, positives ? positives + p0 * width : nullptr};
+    combine_tile(buffers.inputs, Start<A>{buffers.bias.data(), 0, buffers.addends}, target, rows);
     if (in_place) return;
     for (const auto& result : results) {
       A* to = const_cast<A*>(result.x) + p0 * result.width;
@@ -299,6 +328,16 @@ struct Combination {  // results = bias + sum over sources of matrix * operand, 
         copy_row(to + p * result.width, Part<A>{out + p * width, nullptr, nullptr, result.width}, 0);
       out += result.width;
     }
+  }
+
+ private:
+  // A source's bias as an input of one channel, which has the factors of the images
+  void add_bias(const Source<A>& source, int64_t p0, int64_t rows, Buffer<A>& buffer,
+                std::vector<Input<A>>& inputs) const {
+    A* room = scratch(buffer, rows + width);
+    for (int64_t p = 0; p < rows; ++p) room[p] = source.operand->factor(p0 + p);
+    std::copy_n(source.bias.begin(), width, room + rows);
+    inputs.push_back({room, 1, room + rows, width});
   }
 };
 
@@ -314,13 +353,13 @@ void combine(int64_t pixels, const std::vector<Combination<A>>& combinations) {
 
 // ------------------------------------------------------------------------------------------------------- multiply
 
-// sums[r][c] += the tile's sum over p of a[p][r] * b[p][c]: R rows, V vectors of n columns
+// sums[r][c] += the tile's sum over p of a[p][r] * b[p][c]: R rows, V vectors of n columns. Meanwhile what lies so many
+// elements ahead is fetched.
 template <class A, int n, int R, int V>
 inline void multiply_block(const A* a, int64_t a_width, const A* b, int64_t b_width, int64_t rows, double* sums,
-                           int64_t pitch, int64_t ahead) {
+                           int64_t pitch, int64_t a_ahead, int64_t b_ahead) {
   using Vector = Lanes<A, n>;
   Vector sum[R][V] = {};
-  const int64_t a_ahead = ahead * a_width, b_ahead = ahead * b_width;
   for (int64_t p = 0; p < rows; ++p, a += a_width, b += b_width) {
     Vector row[V];
     fetch(a + a_ahead);
@@ -341,16 +380,18 @@ inline void multiply_block(const A* a, int64_t a_width, const A* b, int64_t b_wi
     for (int v = 0; v < V; ++v) add_to(sums + r * pitch + v * n, sum[r][v]);
 }
 
-// The same for all; of a symmetric result, the part above the diagonal
+// The same for all; of a symmetric result, the part above the diagonal. Of b, and of a if it is no copy, the next tile
+// is fetched.
 template <class A>
-void multiply_tile(const A* a, int64_t a_width, const A* b, int64_t b_width, int64_t rows, double* sums, int64_t pitch,
-                   bool is_symmetric = false) {
+void multiply_tile(const A* a, int64_t a_width, bool a_is_copy, const A* b, int64_t b_width, int64_t rows, double* sums,
+                   int64_t pitch, bool is_symmetric = false) {
   constexpr int L = kLanes<A>;
   const auto columns = [&](int64_t c, auto n, auto V) {
     constexpr int R = kOuterSums / V;
     const int64_t height = is_symmetric ? std::min<int64_t>(a_width, c + V * n) : a_width;
     const auto visit = [&](int64_t r, auto R) {
-      multiply_block<A, n, R, V>(a + r, a_width, b + c, b_width, rows, sums + r * pitch + c, pitch, rows);
+      multiply_block<A, n, R, V>(a + r, a_width, b + c, b_width, rows, sums + r * pitch + c, pitch,
+                                 c || a_is_copy ? 0 : rows * a_width, r ? 0 : rows * b_width);
     };
     int64_t r = 0;
     for (; r + R <= height; r += R) visit(r, std::integral_constant<int, R>());
@@ -364,19 +405,23 @@ void multiply_tile(const A* a, int64_t a_width, const A* b, int64_t b_width, int
   for_columns<L>(c, b_width, [&](int64_t c, auto n) { columns(c, n, one); });
 }
 
-// sums[c] += sum over rows of value(p, c, V()), V being the vector that begins with column c. Four rows at a time, since
-// a sum waits for the one before.
-template <class A, class F>
-inline void add_rows(int64_t rows, int64_t C, double* sums, const F& value) {
+// sums[i][c] += sum over rows of the i-th of the S values(p, c, V()), V being the vector that begins with column c. Four
+// rows at a time, since a sum waits for the one before.
+template <class A, int S, class F>
+inline void add_rows(int64_t rows, int64_t C, const std::array<double*, S>& sums, const F& values) {
   for_columns<kLanes<A>>(0, C, [&](int64_t c, auto n) {
     using V = Lanes<A, n>;
-    V sum[4] = {};
+    V sum[4][S] = {};
+    const auto add = [&](int64_t p, V* to) {
+      const std::array<V, S> value = values(p, c, V());
+      for (int i = 0; i < S; ++i) to[i] += value[i];
+    };
     int64_t p = 0;
     for (; p + 4 <= rows; p += 4)
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) sum[i] += value(p + i, c, V());
-    for (; p < rows; ++p) sum[0] += value(p, c, V());
-    add_to(sums + c, V((sum[0] + sum[1]) + (sum[2] + sum[3])));
+      for (int r = 0; r < 4; ++r) add(p + r, sum[r]);
+    for (; p < rows; ++p) add(p, sum[0]);
+    for (int i = 0; i < S; ++i) add_to(sums[i] + c, V((sum[0][i] + sum[1][i]) + (sum[2][i] + sum[3][i])));
   });
 }
 
@@ -386,9 +431,9 @@ double dot(const A* x, const A* y, int64_t count) {
   double lanes[L] = {}, sum = 0;
   const auto product = [&](int64_t p, int64_t c, auto zero) {
     using V = decltype(zero);
-    return V(read<V>(x + p * L + c) * read<V>(y + p * L + c));
+    return std::array<V, 1>{read<V>(x + p * L + c) * read<V>(y + p * L + c)};
   };
-  add_rows<A>(count / L, L, lanes, product);
+  add_rows<A, 1>(count / L, L, {lanes}, product);
   for (const double lane : lanes) sum += lane;
   for (int64_t e = count / L * L; e < count; ++e) sum += x[e] * y[e];
   return sum;
@@ -417,9 +462,10 @@ struct Product {
         *partial += dot(x, y, rows * a.width);
         continue;
       }
-      multiply_tile(x, a.width, y, b.width, rows, partial, b.width, is_symmetric);
-      add_rows<A>(rows, a.width, partial + a.width * b.width,
-                  [&](int64_t p, int64_t c, auto zero) { return read<decltype(zero)>(x + p * a.width + c); });
+      multiply_tile(x, a.width, x == a_copy.data(), y, b.width, rows, partial, b.width, is_symmetric);
+      add_rows<A, 1>(rows, a.width, {partial + a.width * b.width}, [&](int64_t p, int64_t c, auto zero) {
+        return std::array{read<decltype(zero)>(x + p * a.width + c)};
+      });
     }
   }
 
@@ -436,24 +482,46 @@ struct Product {
   }
 };
 
-template <class A>
-void multiply(int64_t pixels, std::vector<Product<A>>& products) {
+// The products over all pixels. If `prepares`, prepare(p0, rows) is called first for the pixels that they then read.
+template <class A, class F>
+void multiply(int64_t pixels, std::vector<Product<A>>& products, bool prepares, const F& prepare) {
   std::vector<int64_t> offset{0};
   const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>(16, pixels / 2048)), count = products.size();
-  for (const auto& product : products) offset.push_back(offset.back() + product.size() * chunks);
+  int64_t width = 1;
+  for (const auto& product : products) {
+    offset.push_back(offset.back() + product.size() * chunks);
+    width = std::max(width, product.a.width);
+  }
   std::vector<double> partial(offset.back());
-  // a chunk of pixels after the other, so that what several products share stays in the cache
-  at::parallel_for(0, chunks * count, 1, [&](int64_t begin, int64_t end) {
+  // a piece of a chunk after the other, so that what several products share stays in the cache
+  const int64_t piece = std::max<int64_t>(1, kPieceBytes / sizeof(A) / (width * kMultiplied)) * kMultiplied;
+  const auto visit = [&](int64_t chunk, int64_t first, int64_t last) {
     thread_local Buffer<A> a_copy, b_copy;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t chunk = task / count, k = task % count;
-      products[k].run(pixels * chunk / chunks, pixels * (chunk + 1) / chunks,
-                      partial.data() + offset[k] + chunk * products[k].size(), a_copy, b_copy);
+    const int64_t end = pixels * (chunk + 1) / chunks;
+    for (int64_t p0 = pixels * chunk / chunks; p0 < end; p0 += piece) {
+      const int64_t p1 = std::min(end, p0 + piece);
+      if (prepares) prepare(p0, p1 - p0);
+      for (int64_t k = first; k < last; ++k)
+        products[k].run(p0, p1, partial.data() + offset[k] + chunk * products[k].size(), a_copy, b_copy);
     }
-  });
+  };
+  if (prepares)
+    at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) visit(chunk, 0, count);
+    });
+  else
+    at::parallel_for(0, chunks * count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin / count; chunk * count < end; ++chunk)
+        visit(chunk, std::max<int64_t>(0, begin - chunk * count), std::min(count, end - chunk * count));
+    });
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) products[k].finish(partial.data() + offset[k], chunks);
   });
+}
+
+template <class A>
+void multiply(int64_t pixels, std::vector<Product<A>>& products) {
+  multiply(pixels, products, false, [](int64_t, int64_t) {});
 }
 
 }  // namespace
