@@ -489,13 +489,24 @@ void differentiate_norm(const Projection<A>& p, const std::vector<Result<A>>& g,
 }
 
 template <class A>
+struct ToImage {  // room for the gradient of an image, or null; what else is added to it; whether it goes by the image
+  A* to;
+  bool masked;
+  std::vector<const A*> more;
+
+  explicit ToImage(Reader& reader) : to(reader.address<A>()), masked(reader.number()) {
+    for (int64_t n = reader.number(); n > 0; --n) more.push_back(reader.address<const A>());
+  }
+};
+
+template <class A>
 void project_backward(int64_t pixels, bool training, Reader reader) {
   Projection<A> p(reader);
   const auto g = read_results<A>(reader);
   double *to_scales = reader.address<double>(), *to_shifts = reader.address<double>();
   A* to_weight = reader.address<A>();  // or, where v is given, the gradient of v
-  std::vector<A*> to_z;
-  for (size_t n = 0; n < p.z.size(); ++n) to_z.push_back(reader.address<A>());
+  std::vector<ToImage<A>> to_z;
+  for (size_t n = 0; n < p.z.size(); ++n) to_z.emplace_back(reader);
   const int64_t C = p.C, K = p.K, chunks = chunks_of(pixels);
 
   p.find_slopes();
@@ -511,10 +522,10 @@ void project_backward(int64_t pixels, bool training, Reader reader) {
 
   std::vector<double> products(p.weight ? chunks * C * K : 0);
   const Buffer<A> zeros(K);
-  const std::vector<Addend<A>> none;
   const int64_t tile = C * K > kWideProduct ? 2 * kMultiplied : kMultiplied;
   for_tiles(pixels, tile, [&](int64_t chunk, int64_t p0, int64_t rows) {
     thread_local Buffer<A> z_copy, v_room;
+    thread_local std::vector<Addend<A>> more;
     A* to_v = p.weight ? scratch(v_room, rows * C) : to_weight + p0 * C;
     differentiate_norm(p, g, constant.data(), curve.data(), p0, rows, to_v);
     int64_t k0 = 0;
@@ -522,9 +533,12 @@ void project_backward(int64_t pixels, bool training, Reader reader) {
       const int64_t width = p.z[n].width;
       const A* z = p.z[n].tile(p0, rows, z_copy);
       multiply_tile(to_v, C, true, z, width, rows, products.data() + chunk * C * K + k0, K);
-      if (!to_z[n]) continue;
+      if (!to_z[n].to) continue;
+      more.clear();
+      for (const A* x : to_z[n].more) more.push_back({x + p0 * width, A(1)});
       const Input<A> input{to_v, C, p.weight + k0, K};
-      combine_tile(&input, 1, {zeros.data(), 0, none}, {to_z[n] + p0 * width, width, false, nullptr, z}, rows);
+      const Target<A> target{to_z[n].to + p0 * width, width, false, nullptr, to_z[n].masked ? z : nullptr};
+      combine_tile(&input, 1, {zeros.data(), 0, more}, target, rows);
     }
   });
   if (!p.weight) return;

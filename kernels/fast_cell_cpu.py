@@ -171,17 +171,17 @@ class _Heads(Function):
     @staticmethod
     def forward(ctx, norms, x, *tensors):
         x, (weights, scales, shifts) = _channels_last(x), _thirds(tensors)
-        hidden, ctx.affine, ctx.stats = _heads(x, weights, scales, shifts, norms)
+        hidden, ctx.affine, ctx.stats, v = _heads(x, weights, scales, shifts, norms)
         ctx.training = norms[0].training
-        ctx.save_for_backward(x, *weights, *hidden)
+        ctx.save_for_backward(x, v, *weights, *hidden)
         return tuple(hidden)
 
     @staticmethod
     @_once_differentiable
     def backward(ctx, *grads):
-        x, *saved = ctx.saved_tensors
+        x, v, *saved = ctx.saved_tensors
         weights, hidden = saved[: len(grads)], saved[len(grads) :]
-        return None, *_heads_backward(grads, x, weights, hidden, ctx.affine, ctx.stats, ctx.training)
+        return None, *_heads_backward(grads, x, weights, hidden, v, ctx.affine, ctx.stats, ctx.training)
 
 
 class _Involutions(Function):
@@ -192,7 +192,7 @@ class _Involutions(Function):
         ctx.is_pooled, x, pooled = pooled is not x, _channels_last(x), _channels_last(pooled)
         affine, weights = weights[3 * len(norms) :], weights[: 3 * len(norms)]
         layers = _by_layer(weights)
-        hidden, ctx.affine, ctx.stats = _heads(
+        hidden, ctx.affine, ctx.stats, v = _heads(
             pooled, weights[: len(layers)], affine[: len(norms)], affine[len(norms) :], norms
         )
         ctx.scales = None if rms_eps is None else _rms_norm(hidden, rms_eps)
@@ -202,14 +202,14 @@ class _Involutions(Function):
         ]
         ctx.geometry, ctx.training = geometry, norms[0].training
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, pooled, *hidden, *weights)
+        ctx.save_for_backward(x, pooled, v, *hidden, *weights)
         return tuple(outputs)
 
     @staticmethod
     @_once_differentiable
     def backward(ctx, *grads):
         n = len(grads)
-        x, pooled, *saved = ctx.saved_tensors
+        x, pooled, v, *saved = ctx.saved_tensors
         hidden, weights = saved[:n], saved[n:]
         used = [grad is not None for grad in grads]
         grads = [
@@ -226,7 +226,7 @@ class _Involutions(Function):
             _rms_norm_backward(to_hidden, hidden, ctx.scales)
         more = () if ctx.is_pooled else to_x
         to_pooled, *to_heads = _heads_backward(
-            to_hidden, pooled, weights[:n], hidden, ctx.affine, ctx.stats, ctx.training, more
+            to_hidden, pooled, weights[:n], hidden, v, ctx.affine, ctx.stats, ctx.training, more
         )
         to_x = sum(to_x[1:], to_x[0]) if ctx.is_pooled else to_pooled
         to_pooled = to_pooled if ctx.is_pooled else None
@@ -425,7 +425,9 @@ class _Project(Function):
         to_weight = torch.empty_like(weight)
         packed = [*_operands(images), *_projection(v, weight, scale, shift, ctx.stats)]
         packed += _results(gradients, ctx.widths)
-        packed += [x.data_ptr() for x in (to_scale, to_shift, to_weight)] + [_address(x) for x in to_images]
+        packed += [x.data_ptr() for x in (to_scale, to_shift, to_weight)]
+        for to_image in to_images:
+            packed += [_address(to_image), True, 0]
         _call_with_statistics("project_backward", v, ctx.training, packed)
         per_norm = (
             to_weight.split(ctx.widths),
@@ -529,24 +531,41 @@ def _projection(v, weight, scale, shift, stats):
 
 
 def _heads(x, weights, scales, shifts, norms):
-    """[relu(norm_k(weight_k * x))]; and what `_heads_backward` needs: parameters side by side, and statistics."""
-    weight, affine = torch.cat(weights), (_side_by_side(scales), _side_by_side(shifts))
+    """[relu(norm_k(weight_k * x))]; and what `_heads_backward` needs: parameters side by side, statistics, v or None.
+
+    Where it is much narrower than x, v = weight * x is cheaper to keep than to make x's covariance.
+    """
+    weight, affine, training = torch.cat(weights), (_side_by_side(scales), _side_by_side(shifts)), norms[0].training
     check_widths(x.shape[1], weight, norms)
-    hidden, stats = [_image(x, w.shape[0]) for w in weights], _statistics(norms, 1, *weight.shape[:2])
-    packed = [True, *_parts(hidden), 0, 0, 1, *_candidate(x, None, weight, *affine, stats, 0)]
-    _call_with_statistics("mix", x, norms[0].training, packed)
-    _track(norms, stats, weight.shape[0])
-    return hidden, affine, stats
+    (C, K), widths = weight.shape[:2], [w.shape[0] for w in weights]
+    hidden, v = [_image(x, width) for width in widths], _image(x, C) if training and 2 * C <= K else None
+    stats = _statistics(norms, 1, C, 0 if v is not None else K)
+    if v is not None:
+        packed = [*_operands([x]), *_projection(v, weight, *affine, stats)]
+        packed += _results([(None, h) for h in hidden], widths)
+        _call_with_statistics("project", x, training, packed)
+    else:
+        packed = [True, *_parts(hidden), 0, 0, 1, *_candidate(x, None, weight, *affine, stats, 0)]
+        _call_with_statistics("mix", x, training, packed)
+    _track(norms, stats, C)
+    return hidden, affine, stats, v
 
 
-def _heads_backward(grads, x, weights, hidden, affine, stats, training, more=()):
+def _heads_backward(grads, x, weights, hidden, v, affine, stats, training, more=()):
     """The gradient of x, plus all images in `more`, and those of the weights, scales and shifts."""
     weight, grads, more = torch.cat(weights), [_channels_last(g) for g in grads], [_channels_last(g) for g in more]
-    to_x, to_weight, to_affine = torch.empty_like(x), torch.empty_like(weight), [_double_like(a) for a in affine]
-    packed = [*_parts(grads, hidden), 0, 1, *_candidate(x, None, weight, *affine, stats, 0)]
-    packed += [*map(_address, to_affine), to_weight.data_ptr(), to_x.data_ptr(), *_operands(more)]
-    _call_with_statistics("mix_backward", x, training, packed)
-    widths = [w.shape[0] for w in weights]
+    to_x, to_weight, widths = torch.empty_like(x), torch.empty_like(weight), [w.shape[0] for w in weights]
+    if v is not None:
+        to_affine = torch.empty(2, weight.shape[0], dtype=torch.float64).unbind()
+        packed = [*_operands([x]), *_projection(v, weight, *affine, stats)]
+        packed += _results([(None, grad) for grad in grads], widths)
+        packed += [*map(_address, (*to_affine, to_weight, to_x)), False, len(more), *map(_address, more)]
+        _call_with_statistics("project_backward", x, training, packed)
+    else:
+        to_affine = [_double_like(a) for a in affine]
+        packed = [*_parts(grads, hidden), 0, 1, *_candidate(x, None, weight, *affine, stats, 0)]
+        packed += [*map(_address, to_affine), to_weight.data_ptr(), to_x.data_ptr(), *_operands(more)]
+        _call_with_statistics("mix_backward", x, training, packed)
     to_affine = [each for to, a in zip(to_affine, affine, strict=True) for each in _split_affine(to, a, widths, x)]
     return to_x, *to_weight.split(widths), *to_affine
 
