@@ -34,7 +34,7 @@ demo: .venv/installed
 	echo "pages:     $$search/report.html, $$train/report.html"
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # a library of its own, built with the sanitizers, whose runtime must be there before Python
 sanitize: .venv/installed

@@ -19,7 +19,13 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+# the files that take longest are begun first, so that no process of `make test` is left alone with one at the end
+LONGEST = "train train_search fast_cell involution_triton involution processes benchmarks model run_folder experiment"
+LONGEST = [f"test_{name}" for name in LONGEST.split()]
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -29,7 +35,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def script(tmp_path):
     """Call a script in an empty folder: `script("train.py", "--layers", 3)` -> what `scripts.run` returns."""
-    return lambda *command: scripts.run(tmp_path, *command)
+    return lambda *command, **how: scripts.run(tmp_path, *command, **how)
 
 
 @contextlib.contextmanager
@@ -44,8 +50,7 @@ def start_processes(count, folder, function, *arguments, **environment):
     for rank in range(count):
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         own = {name: str(value) for name, value in (place | numbers | environment).items()}
-        started.append(scripts.server.Process(target=_as_started, args=(own, folder, rank, function, arguments)))
-        started[-1].start()
+        started.append(scripts.start(_as_started, own, folder, rank, function, arguments))
     try:
         yield started
     finally:
@@ -59,6 +64,7 @@ def _as_started(environment, folder, rank, function, arguments):
     os.environ.update(environment)
     os.chdir(folder)
     print_into(f"printed-{rank}")
+    scripts.leave_pictures_empty()
     function(rank, *arguments)
 
 

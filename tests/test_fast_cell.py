@@ -85,7 +85,7 @@ def test_the_same_paths_are_dropped(backend, primitives):
     [(8, False), (20, True), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((8, True), (20, False)))],
 )
 def test_equal_whatever_bounds_the_kernels(backend, kernel_norm, training, C):
-    involutions = [name for name in SEARCH_SPACES["involution"] if "invo" in name]
+    involutions = ["sep_invo_3x3", "dil_invo_3x3", "sep_invo_5x5"]  # two of them share the rows that they read
     assert_equal_to_plain(make(involutions, C, steps=2, kernel_norm=kernel_norm).train(training))
 
 
@@ -109,7 +109,9 @@ def test_sizes_that_a_stride_does_not_divide(backend, space, size):
 
 
 @pytest.mark.parametrize("C", [1, 3, 6, 20], ids=lambda C: f"C={C}")
-def test_channels_that_fill_no_vector(backend, C):
+def test_channels_that_fill_no_vector(C):
+    if fast_cell.choose_backend(torch.zeros(1)) is fast_cell_torch:
+        pytest.skip("no C++ compiler here")
     assert_equal_to_plain(make(SEARCH_SPACES["mixed"], C, steps=2))
 
 

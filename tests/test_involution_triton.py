@@ -54,7 +54,7 @@ LARGE = {
     "256 channels in one group": (3, 1, 1, 1, (2, 256, 14, 14), 64),
 }
 SMALL = (3, 2, 1, 1, (1, 16, 5, 3), 4)
-MANY_BLOCKS = (3, 2, 1, 1, (1, 2, 17, 17), 2)
+MANY_BLOCKS = (3, 2, 1, 1, (1, 1, 17, 17), 1)
 FORMATS = {
     "NCHW": lambda x: x.contiguous(),
     "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -135,7 +135,12 @@ def check(module, case, dtype=torch.float32, memory_format="NCHW", device="cpu")
             torch.testing.assert_close(actual.double(), right, rtol=rtol, atol=atol * scale, msg=where)
 
 
-SLOW_IN_THE_INTERPRETER = {"largest kernel"}  # which is met with stride and dilation too
+SLOW_IN_THE_INTERPRETER = {  # and met in other cases: their kernel size, their blocks, their strips
+    "several blocks",
+    "batch of 2, even",
+    "even height, odd width",
+    "largest kernel",
+}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +191,7 @@ def test_every_block(block, triton_backend, device, monkeypatch):
     for name, kernel in vars(triton_backend).items():
         if name.endswith("_kernel"):
             monkeypatch.setattr(kernel, "configs", [triton_backend.BLOCKS[block]])
-    check(triton_backend, (3, 2, 1, 1, (1, 3, 9, 9), 2), device=device)
+    check(triton_backend, (3, 2, 1, 1, (1, 3, 7, 7), 1), device=device)
 
 
 def test_two_runs_give_the_same_bits(triton_backend, device):

@@ -100,7 +100,7 @@ def make_search(training):
     net = Network(4, 3, 3, torch.nn.CrossEntropyLoss(), steps=2, multiplier=2, primitives=SEARCH_SPACES["mixed"])
     net = vary_kernels(net).double()
     sgd = torch.optim.SGD(net.parameters(), 0.025, momentum=0.9)
-    batches = [(torch.randn(n, 3, 8, 8).double(), torch.randint(3, (n,))) for n in (7, 8)]
+    batches = [(torch.randn(n, 3, 8, 8).double(), torch.randint(3, (n,))) for n in ((4, 5) if training else (7, 8))]
     for _ in range(2):
         net._loss(*batches[0]).backward()
         sgd.step()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from conftest import assert_one_clear_line, assert_same_curves, only_run
 from model import NetworkCIFAR
 from runtime import checkpoint
 from runtime.processes import ALONE
-from train import infer, load_data, make_criterion, parse_args, train
+from train import _not_compiled, infer, load_data, make_criterion, parse_args, train
 from utils import UserError
 
 TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 2 --epochs 2 --report_freq 1".split()
@@ -38,7 +39,7 @@ SMALLEST = f"Genotype(normal={_EDGES}, normal_concat=[2], reduce={_EDGES}, reduc
 def uninterrupted(tmp_path_factory):
     """The folder of a training with drop-path that nobody stopped."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    result = scripts.run(folder, "train.py", *TINY, "--drop_path_prob", 0.5, "--first_image_size", 4)
+    result = scripts.run(folder, "train.py", *TINY, "--drop_path_prob", 0.5, "--first_image_size", 4, drawn=True)
     assert result.returncode == 0, result.stderr
     return only_run(folder, "train")
 
@@ -205,6 +206,14 @@ def test_amp_is_in_bfloat16_but_for_the_losses():
     assert seen == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
 
 
+def test_a_step_that_cannot_be_compiled_is_told_in_a_line():
+    lost = torch._dynamo.exc.BackendCompilerFailed(None, RuntimeError("no working C++ compiler\nTraceback"), None)
+    assert re.fullmatch(r"torch.compile failed \(.*\): start a run without --compile", str(_not_compiled(lost)))
+    other = RuntimeError("something else")
+    assert _not_compiled(other) is other
+
+
+@pytest.mark.slow  # half a minute of compiling
 def test_without_a_compiler_for_compile(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")

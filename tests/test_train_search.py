@@ -20,7 +20,7 @@ from model_search import Network
 
 TINY = "--dataset digits --subset 64 --batch_size 16 --init_channels 4 --layers 3 --epochs 2 --report_freq 1".split()
 QUICK = [*TINY, "--search_space", "s3"]  # where the primitives are not what matters
-SECOND_ORDER = ["--unrolled", *TINY, "--drop_path_prob", "0.4"]
+SECOND_ORDER = ["--unrolled", *QUICK, "--drop_path_prob", "0.4"]
 
 ALPHAS = {f"alphas_{what}.png" for what in ("normal", "reduction", "heat_map")}
 
@@ -29,7 +29,7 @@ ALPHAS = {f"alphas_{what}.png" for what in ("normal", "reduction", "heat_map")}
 def uninterrupted(tmp_path_factory):
     """The folder of a second-order search with drop path that nobody stopped, and what it printed."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    result = scripts.run(folder, "train_search.py", *SECOND_ORDER)
+    result = scripts.run(folder, "train_search.py", *SECOND_ORDER, drawn=True)
     assert result.returncode == 0, result.stderr
     return only_run(folder, "search"), result.stdout
 
