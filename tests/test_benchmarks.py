@@ -38,6 +38,7 @@ def test_bench_search_names_a_wrong_flag(run, flags):
     assert done.returncode == 2 and flags[0] in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow  # its workers are those of bench_search.py
 def test_bench_train_measures_variants(run, tmp_path):
     flags = "--settings 0 --batch_size 4 --rounds 1 --threads 1 --out".split()
     done = run("bench_train.py", *flags, tmp_path)

@@ -529,8 +529,7 @@ def test_compile_without_a_graph_break(monkeypatch, name, kernel_norm):
     "name, dynamic",
     [
         *((name, dynamic) for name in ("torch", "cpu") for dynamic in (None, True)),
-        ("reference", None),
-        pytest.param("reference", True, marks=pytest.mark.slow),  # as many symbols as taps
+        *(pytest.param("reference", dynamic, marks=pytest.mark.slow) for dynamic in (None, True)),  # an operation a tap
     ],
 )
 def test_compile_for_several_kernel_sizes(monkeypatch, name, dynamic):

@@ -44,7 +44,8 @@ def test_a_silence_is_broken_by_what_is_being_done(pulse, caplog):
 
 def test_scripts_have_a_pulse():
     program = """
-import functools, progress, time, utils
+import functools, time, utils
+from runtime import progress
 progress.Pulse = functools.partial(progress.Pulse, silence=0.1)
 utils.run_script(lambda: time.sleep(1))
 """
