@@ -1,7 +1,8 @@
 # make demo     search, retrain, test and draw on the digits set: a few minutes, nothing but the packages to download
 # make test     the test suite
 # make sanitize the C++ under AddressSanitizer and UndefinedBehaviorSanitizer (GCC; about half an hour)
-# make torture  random kills, damaged checkpoints, random command lines, after `make sanitize`
+# make races    the C++ with four threads under ThreadSanitizer (GCC, on Linux)
+# make torture  random kills, damaged checkpoints, random command lines, after `make sanitize` and `make races`
 # make lint     style checks
 # make clean    remove the environment (runs/ stays)
 
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DIGITS := --dataset digits --save demo
 
-.PHONY: demo test sanitize torture lint clean
+.PHONY: demo test sanitize races torture lint clean
 
 demo: .venv/installed
 	@set -e -o pipefail; newest() { ls -td runs/$$1-demo-* | head -n 1; }; \
@@ -43,8 +44,17 @@ sanitize: .venv/installed
 	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q -p no:cacheprovider \
 	tests/test_involution.py tests/test_fast_cell.py tests/test_model.py -k "not compile and not export and not start_at_once"
 
+# its threads are those of tests/openmp_of_pthreads.cpp; a race ends the tests with a report and exit code 66
+races: .venv/installed
+	CXX="g++ -O1 -g -fsanitize=thread -Wl,-Bsymbolic $(CURDIR)/tests/openmp_of_pthreads.cpp" \
+	INVOLUTION_CACHE=.venv/races LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" \
+	TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" OMP_NUM_THREADS=1 \
+	setarch -R $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/test_involution.py tests/test_fast_cell.py \
+	tests/test_model.py tests/test_inference.py -k "not compile and not export and not start_at_once"
+
 torture: .venv/installed
 	$(MAKE) sanitize
+	$(MAKE) races
 	$(BIN)/python benchmarks/torture.py
 
 lint: .venv/installed

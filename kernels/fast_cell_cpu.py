@@ -24,9 +24,9 @@ so that v is computed once, kept, and normalised in a second, narrow pass. With 
     d v = gamma s (g - G/P - x q/P),        d z = Wᵀ d v where z is positive,        d W = sum over pixels of (d v) zᵀ,
 
 which takes one pass over g and v for G and q, and one over all for the rest. Everything that reads a feature map is one
-projection; so are the heads of the involutions that read a state, where they are together at most half as wide as it. An
-image that others read through ReLU is written together with its positive part, whose gradient joins the image's where
-that is read.
+projection; so are the heads of the involutions that read a state, where they are together at most half as wide as it.
+An image that others read through ReLU is written together with its positive part, whose gradient joins the image's
+where that is read.
 
 The statistics are computed in double precision, from sums of single precision over short tiles: in float32 norm(v) is
 as exact as PyTorch's where a channel's mean is up to a hundred times its spread (2.5e-4 there, relative), and less

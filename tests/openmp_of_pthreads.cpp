@@ -1,7 +1,7 @@
 // The OpenMP that at::parallel_for needs, of threads that are started and joined for every loop: ThreadSanitizer follows
 // pthread_create and pthread_join, and knows nothing of how libgomp's threads wait for each other.
 //
-// Linked into the libraries of kernels/ by `make sanitize-threads`, with -Bsymbolic: PyTorch's own loops keep libgomp.
+// Linked into the libraries of kernels/ by `make races`, with -Bsymbolic: PyTorch's own loops keep libgomp.
 
 #include <pthread.h>
 
