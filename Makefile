@@ -50,7 +50,7 @@ races: .venv/installed
 	INVOLUTION_CACHE=.venv/races LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" \
 	TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" OMP_NUM_THREADS=1 \
 	setarch -R $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/test_involution.py tests/test_fast_cell.py \
-	tests/test_model.py tests/test_inference.py -k "not compile and not export and not start_at_once"
+	tests/test_model.py tests/test_inference.py -k "not compile and not export and not start_at_once and not out_of_memory"
 
 torture: .venv/installed
 	$(MAKE) sanitize
