@@ -4,9 +4,10 @@
 // The output is cut into tiles of at most 32 pixels, whose K*K kernels fit the first-level cache as one (K*K, 32)
 // matrix. Forward and grad_input run over channels: a pixel's channels lie in registers and each kernel value is
 // broadcast. grad_weight and the products with `span` run over pixels. Images are padded in scratch memory, so that
-// no inner loop asks where the border is; the scratch copy also takes in any layout and dtype. Every image, or block
-// of rows when there are few images, is one piece of work for PyTorch's threads; what is summed and in which order
-// never depends on the number of threads. bfloat16 is computed in float32.
+// no inner loop asks where the border is; the scratch copy also takes in any layout and dtype. Rows are copied when
+// the first tile comes to read them and put out when the last one has left them, so that all passes over a row find it
+// in the first-level cache. Every image, or block of rows when there are few images, is one piece of work for PyTorch's
+// threads; what is summed and in which order never depends on the number of threads. bfloat16 is computed in float32.
 //
 // Channels-last float32 images with given channels-last kernels need none of this at stride and dilation 1, K = 3, 5
 // or 7 and one to three vectors of channels a group: they are read and written where they are, both gradients in one
@@ -220,6 +221,15 @@ inline void transpose_block(D* dst, int64_t dp, const S* src, int64_t sp, int64_
     for (int64_t c = 0; c < cols; ++c) dst[r * dp + c] = D(src[c * sp + r]);
 }
 
+// Most runs are a pixel's channels, which are copied sooner than a function is called
+template <class D>
+inline void copy_run(D* dst, const D* src, int64_t count) {
+  if constexpr (std::is_floating_point_v<D>)
+    if (count <= 8 * kLanes<D>)
+      return for_columns<kLanes<D>>(0, count, [&](int64_t c, auto n) { store(dst + c, read<Lanes<D, n>>(src + c)); });
+  std::copy_n(src, count, dst);
+}
+
 enum class Side { kSource, kTarget };  // the one outside the scratch memory, which is visited in order
 
 // dst[r * dr + c * dc] = src[r * sr + c * sc], converting
@@ -232,7 +242,7 @@ void copy_matrix(D* dst, int64_t dr, int64_t dc, const S* src, int64_t sr, int64
     if (dr == cols && sr == cols) cols *= rows, rows = 1;
     for (int64_t r = 0; r < rows; ++r)
       if constexpr (std::is_same_v<D, S>)
-        std::copy_n(src + r * sr, cols, dst + r * dr);
+        copy_run(dst + r * dr, src + r * sr, cols);
       else
         for (int64_t c = 0; c < cols; ++c) dst[r * dr + c] = D(src[r * sr + c]);
   } else if (dc == 1 && sr == 1) {
@@ -262,38 +272,37 @@ void put_out(T* dst, int64_t dr, int64_t dc, const A* src, int64_t sr, int64_t r
   copy_matrix<Side::kTarget>(dst, dr, dc, src, sr, 1, rows, cols);
 }
 
-// The rows that output rows [y0, y0 + rows) read, with their border, as (row, col, channel) with `width` channels
+// Rows [r0, r1) of those that output rows from y0 on read, with their border, as (row, col, channel) with `width`
+// channels. What lies beside the image, and the channels that are too many, are zero already.
 template <class A, class T>
 void load_pixels(A* dst, const Problem& p, const Image<T>& image, int64_t n, int64_t c0, int64_t channels,
-                 int64_t width, int64_t y0, int64_t rows) {
+                 int64_t width, int64_t y0, int64_t r0, int64_t r1) {
   const int64_t cols = p.padded_cols(), pad = p.pad(), copied = std::min(p.W, cols - pad);
-  if (channels < width) std::fill_n(dst, p.padded_rows(rows) * cols * width, A(0));
-  for (int64_t r = 0; r < p.padded_rows(rows); ++r) {
+  for (int64_t r = r0; r < r1; ++r) {
     A* row = dst + r * cols * width;
     const int64_t h = y0 * p.stride - pad + r;
-    if (h < 0 || h >= p.H) {
+    if (h < 0 || h >= p.H)
       std::fill_n(row, cols * width, A(0));
-      continue;
-    }
-    std::fill_n(row, pad * width, A(0));
-    take_in(row + pad * width, width, image.at(n, c0, h, 0), image.w, image.c, copied, channels);
-    std::fill_n(row + (pad + copied) * width, (cols - pad - copied) * width, A(0));
+    else
+      take_in(row + pad * width, width, image.at(n, c0, h, 0), image.w, image.c, copied, channels);
   }
 }
 
 // The same rows as (row, channel, phase, col / stride): the pixels that one tap reads for consecutive outputs are
 // neighbours also when the stride is not 1
 struct Planes {
-  int64_t pitch, channel, row;
+  int64_t lead, pitch, channel, row;  // `lead` columns before the first, which put the image's on a vector's boundary
   Planes(const Problem& p, int64_t overrun)
-      : pitch((p.padded_cols() + p.stride - 1) / p.stride + overrun), channel(p.stride * pitch),
+      : lead(p.stride == 1 ? round_up(p.pad(), 8) - p.pad() : 0),
+        pitch(round_up(lead + (p.padded_cols() + p.stride - 1) / p.stride + overrun, 8)), channel(p.stride * pitch),
         row(p.Cg() * channel) {}
 };
 
+// Rows [r0, r1); what lies beside the image is zero already
 template <class A, class T>
 void load_planes(A* dst, const Planes& planes, const Problem& p, const Image<T>& image, int64_t n, int64_t c0,
-                 int64_t y0, int64_t rows) {
-  for (int64_t r = 0; r < p.padded_rows(rows); ++r) {
+                 int64_t y0, int64_t r0, int64_t r1) {
+  for (int64_t r = r0; r < r1; ++r) {
     const int64_t h = y0 * p.stride - p.pad() + r;
     if (h < 0 || h >= p.H) {
       std::fill_n(dst + r * planes.row, planes.row, A(0));
@@ -301,17 +310,12 @@ void load_planes(A* dst, const Planes& planes, const Problem& p, const Image<T>&
     }
     for (int64_t phase = 0; phase < p.stride; ++phase) {
       // column m * stride + phase of the padded row is column m * stride + phase - pad of the image
-      A* plane = dst + r * planes.row + phase * planes.pitch;
-      const int64_t first = std::max<int64_t>(0, (p.pad() - phase + p.stride - 1) / p.stride);
-      const int64_t w = first * p.stride + phase - p.pad();
-      const int64_t there = std::max<int64_t>(0, (p.W - w + p.stride - 1) / p.stride);
-      const int64_t begin = std::min(first, planes.pitch), end = std::min(begin + there, planes.pitch);
-      for (int64_t c = 0; c < p.Cg(); ++c) {
-        std::fill(plane + c * planes.channel, plane + c * planes.channel + begin, A(0));
-        std::fill(plane + c * planes.channel + end, plane + c * planes.channel + planes.pitch, A(0));
-      }
-      if (begin < end)
-        take_in(plane + begin, planes.channel, image.at(n, c0, h, w), image.c, image.w * p.stride, p.Cg(), end - begin);
+      A* plane = dst + r * planes.row + phase * planes.pitch + planes.lead;
+      const int64_t begin = std::max<int64_t>(0, (p.pad() - phase + p.stride - 1) / p.stride);
+      const int64_t w = begin * p.stride + phase - p.pad(), room = planes.pitch - planes.lead - begin;
+      const int64_t count = std::min(room, (p.W - w + p.stride - 1) / p.stride);
+      if (count > 0)
+        take_in(plane + begin, planes.channel, image.at(n, c0, h, w), image.c, image.w * p.stride, p.Cg(), count);
     }
   }
 }
@@ -449,7 +453,7 @@ inline void gather_strip(const A* image, int64_t row, int64_t col, const Taps& t
 // One row of a tile: out[x] = sum_{i,j} w[i*K + j][x] * image[x*stride + (i, j)*dilation], V vectors of channels.
 // X = dilation / stride: pixels X apart read columns one tap apart.
 template <class A, int K, int V, int X>
-void forward_row(const A* image, const A* w, A* out, int64_t width, const Steps& steps) {
+void forward_row(const A* image, const A* w, A* out, int64_t out_pixel, int64_t width, const Steps& steps) {
   constexpr int L = kLanes<A>, P = kStrip<V, X>;
   for_strips<P, X>(width, [&](int64_t x) {
     Vec<A> sum[P][V] = {};
@@ -458,13 +462,13 @@ void forward_row(const A* image, const A* w, A* out, int64_t width, const Steps&
 #pragma GCC unroll 8
     for (int s = 0; s < P; ++s)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store(out + ((x + s * X) * V + v) * L, sum[s][v]);
+      for (int v = 0; v < V; ++v) store(out + (x + s * X) * out_pixel + v * L, sum[s][v]);
   });
 }
 
 // The same for any K, stride and dilation
 template <class A, int V>
-void forward_row_any(const A* image, const A* w, A* out, int64_t width, const Steps& steps) {
+void forward_row_any(const A* image, const A* w, A* out, int64_t out_pixel, int64_t width, const Steps& steps) {
   constexpr int L = kLanes<A>, P = 4;
   for_strips<P, 1>(width, [&](int64_t x) {
     Vec<A> sum[P][V] = {};
@@ -480,21 +484,21 @@ void forward_row_any(const A* image, const A* w, A* out, int64_t width, const St
 #pragma GCC unroll 8
     for (int s = 0; s < P; ++s)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store(out + ((x + s) * V + v) * L, sum[s][v]);
+      for (int v = 0; v < V; ++v) store(out + (x + s) * out_pixel + v * L, sum[s][v]);
   });
 }
 
 // Transpose of forward_row for the tap rows [i_begin, i_end): image[...] += w[i*K + j][x] * grad[x]
 template <class A, int K, int V, int X>
-void scatter_row(A* image, const A* w, const A* grad, int64_t width, const Steps& steps, int64_t i_begin,
-                 int64_t i_end) {
+void scatter_row(A* image, const A* w, const A* grad, int64_t grad_pixel, int64_t width, const Steps& steps,
+                 int64_t i_begin, int64_t i_end) {
   constexpr int L = kLanes<A>, P = kStrip<V, X>;
   for_strips<P, X>(width, [&](int64_t x) {
     Vec<A> g[P][V];
 #pragma GCC unroll 8
     for (int s = 0; s < P; ++s)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) g[s][v] = load(grad + ((x + s * X) * V + v) * L);
+      for (int v = 0; v < V; ++v) g[s][v] = load(grad + (x + s * X) * grad_pixel + v * L);
     for (int64_t i = i_begin; i < i_end; ++i) {
       A* line = image + i * steps.row + x * steps.pixel;
       const A* taps = w + i * K * kPitch + x;
@@ -520,13 +524,13 @@ void scatter_row(A* image, const A* w, const A* grad, int64_t width, const Steps
 }
 
 template <class A, int V>
-void scatter_row_any(A* image, const A* w, const A* grad, int64_t width, const Steps& steps, int64_t i_begin,
-                     int64_t i_end) {
+void scatter_row_any(A* image, const A* w, const A* grad, int64_t grad_pixel, int64_t width, const Steps& steps,
+                     int64_t i_begin, int64_t i_end) {
   constexpr int L = kLanes<A>;
   for (int64_t x = 0; x < width; ++x) {
     Vec<A> g[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) g[v] = load(grad + (x * V + v) * L);
+    for (int v = 0; v < V; ++v) g[v] = load(grad + x * grad_pixel + v * L);
     for (int64_t i = i_begin; i < i_end; ++i)
       for (int64_t j = 0; j < steps.K; ++j) {
         A* pixel = image + i * steps.row + j * steps.col + x * steps.pixel;
@@ -687,9 +691,9 @@ void weight_in_place(const Row<A>& image, const Row<A>& grad, const Row<A>& gw, 
 // ------------------------------------------------------------------------------------ choice of the inner loop
 
 template <class A>
-using Forward = void (*)(const A*, const A*, A*, int64_t, const Steps&);
+using Forward = void (*)(const A*, const A*, A*, int64_t, int64_t, const Steps&);
 template <class A>
-using Scatter = void (*)(A*, const A*, const A*, int64_t, const Steps&, int64_t, int64_t);
+using Scatter = void (*)(A*, const A*, const A*, int64_t, int64_t, const Steps&, int64_t, int64_t);
 
 template <class A>
 struct PixelLoops {
@@ -771,7 +775,7 @@ void weight_tile(const A* planes, const Planes& layout, const Problem& p, const 
                  A* gw, const int64_t* offset) {
   const int64_t tap_row = p.dilation * layout.row;
   for (int64_t r = 0; r < t.rows; ++r) {
-    const A* line = planes + (t.y + r - y0) * p.stride * layout.row + t.x0;
+    const A* line = planes + (t.y + r - y0) * p.stride * layout.row + layout.lead + t.x0;
     const A* g = grad + r * t.width;
     A* out = gw + r * t.width;
     if (p.K == 3)
@@ -854,6 +858,14 @@ void for_rows(const Problem& p, const F& f) {
   });
 }
 
+// The place of a tile's row in an image whose pixels hold whole vectors, all of them of the image, or null
+template <class A, class T>
+A* in_place(T* row, const Image<T>& image, const Block<A>& b, const Tile& t) {
+  if constexpr (std::is_same_v<A, T>)
+    return image.c == 1 && b.channels == b.width && t.nx == t.width ? row : nullptr;
+  return nullptr;
+}
+
 template <class T, class Source, class A = typename AccumulatorOf<T>::type>
 void forward(const Problem& p, const Image<T>& input, const Source& source, const Image<T>& output) {
   if constexpr (std::is_same_v<Source, GivenKernels<A, T>> && std::is_same_v<T, A>) {
@@ -872,16 +884,20 @@ void forward(const Problem& p, const Image<T>& input, const Source& source, cons
   at::parallel_for(0, p.N * units, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(sizeof(A) * (image * width + p.KK() * kPitch + kPitch * width + source.scratch()) + 256);
     A* padded = scratch.take<A>(image * width);
+    std::fill_n(padded, image * width, A(0));
     A* w = scratch.take<A>(p.KK() * kPitch);
     A* out = scratch.take<A>(kPitch * width);
     A* features = scratch.take<A>(source.scratch());
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / units, y0 = unit % units * rows, y1 = std::min(p.Ho(), y0 + rows);
       for (int64_t g = 0; g < p.G; ++g) {
-        for (const auto& b : blocks)
-          load_pixels(padded + b.channel * image, p, input, n, g * p.Cg() + b.channel, b.channels, b.width, y0,
-                      y1 - y0);
+        int64_t loaded = 0;  // rows, as tiles come to need them
         for_tiles(p, y0, y1, [&](const Tile& t) {
+          const int64_t needed = p.padded_rows(t.y + t.rows - y0);
+          for (const auto& b : blocks)
+            load_pixels(padded + b.channel * image, p, input, n, g * p.Cg() + b.channel, b.channels, b.width, y0,
+                        loaded, needed);
+          loaded = needed;
           source.prepare(features, t, n);
           source.make(w, features, t, n, g);
           for (const auto& b : blocks) {
@@ -889,9 +905,13 @@ void forward(const Problem& p, const Image<T>& input, const Source& source, cons
             for (int64_t r = 0; r < t.rows; ++r) {
               const A* line = padded + b.channel * image +
                               ((t.y + r - y0) * p.stride * cols + t.x0 * p.stride) * b.width;
-              b.loops.forward(line, w + r * t.width, out, t.width, steps);
-              put_out(output.at(n, g * p.Cg() + b.channel, t.y + r, t.x0), output.w, output.c, out, b.width, t.nx,
-                      b.channels);
+              T* to = output.at(n, g * p.Cg() + b.channel, t.y + r, t.x0);
+              if (A* there = in_place<A>(to, output, b, t)) {
+                b.loops.forward(line, w + r * t.width, there, output.w, t.width, steps);
+                continue;
+              }
+              b.loops.forward(line, w + r * t.width, out, b.width, t.width, steps);
+              put_out(to, output.w, output.c, out, b.width, t.nx, b.channels);
             }
           }
         });
@@ -917,21 +937,45 @@ class InputGradient {  // of one block of rows and one group at a time
     features = scratch.take<A>(source.scratch());
   }
 
-  // The gradient of input rows [y0*stride, y1*stride) from all output rows that read them
-  void run(int64_t n, int64_t g, int64_t y0, int64_t y1) {
-    const int64_t h0 = y0 * p.stride, h1 = std::min(p.H, y1 * p.stride);
-    const int64_t first = std::max<int64_t>(0, (h0 - p.pad() + p.stride - 1) / p.stride);
-    const int64_t last = std::min(p.Ho() - 1, (h1 - 1 + p.pad()) / p.stride);
-    std::fill_n(padded, image * width, A(0));
-    for_tiles(p, first, last + 1, [&](const Tile& t) { add_tile(t, n, g, h0, h1); });
-    for (const auto& b : blocks)
-      for (int64_t h = h0; h < h1; ++h)
-        put_out(grad_input.at(n, g * p.Cg() + b.channel, h, 0), grad_input.w, grad_input.c,
-                padded + b.channel * image + ((h - h0) * cols + p.pad()) * b.width, b.width, p.W, b.channels);
+  // The gradient of input rows [y0*stride, y1*stride) from all output rows that read them, in the order of those, so
+  // that a row is begun, and put out, when the first of them is reached, and the last one left.
+  void start(int64_t image, int64_t group, int64_t y0, int64_t y1) {
+    n = image, g = group, h0 = y0 * p.stride, h1 = std::min(p.H, y1 * p.stride);
+    next = std::max<int64_t>(0, (h0 - p.pad() + p.stride - 1) / p.stride);
+    last = std::min(p.Ho() - 1, (h1 - 1 + p.pad()) / p.stride);
+    begun = done = h0;
+  }
+
+  // As far as output row `until`
+  void advance(int64_t until) {
+    until = std::min(until, last + 1);
+    for_tiles(p, next, until, [&](const Tile& t) {
+      if (t.x0 == 0) {
+        put_rows(t.y * p.stride - p.pad());
+        begin_rows(t.y * p.stride - p.pad() + p.padded_rows(t.rows));
+      }
+      add_tile(t);
+    });
+    next = std::max(next, until);
+    if (next == last + 1) put_rows(h1);
   }
 
  private:
-  void add_tile(const Tile& t, int64_t n, int64_t g, int64_t h0, int64_t h1) {
+  void begin_rows(int64_t end) {
+    for (; begun < std::min(h1, end); ++begun)
+      for (const auto& b : blocks)
+        std::fill_n(padded + b.channel * image + (begun - h0) * cols * b.width, cols * b.width, A(0));
+  }
+
+  void put_rows(int64_t end) {
+    begin_rows(end);  // those that no output reads
+    for (; done < std::min(h1, end); ++done)
+      for (const auto& b : blocks)
+        put_out(grad_input.at(n, g * p.Cg() + b.channel, done, 0), grad_input.w, grad_input.c,
+                padded + b.channel * image + ((done - h0) * cols + p.pad()) * b.width, b.width, p.W, b.channels);
+  }
+
+  void add_tile(const Tile& t) {
     source.prepare(features, t, n);
     source.make(w, features, t, n, g);
     for (const auto& b : blocks) {
@@ -941,11 +985,15 @@ class InputGradient {  // of one block of rows and one group at a time
         const int64_t i_begin = std::max<int64_t>(0, (h0 - top + p.dilation - 1) / p.dilation);
         const int64_t i_end = std::min(p.K, (h1 - 1 - top) / p.dilation + 1);
         if (h1 - 1 < top || i_begin >= i_end) continue;
-        if (t.nx < t.width || b.channels < b.width) std::fill_n(grad, t.width * b.width, A(0));
-        take_in(grad, b.width, grad_output.at(n, g * p.Cg() + b.channel, t.y + r, t.x0), grad_output.w,
-                grad_output.c, t.nx, b.channels);
         A* line = padded + b.channel * image + ((top - h0) * cols + t.x0 * p.stride) * b.width;
-        b.loops.scatter(line, w + r * t.width, grad, t.width, steps, i_begin, i_end);
+        T* from = grad_output.at(n, g * p.Cg() + b.channel, t.y + r, t.x0);
+        if (const A* there = in_place<A>(from, grad_output, b, t)) {
+          b.loops.scatter(line, w + r * t.width, there, grad_output.w, t.width, steps, i_begin, i_end);
+          continue;
+        }
+        if (t.nx < t.width || b.channels < b.width) std::fill_n(grad, t.width * b.width, A(0));
+        take_in(grad, b.width, from, grad_output.w, grad_output.c, t.nx, b.channels);
+        b.loops.scatter(line, w + r * t.width, grad, b.width, t.width, steps, i_begin, i_end);
       }
     }
   }
@@ -956,6 +1004,7 @@ class InputGradient {  // of one block of rows and one group at a time
   const std::vector<Block<A>> blocks;
   const int64_t cols, image, width;
   A *padded, *w, *grad, *features;
+  int64_t n, g, h0, h1, next, last, begun, done;  // of the block: output rows to come, input rows begun and put out
 };
 
 template <class T, class A = typename AccumulatorOf<T>::type>
@@ -972,14 +1021,18 @@ class WeightGradient {  // of one block of rows and one group at a time; hands e
 
   void begin(Scratch& scratch) {
     planes = scratch.take<A>(image);
+    std::fill_n(planes, image, A(0));
     gw = scratch.take<A>(p.KK() * kPitch);
     grad = scratch.take<A>(p.Cg() * kPitch);
   }
 
   template <class Sink>
   void run(int64_t n, int64_t g, int64_t y0, int64_t y1, const Sink& sink) {
-    load_planes(planes, layout, p, input, n, g * p.Cg(), y0, y1 - y0);
+    int64_t loaded = 0;  // rows, as tiles come to need them
     for_tiles(p, y0, y1, [&](const Tile& t) {
+      const int64_t needed = p.padded_rows(t.y + t.rows - y0);
+      load_planes(planes, layout, p, input, n, g * p.Cg(), y0, loaded, needed);
+      loaded = needed;
       load_tile(grad, t, grad_output, n, g * p.Cg(), p.Cg());
       if (t.nx < t.width || t.rows * t.width < kTile) std::fill_n(gw, p.KK() * kPitch, A(0));
       weight_tile(planes, layout, p, t, y0, grad, gw, offset.data());
@@ -1025,14 +1078,16 @@ void backward(const Problem& p, const Image<T>& grad_output, const Image<T>& inp
       const int64_t n = unit / p.blocks(), y0 = unit % p.blocks() * p.block_rows();
       const int64_t y1 = std::min(p.Ho(), y0 + p.block_rows());
       for (int64_t g = 0; g < p.G; ++g) {
-        if (grad_input.data) to_input.run(n, g, y0, y1);
+        if (grad_input.data) to_input.start(n, g, y0, y1);
         if (grad_weight.data)
           to_weight.run(n, g, y0, y1, [&](const Tile& t, const A* gw) {
+            if (grad_input.data && t.x0 == 0) to_input.advance(t.y + t.rows);
             if (grad_weight.w == 1) grad_weight.prefetch(p, n, g, t);
             for (int64_t r = 0; r < t.rows; ++r)
               put_out(grad_weight.at(n, g, t.y + r, t.x0), grad_weight.k, grad_weight.w, gw + r * t.width, kPitch,
                       p.KK(), t.nx);
           });
+        if (grad_input.data) to_input.advance(p.Ho());
       }
     }
   });
@@ -1066,8 +1121,9 @@ void fused_backward(const Problem& p, const Image<T>& grad_output, const Image<T
         for (int64_t g = 0; g < p.G; ++g) {
           const A* group_span = span.data() + g * p.KK() * depth;
           A* next = to_hidden;
-          to_input.run(n, g, y0, y1);
+          to_input.start(n, g, y0, y1);
           to_weight.run(n, g, y0, y1, [&](const Tile& t, const A* gw) {
+            if (t.x0 == 0) to_input.advance(t.y + t.rows);
             source.prepare(features, t, n);
             accumulate_outer(gw, features, sums + g * p.KK() * depth * L, p.KK(), depth);
             multiply(group_span, 1, depth, gw, next, p.hidden, p.KK(), g > 0);
@@ -1077,6 +1133,7 @@ void fused_backward(const Problem& p, const Image<T>& grad_output, const Image<T
                         p.hidden, t.nx);
             next += p.hidden * kPitch;
           });
+          to_input.advance(p.Ho());
         }
       }
       for (int64_t e = 0; e < size; ++e) {

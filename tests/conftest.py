@@ -24,6 +24,12 @@ LONGEST = "train train_search fast_cell involution_triton involution processes b
 LONGEST = [f"test_{name}" for name in LONGEST.split()]
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers():
+    """One process more than there are cores: a test that waits for a script leaves its core to another test."""
+    return os.cpu_count() + 1
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if not torch.cuda.is_available():
