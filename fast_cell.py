@@ -144,6 +144,7 @@ def _spread(plain, backend):
         groups[tuple(of_node)].append(key)
     for nodes, keys in groups.items():
         matrix = torch.stack([alphas[key][n] for n in nodes for key in keys]).view(len(nodes), len(keys))
+        matrix = matrix.to(images[keys[0]].dtype)
         yield from zip(nodes, backend.spread([images[key] for key in keys], matrix), strict=True)
 
 
@@ -153,7 +154,8 @@ def _sum(parts, linear, backend):
     for alpha, term, factor in linear:
         groups[term.input.shape[1]].append((alpha, term, factor))
     alphas, terms, factors = ([[each[k] for each in group] for group in groups.values()] for k in range(3))
-    return backend.mix(parts, terms, list(map(torch.stack, alphas)), factors)
+    alphas = [torch.stack(of_group).to(terms[0][0].input.dtype) for of_group in alphas]
+    return backend.mix(parts, terms, alphas, factors)
 
 
 # ------------------------------------------------------------------------------------------- cells of a genotype

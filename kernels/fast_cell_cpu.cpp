@@ -10,7 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <deque>
-#include <new>
+#include <exception>
 #include <type_traits>
 #include <vector>
 
@@ -720,7 +720,7 @@ int with_dtype(int64_t is_double, const F& f) {
     else
       f(float());
     return 0;
-  } catch (const std::bad_alloc&) {
+  } catch (const std::exception&) {  // std::length_error too: sizes past any memory
     return 1;
   }
 }

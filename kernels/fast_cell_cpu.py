@@ -44,6 +44,7 @@ from torch.autograd import Function
 
 from . import build, involution_cpu
 from .fast_cell_torch import MOMENTUM, average, made, side_by_side
+from .involution_arguments import check_fused
 
 __all__ = [
     "average",
@@ -180,7 +181,7 @@ class _Heads(Function):
     @staticmethod
     @_once_differentiable
     def backward(ctx, *grads):
-        x, v, *saved = ctx.saved_tensors
+        x, v, *saved = _saved(ctx)
         weights, hidden = saved[: len(grads)], saved[len(grads) :]
         return None, *_heads_backward(grads, x, weights, hidden, v, ctx.affine, ctx.stats, ctx.training)
 
@@ -197,6 +198,10 @@ class _Involutions(Function):
             pooled, weights[: len(layers)], affine[: len(norms)], affine[len(norms) :], norms
         )
         ctx.scales = None if rms_eps is None else _rms_norm(hidden, rms_eps)
+        geometry = [
+            (place[0], *check_fused(x, h, span, bias, *place))
+            for h, (_, span, bias), place in zip(hidden, layers, geometry, strict=True)
+        ]
         outputs = [
             involution_cpu.fused_forward(x, h, span, bias, *place)
             for h, (_, span, bias), place in zip(hidden, layers, geometry, strict=True)
@@ -210,7 +215,7 @@ class _Involutions(Function):
     @_once_differentiable
     def backward(ctx, *grads):
         n = len(grads)
-        x, pooled, v, *saved = ctx.saved_tensors
+        x, pooled, v, *saved = _saved(ctx)
         hidden, weights = saved[:n], saved[n:]
         used = [grad is not None for grad in grads]
         grads = [
@@ -267,7 +272,7 @@ class _Depthwise(Function):
     @staticmethod
     @_once_differentiable
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        x, weight = _saved(ctx)
         grads = [
             torch.empty_like(tensor) if needed else None
             for tensor, needed in zip((x, weight), ctx.needs_input_grad, strict=False)
@@ -290,7 +295,7 @@ class _Spread(Function):
     @staticmethod
     @_once_differentiable
     def backward(ctx, *grads):
-        (alphas, *images), grads = ctx.saved_tensors, [_channels_last(g) for g in grads]
+        (alphas, *images), grads = _saved(ctx), [_channels_last(g) for g in grads]
         to_images = [torch.empty_like(x) if n else None for x, n in zip(images, ctx.needs_input_grad[1:], strict=True)]
         to_alphas = torch.empty_like(alphas, dtype=torch.float64)
         packed = [*_operands(images), *_operands(grads), alphas.data_ptr(), to_alphas.data_ptr()]
@@ -339,7 +344,7 @@ class _Mix(Function):
     @staticmethod
     @_once_differentiable
     def backward(ctx, *grads):
-        n, saved = len(ctx.stats), ctx.saved_tensors  # once, which is what torch.utils.checkpoint allows
+        n, saved = len(ctx.stats), _saved(ctx)
         scales, shifts, positive, tensors = saved[:n], saved[n : 2 * n], saved[2 * n], saved[2 * n + 1 :]
         needed = ctx.needs_input_grad[4 + 2 * n + ctx.parts :]
         gradient, mask, more = _gradient(grads, ctx.wanted, positive)
@@ -351,7 +356,6 @@ class _Mix(Function):
         to_affine = [to if size else None for to, size in zip(in_double.split(sizes), sizes, strict=True)]
         to_scales, to_shifts = to_affine[:n], to_affine[n:]
         packed = [*_sums([(gradient, mask, more)]), _address(total), sum(stats.shape[0] for stats in ctx.stats)]
-        gradient = gradient if total is None else total
         for scale, shift, to_scale, to_shift, factors, stats in zip(
             scales, shifts, to_scales, to_shifts, ctx.factors, ctx.stats, strict=True
         ):
@@ -364,7 +368,8 @@ class _Mix(Function):
         _call_with_statistics("mix_backward", gradient, ctx.training, packed)
         to_affine = in_double.to(gradient.dtype).split(sizes)
         to_affine = (to if size else None for to, size in zip(to_affine, sizes, strict=True))
-        return None, None, None, None, *to_affine, *[gradient] * ctx.parts, *to_inputs
+        to_parts = [gradient if total is None else total] * ctx.parts
+        return None, None, None, None, *to_affine, *to_parts, *to_inputs
 
 
 def _candidate(x, factor, weight, scale, shift, stats, k):
@@ -395,6 +400,7 @@ class _Project(Function):
         scale, shift, weight = _side_by_side(scales), _side_by_side(shifts), torch.cat(weights)
         training, C = norms[0].training, weight.shape[0]
         check_widths(sum(x.shape[1] for x in images), weight, norms)
+        check_sizes([(x.shape[0], *x.shape[2:]) for x in images])
         v, stats = _image(images[0], C) if keep or training else None, _statistics(norms, 1, C, 0)
         results = [
             [_image(images[0], w.shape[0]) if each else None for each in pair]
@@ -418,7 +424,7 @@ class _Project(Function):
     @staticmethod
     @_once_differentiable
     def backward(ctx, *grads):
-        saved = ctx.saved_tensors  # once, as in _Mix
+        saved = _saved(ctx)
         images, (weight, scale, shift, v) = saved[: ctx.n], saved[ctx.n :]
         gradients = _of_results(grads, ctx.wanted)
         to_images = [torch.empty_like(x) if n else None for x, n in zip(images, ctx.needs_input_grad[4:], strict=False)]
@@ -457,7 +463,7 @@ class _Normalize(Function):
     @staticmethod
     @_once_differentiable
     def backward(ctx, *grads):
-        v, scale, shift = ctx.saved_tensors
+        v, scale, shift = _saved(ctx)
         to_v, (to_scale, to_shift) = torch.empty_like(v), torch.empty(2, v.shape[1], dtype=torch.float64)
         gradients = _of_results(grads, [ctx.wanted])
         packed = [0, *_projection(v, None, scale, shift, ctx.stats), *_results(gradients, [v.shape[1]])]
@@ -481,7 +487,7 @@ class _Pool(Function):
     @_once_differentiable
     def backward(ctx, grad):
         grad, to_x = _channels_last(grad), _image(grad, *ctx.problem[1:4])
-        x, output = ctx.saved_tensors if ctx.is_max else (None, None)
+        x, output = _saved(ctx) if ctx.is_max else (None, None)
         arguments = _numbers(ctx.problem), ctypes.c_int64(ctx.is_max), *_addresses(x, output, grad, to_x)
         _call("pool_backward", grad, *arguments)
         return to_x, None, None
@@ -598,6 +604,12 @@ def check_widths(width, weight, norms=()):
         raise ValueError(f"a convolution must fit {fit}, got a weight {tuple(weight.shape)}")
 
 
+def check_sizes(sizes):
+    """Raise ValueError unless images that are to lie side by side are of one size."""
+    if len(set(sizes)) > 1:
+        raise ValueError(f"images side by side must be of one size, got {', '.join(map(str, sizes))}")
+
+
 def _side_by_side(parameters):
     """Scales or shifts of batch norms as one; None where the norms have none."""
     return None if parameters[0] is None else torch.cat(parameters)
@@ -646,6 +658,14 @@ def _track(norms, stats, C):
 
 def _channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def _saved(ctx):
+    """What forward has saved, laid out as it was then: hooks on saved tensors may have changed that.
+
+    Only to be asked for once, which is what torch.utils.checkpoint allows.
+    """
+    return [x if x is None or x.dim() != 4 else _channels_last(x) for x in ctx.saved_tensors]
 
 
 def _image(x, C, H=None, W=None):

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .involution_arguments import autocast
+from .involution_arguments import autocast, check_fused
 from .involution_ops import involution_fused
 from .involution_torch import rms_norm
 
@@ -29,11 +29,14 @@ def involutions(x, pooled, layers, rms_eps):
     hidden = heads(pooled, [first.conv.weight for first in firsts], [first.bn for first in firsts])
     if rms_eps is not None:
         hidden = [rms_norm(h, rms_eps) for h in hidden]
-    spans = [layer.conv2.conv for layer in layers]
-    return [
-        involution_fused(*autocast(x, h, span.weight, span.bias), layer.kernel_size, layer.stride, layer.dilation)
-        for h, span, layer in zip(hidden, spans, layers, strict=True)
-    ]
+    return [_involution(x, h, layer) for h, layer in zip(hidden, layers, strict=True)]
+
+
+def _involution(x, hidden, layer):
+    span = layer.conv2.conv
+    tensors = autocast(x, hidden, span.weight, span.bias)
+    steps = check_fused(*tensors, layer.kernel_size, layer.stride, layer.dilation)
+    return involution_fused(*tensors, layer.kernel_size, *steps)
 
 
 def depthwise(x, weight, stride, dilation):

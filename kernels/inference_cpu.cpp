@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <new>
@@ -287,7 +288,7 @@ extern "C" int inference_evaluate(int64_t is_double, const int64_t* packed, int6
     else
       evaluate<float>(packed, bytes, N, images, outside);
     return 0;
-  } catch (const std::bad_alloc&) {
+  } catch (const std::exception&) {  // std::length_error too: sizes past any memory
     return 1;
   }
 }

@@ -78,8 +78,10 @@ class Recording:
             numbers = _entry(fast_cell_cpu, "fast_cell_rms_norm"), hidden.shape[1], _pixels(hidden), eps
             self._pass(_RMS_NORM, *numbers, _only(hidden), _only(scales))
         groups, taps = len(span.weight) // layer.kernel_size**2, layer.kernel_size**2
-        if (groups * taps, hidden.shape[1]) != span.weight.shape[:2] or C % groups or len(span.bias) != groups * taps:
-            raise Unsupported  # what PyTorch's operators will say of it
+        size = -(-H // layer.stride), -(-W // layer.stride)
+        fits = groups > 0 and C % groups == 0 and hidden.size == size and len(span.bias) == groups * taps
+        if not fits or (groups * taps, hidden.shape[1]) != span.weight.shape[:2] or span.bias.dtype != x.dtype:
+            raise Unsupported  # what fast_cell_cpu will say of it
         result = self._map(x, C, *hidden.size)
         problem = C, H, W, groups, layer.kernel_size, layer.stride, layer.dilation, hidden.shape[1]
         span = self._contiguous(span.weight), self._contiguous(span.bias)
@@ -121,6 +123,8 @@ class Recording:
         return result
 
     def side_by_side(self, maps):
+        if any(each.size != maps[0].size for each in maps):
+            raise Unsupported  # what fast_cell_cpu, or PyTorch, will say of it
         return Map(maps[0].dtype, *maps[0].size, [block for each in maps for block in each.blocks])
 
     def made(self, make):
@@ -245,7 +249,7 @@ class Program:
         outputs = [
             torch.empty((N, *shape), dtype=self.dtype, memory_format=torch.channels_last) for shape in self.outputs
         ]
-        images = images or min(max(1, CACHE // self.bytes), -(-N // torch.get_num_threads()))
+        images = images or max(1, min(CACHE // self.bytes, -(-N // torch.get_num_threads())))
         outside = [x.data_ptr() for x in (*inputs, *outputs)]
         outside = (ctypes.c_int64 * len(outside))(*outside)
         sizes = (ctypes.c_int64(number) for number in (self.bytes, N, images))

@@ -7,11 +7,13 @@ import torch
 import torch.nn as nn
 
 import fast_cell
+import genotypes
 import operations
 from conftest import vary_kernels
 from genotypes import SEARCH_SPACES
-from involution import KERNEL_NORMS, set_kernel_norm
+from involution import KERNEL_NORMS, Involution2d, set_kernel_norm
 from kernels import build, fast_cell_torch
+from model import NetworkCIFAR
 from model_search import Network
 
 
@@ -161,6 +163,84 @@ def test_operations_that_are_not_as_they_were_made(backend):
 def test_operations_of_another_geometry(backend, monkeypatch, change, training):
     monkeypatch.setitem(operations.OPS, "dil_conv_3x3", change)
     assert_equal_to_plain(make(["skip_connect", "dil_conv_3x3", "dil_conv_5x5"]).train(training))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer, "stride", 1),
+        lambda layer: setattr(layer, "kernel_size", layer.kernel_size + 2),
+        lambda layer: set_span(layer, 1, 0),
+        lambda layer: set_span(layer, 0, 2 * layer.kernel_size**2),
+        lambda layer: setattr(layer.conv2.conv, "bias", nn.Parameter(layer.conv2.conv.bias.data.float())),
+    ],
+    ids=["stride", "kernel size", "channels", "groups", "dtype"],
+)
+@pytest.mark.parametrize("derived", [False, True], ids=["supernet", "derived"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_an_involution_whose_parts_do_not_fit_is_refused(backend, change, derived, training):
+    """C++ would read and write what is not there."""
+    net = make(["skip_connect", "sep_invo_3x3"])
+    if derived:
+        net = NetworkCIFAR(8, 5, 3, False, genotypes.DARTS_L20).double()
+        net.drop_path_prob = 0.0
+    change(next(module for module in net.modules() if isinstance(module, Involution2d) and module.stride == 2))
+    with pytest.raises((ValueError, RuntimeError)):
+        net.train(training)(torch.randn(2, 3, 16, 16).double())
+
+
+def set_span(layer, more_inputs, more_outputs):
+    span = layer.conv2.conv
+    sizes = span.in_channels + more_inputs, span.out_channels + more_outputs
+    layer.conv2.conv = nn.Conv2d(*sizes, 1).double()
+
+
+def test_hooks_on_saved_tensors_may_change_their_layout(backend):
+    """As torch.autograd.graph.save_on_cpu does."""
+    for space in ("mixed", "darts"):
+        net, input, target = make(SEARCH_SPACES[space], steps=2), torch.randn(4, 3, 8, 8).double(), torch.arange(4)
+        expected = results(copy.deepcopy(net), input, target)
+        with torch.autograd.graph.saved_tensors_hooks(in_the_usual_layout, lambda x: x):
+            actual = results(net, input, target)
+        for name, value in actual.items():
+            assert torch.allclose(value, expected[name], rtol=1e-9, atol=1e-9), name
+
+
+def in_the_usual_layout(x):
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def test_the_gradient_of_a_positive_part_may_have_any_layout():
+    norm = nn.BatchNorm2d(8).double()
+    term = fast_cell.Term(torch.randn(2, 8, 9, 9).double(), torch.randn(8, 8, 1, 1).double(), norm)
+    module = fast_cell.choose_backend(term.input)
+    if module is fast_cell_torch:
+        pytest.skip("no C++ compiler here")
+    factor, gradients = torch.randn(2, 8, 9, 9).double(), []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        weight = term.weight.clone().requires_grad_()
+        plain, positive = module.node([], [term._replace(weight=weight)], [None], (True, True))
+        ((plain + positive.contiguous(memory_format=layout)) * factor.contiguous(memory_format=layout)).sum().backward()
+        gradients.append(weight.grad)
+    assert torch.allclose(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_alphas_of_another_dtype(backend):
+    net = make(["skip_connect", "sep_invo_3x3", "avg_pool_3x3"]).float()
+    for alpha in net.arch_parameters():
+        alpha.data = alpha.data.double()
+    plain, input = copy.deepcopy(net), torch.randn(4, 3, 8, 8)
+    plain.fast = False
+    assert torch.allclose(net(input), plain(input), rtol=1e-4, atol=1e-4)
+
+
+def test_images_side_by_side_are_of_one_size(backend):
+    parsed = genotypes.DARTS_V2._replace(reduce_concat=[0, 2, 3])  # of a genotype that was not parsed, which is checked
+    net = NetworkCIFAR(8, 5, 3, False, parsed).double()
+    net.drop_path_prob = 0.0
+    for training in (True, False):
+        with pytest.raises((ValueError, RuntimeError), match="[Ss]ize"):
+            net.train(training)(torch.randn(2, 3, 16, 16).double())
 
 
 def pad_around(module):
