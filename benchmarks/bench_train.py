@@ -37,6 +37,7 @@ SETTINGS = (  # genotype, channels, cells, auxiliary head, batch size
     ("DARTS", 16, 8, False, 64),
     ("DARTS_V2", 16, 8, False, 64),
     ("DARTS", 36, 20, True, 96),
+    ("DARTS", 36, 8, True, 96),
 )
 GROWTH = {"batch_size": (16, 32, 64, 128), "init_channels": (8, 16, 32), "layers": (4, 8, 16)}
 NAMES = {"fast": "this code", "plain": "module by module", "peer": "original DARTS"}

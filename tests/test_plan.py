@@ -91,10 +91,18 @@ def test_the_epochs_of_all_stages(small):
     assert small.epochs() == {"search": 6, "short": 9 * 3, "final": 8 * 2 * 7}
 
 
-@pytest.mark.parametrize("name, stages", [("quick", "short final"), ("small", "short"), ("paper", "short final")])
-def test_the_plans_that_ship_are_right(name, stages):
+@pytest.mark.parametrize(
+    "name, kinds, stages",
+    [
+        ("quick", "searched random", "short final"),
+        ("small", "searched random", "short"),
+        ("paper", "searched random", "short final"),
+        ("long", "searched", "short final"),
+    ],
+)
+def test_the_plans_that_ship_are_right(name, kinds, stages):
     loaded = plan.load(ROOT / "plans" / f"{name}.toml")
-    assert {candidate.kind for candidate in loaded.candidates} >= {"searched", "random"}
+    assert {candidate.kind for candidate in loaded.candidates} >= {*kinds.split()}
     assert " ".join(stage for stage, seeds in loaded.seeds.items() if seeds) == stages
 
 
