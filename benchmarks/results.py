@@ -38,6 +38,7 @@ from watch import curves  # noqa: E402
 _KEPT = ("config.json", "metrics.csv", "genotype.json", "summary.json")
 _SEARCH = "choice/search-second-2"  # whose cells and curves are shown
 _REPORTED, _TO_BEAT = "the code that this one replaces", {"8": "82.07", "10": "83.23", "20": "93.17"}  # by cells
+_NETWORKS = {"second-2": "found here in second order"}  # by the names of their runs in results/hour
 # of a plan: share of the training images in an epoch, batch size, seconds of a step on two cores with AVX-512
 # (benchmarks/RESULTS.md: second-order search; DARTS with 36 channels, 20 or 8 cells and auxiliary head)
 _SEARCH_STEP = (0.5, 64, 9.35)
@@ -121,8 +122,8 @@ def hour(results):
         groups[folder.name.rpartition("-seed")[0]].append(folder)
     found = [_trained(name, folders) for name, folders in groups.items()]
     head = ["network", "cells", "channels", "parameters (M)", "multiply-adds (M)", "epochs"]
-    head += ["minutes of one core", "accuracy (%)"]
-    lines = [[_REPORTED, cells, *["–"] * 5, f"{accuracy} (n = 1), validation"] for cells, accuracy in _TO_BEAT.items()]
+    head += ["minutes of one core", "seconds an epoch", "accuracy (%)"]
+    lines = [[_REPORTED, cells, *["–"] * 6, f"{accuracy} (n = 1), validation"] for cells, accuracy in _TO_BEAT.items()]
     return comparison.markdown_table(head, lines + [line for _, line in sorted(found, reverse=True)])
 
 
@@ -133,13 +134,17 @@ def _trained(name, folders):
     cost = measure.count(genotypes.parse(folders[0]), args, 10)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     accuracies = [_history(folder / "metrics.csv")[-1]["valid_acc"] for folder in folders]
-    minutes = comparison.value_range([60 * summary["processor_hours"] for summary in summaries])
+    minutes, seconds = (
+        comparison.value_range([unit * summary["processor_hours"] for summary in summaries])
+        for unit in (60, 3600 / args.epochs)
+    )
     size = str(args.layers), str(args.init_channels), f"{cost.parameters / 1e6:.3f}", f"{cost.multiply_adds / 1e6:.1f}"
     return statistics.mean(accuracies), [
-        name,
+        _NETWORKS.get(name, name),
         *size,
         str(args.epochs),
         minutes,
+        seconds,
         f"{comparison.spread(accuracies)}, test",
     ]
 

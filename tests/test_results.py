@@ -61,8 +61,8 @@ def test_trainings_that_differ_in_their_seeds_are_one_line(results, tmp_path):
     for name, accuracy in {"small-seed0": 80.0, "small-seed1": 82.0, "large-seed0": 90.0}.items():
         make_run(tmp_path / "hour" / name, accuracy)
     *_, first, second = results.hour(tmp_path).splitlines()
-    assert first.startswith("| large | 3 | 4 |") and first.endswith("| 2 | 24 | 90.00 (n = 1), test |")
-    assert second.startswith("| small | 3 | 4 |") and second.endswith("| 2 | 24 | 81.00 ± 1.41 (n = 2), test |")
+    assert first.startswith("| large | 3 | 4 |") and first.endswith("| 2 | 24 | 720 | 90.00 (n = 1), test |")
+    assert second.startswith("| small | 3 | 4 |") and second.endswith("| 2 | 24 | 720 | 81.00 ± 1.41 (n = 2), test |")
 
 
 def test_of_a_run_a_few_files_are_kept(results, tmp_path):
