@@ -365,10 +365,10 @@ class _Known:
         return self.by_dtype[dtype]
 
     def _look_at(self, roots):
-        self.roots, self.by_dtype = roots, {}
         self.modules = [m for root in roots for m in root.modules()]
         self.attributes = [dict(vars(m)) for m in self.modules]
         self.hooks = [hooks for m in self.modules for hooks in _hooks(m)]
+        self.roots, self.by_dtype = [] if any(self.hooks) else roots, {}  # hooks may be gone the next time
         self.dictionaries = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
         self.contents = _contents(self.dictionaries)
         self.tensors = [x for x in self.contents if isinstance(x, torch.Tensor)]

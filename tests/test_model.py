@@ -324,6 +324,17 @@ def test_hooks_of_derived_cells_are_called():
     assert sorted(id(module) for module in seen if module in hooked) == sorted(map(id, hooked))
 
 
+def test_without_its_hooks_a_network_is_fast_again(monkeypatch):
+    net, seen = make(NAMED["DARTS"]), []
+    involution = net.cells[0]._ops[1]
+    hook = involution.register_forward_hook(lambda module, args, output: seen.append(module))
+    results(net, 8)
+    assert seen
+    hook.remove()
+    monkeypatch.delattr(type(involution), "forward")  # nothing calls it
+    results(net, 8)
+
+
 @pytest.mark.parametrize("size", [7, (5, 10)], ids=["odd", "not square"])
 @pytest.mark.parametrize("C", [3, 20], ids=lambda C: f"C={C}")
 def test_fast_cells_of_sizes_that_fill_no_vector(size, C):
