@@ -16,6 +16,7 @@ unfolded.
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -118,6 +119,8 @@ def make_step(setting):
         if setting["device"] == "cuda":
             torch.cuda.synchronize()
 
+    gc.collect()
+    gc.freeze()  # as in train_search.py
     return step
 
 
