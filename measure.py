@@ -47,6 +47,7 @@ import train
 import utils
 from involution import Involution2d
 from model import NETWORKS
+from runtime import memory
 
 logger = logging.getLogger("darts.measure")
 
@@ -147,7 +148,7 @@ def _train(genotype, args, device, batch_size):
     optimizer = torch.optim.SGD(net.parameters(), 0.025, momentum=0.9)
     input, target = _images(batch_size, args.image_size, device), torch.zeros(batch_size, dtype=torch.int64).to(device)
     for _ in range(2):
-        optimizer.zero_grad()
+        memory.clear_gradients(optimizer)
         logits, logits_aux = net(input)
         loss = nn.functional.cross_entropy(logits, target)
         if logits_aux is not None:

@@ -28,7 +28,7 @@ from gradients import running_statistics
 from images import augment
 from model import NETWORKS, default_network
 from operations import LARGEST_SMALL_IMAGE
-from runtime import schedule, settings
+from runtime import memory, schedule, settings
 from runtime.processes import ALONE, Processes
 
 logger = logging.getLogger("darts.train")
@@ -40,7 +40,7 @@ def train(run, batches, model, forward, criterion, optimizer, args):
     size = size_of_epoch(args, run.epoch)
     for input, target in run.steps(batches):
         input = augment.reduce(input, size)
-        optimizer.zero_grad()
+        memory.clear_gradients(optimizer)
         with torch.autocast(input.device.type, torch.bfloat16, enabled=args.amp):
             logits, logits_aux = forward(input)
         logits = logits.float()

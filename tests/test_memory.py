@@ -1,10 +1,14 @@
-"""Memory that a run on a CPU has freed stays with its process: the system is asked how many pages it has handed out."""
+"""Memory that a run on a CPU has freed stays with its process: the system is asked how many pages it has handed out.
+
+Gradients stay where they are, and steps are those of gradients that are made anew.
+"""
 
 import ctypes
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from runtime import memory
 from scripts import ROOT
@@ -43,3 +47,22 @@ def test_without_glibc_nothing_is_done(monkeypatch, error):
 
     monkeypatch.setattr(ctypes, "CDLL", fail)
     assert memory.keep_freed() is False
+
+
+def test_gradients_stay_where_they_are():
+    torch.manual_seed(0)
+    nets = [torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    places = set()
+    for net, clear in zip(nets, (memory.clear_gradients, torch.optim.SGD.zero_grad), strict=True):
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
+        for _ in range(3):
+            clear(optimizer)
+            if clear is memory.clear_gradients:
+                assert not any(w.grad.any() for w in net.parameters())
+                places.add(tuple(w.grad.data_ptr() for w in net.parameters()))
+            net(torch.randn(4, 3, 8, 8)).square().sum().backward()
+            optimizer.step()
+    assert len(places) == 1
+    assert all(map(torch.equal, nets[0].state_dict().values(), nets[1].state_dict().values()))
