@@ -380,7 +380,8 @@ def load(dataset, root, train, image_size=None, subset=None, seed=0, device="cpu
     """The training or the test images of a data set.
 
     Args:
-        dataset: one of `DATASETS`; `folder` reads `root/train/<class>/*` and `root/test/<class>/*` (or `val`).
+        dataset: cifar10, cifar100, digits, or folder, which reads `root/train/<class>/*` and `root/test/<class>/*` (or
+            `val`).
         image_size: pixels; None is the data set's own.
         subset: at most this many images, drawn with `seed`; None is all.
         reading: of `folder`, how it is read: see `_load_folder`.
@@ -540,24 +541,30 @@ def fingerprint(images):
 def check_unchanged(part, before, now):
     """Raise UserError, naming what differs, unless two fingerprints are those of the same images.
 
-    Pixels decide where both have been seen, else the files: images may move from memory to the disk and back.
-
     Args:
         part: "train" or "test".
+    """
+    if what := difference(before, now):
+        raise UserError(
+            f"the {part} images are not those that the run began with ({what}): put them back, or start anew"
+        )
+
+
+def difference(before, now):
+    """In words, how the images of two fingerprints differ; "" if they do not.
+
+    Pixels decide where both have been seen, else the files: images may move from memory to the disk and back.
     """
     same = [before[name] == now[name] for name in ("sha256", "files") if name in before and name in now]
     if before["classes"] != now["classes"]:
         differing = sorted(set(before["classes"]) ^ set(now["classes"])) or now["classes"]
-        what = f"the classes differ in {differing[0]!r}"
-    elif before["counts"] != now["counts"]:
+        return f"the classes differ in {differing[0]!r}"
+    if before["counts"] != now["counts"]:
         counts = zip(now["classes"], before["counts"], now["counts"], strict=True)
         name, had, has = next(count for count in counts if count[1] != count[2])
-        what = f"class {name!r} had {had} images and has {has}"
-    elif all(same[:1]):  # of runs that are older than files on disk, there may be neither
-        return
-    else:
-        what = "as many images, but other pixels or another order of the files"
-    raise UserError(f"the {part} images are not those that the run began with ({what}): put them back, or start anew")
+        return f"class {name!r} had {had} images and has {has}"
+    # of runs that are older than files on disk, there may be neither
+    return "" if all(same[:1]) else "as many images, but other pixels or another order of the files"
 
 
 def check_classes(images, expected):

@@ -291,6 +291,7 @@ def run_all(args, the_plan, folder, children):
             jobs.check(job, folder)
             if args.retry and job.name not in tried:
                 jobs.retry(job, folder)
+        jobs.check_images(known, folder)
         todo = [job for job in known if job.name not in tried and jobs.look(job, folder).status not in jobs.ENDED]
         if not todo:
             break

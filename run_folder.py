@@ -20,6 +20,7 @@ import logging
 import logging.handlers
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -199,7 +200,8 @@ class Run:
                 due = self._agree(batches.images(self.step))
                 self.step += 1
                 self.observer.step()
-                bar.set_postfix_str(f"{self.meter}, {self.observer.remaining()}", refresh=False)
+                if not bar.disable:
+                    bar.set_postfix_str(f"{self.meter}, {self.observer.remaining()}", refresh=False)
                 bar.update()
                 if self.step % self.args.report_freq == 0 or self.step == len(batches):
                     logger.debug("%s step %d/%d %s", label, self.step, len(batches), self.meter)
@@ -366,7 +368,7 @@ class Run:
             processes=self.team.count,
             observed=self.observer.state_dict(),
             random=torch.get_rng_state(),
-            cuda_random=torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            cuda_random=[torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
         )
         if self.leads:
             checkpoint.save(state, self.checkpoint)
@@ -430,7 +432,9 @@ class Run:
             name = "random"
             torch.set_rng_state(state["random"])
             if self.device.type == "cuda" and state["cuda_random"]:
-                torch.cuda.set_rng_state_all(state["cuda_random"])
+                of_devices = state["cuda_random"]  # runs of before kept that of every GPU, one after the other
+                own = (self.device.index or 0) if len(of_devices) > 1 else 0
+                torch.cuda.set_rng_state(of_devices[min(own, len(of_devices) - 1)], self.device)
         except Exception as error:  # as many kinds as there are wrong values
             what = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{self.checkpoint} is damaged or of another script: its {name}: {what}") from None
@@ -527,7 +531,8 @@ def _named_folder(folder):
         raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from None
     if (folder / checkpoint.NAME).exists():
         raise UserError(f"--folder {folder} holds a run already: go on with it (--resume {folder}), or name another")
-    other = {path.name for path in folder.iterdir() if path.name[0] != "."} - {"config.json", "log.txt"}
+    left = re.compile(r"config\.json|log\.txt|\..+\.\d+")  # the last: what was being written, and is not yet in place
+    other = {path.name for path in folder.iterdir() if not left.fullmatch(path.name)}
     if other:
         raise UserError(f"--folder {folder} holds {min(other)}, which is not of a run: name a new or an empty folder")
     return folder

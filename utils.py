@@ -64,7 +64,7 @@ _LARGEST = {int: 10**9, float: 1e30}  # an optimizer of float32 weights takes no
 
 def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
     """An argparse type: an int or float within [low, high] and, where given, strictly within (above, below)."""
-    most = min(high, _LARGEST[kind])
+    most = _LARGEST[kind] if high == math.inf else high
 
     def rule(value=None):
         bounds = [f"at least {low}"] * (low > -math.inf)

@@ -35,8 +35,9 @@ else
     settings=$("$python" - "$search/config.json" <<'PY'
 import json, sys
 args = json.load(open(sys.argv[1]))["args"]
-names = "dataset", "data", "image_size", "subset", "device", "gpu"
-print(*(f"--{name}={args[name]}" for name in names if args[name] is not None), sep="\n")
+names = "dataset", "data", "image_size", "subset", "fit", "data_in", "workers", "device", "gpu"
+flags = [f"--{name}={args[name]}" for name in names if args[name] is not None]
+print(*flags, *["--skip_broken"] * args["skip_broken"], sep="\n")
 PY
     )
     mapfile -t settings <<<"$settings"

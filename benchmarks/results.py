@@ -51,9 +51,6 @@ _STEPS = {
 def keep_weights(source, target, images):
     """Keep a run of train.py with its weights, as test.py and export.py take it, and a folder of images as its data."""
     _keep_run(source, target)
-    config = json.loads((target / "config.json").read_text())
-    config["args"]["data"] = str(images)
-    utils.write_text(target / "config.json", json.dumps(config, indent=2) + "\n")
     checkpoint.save(
         checkpoint.of_weights(checkpoint.load(source / checkpoint.NAME), data=str(images)), target / checkpoint.NAME
     )
@@ -68,15 +65,21 @@ def keep(source, target):
     shutil.copy(source / plan.NAME, target)
     shutil.copytree(source / "genotypes", target / "genotypes", dirs_exist_ok=True)
     for job in protocol.known_jobs(the_plan, source):
-        if jobs.look(job, source).status in ("finished", "diverged"):
+        status = jobs.look(job, source).status
+        # one that diverged in its first epoch left no run
+        if status == "finished" or (status == "diverged" and not _missing(source / job.name)):
             _keep_run(source / job.name, target / job.name)
     for path in source.glob("logs/*.failed"):
         (target / "logs").mkdir(exist_ok=True)
         shutil.copy(path, target / "logs")
 
 
+def _missing(run):
+    return [name for name in _KEPT if not (run / name).is_file()]
+
+
 def _keep_run(source, target):
-    if missing := [name for name in _KEPT if not (source / name).is_file()]:
+    if missing := _missing(source):
         raise utils.UserError(f"{source} is no run that has ended: it has no {', '.join(missing)}")
     target.mkdir(parents=True, exist_ok=True)
     for name in _KEPT:
@@ -241,8 +244,8 @@ def parse_args():
     )
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="where it goes")
     args = parser.parse_args()
-    if (args.keep is None) != (args.to is None):
-        raise utils.UserError("--keep and --to go together")
+    if (args.keep is None) != (args.to is None) or (args.images and not args.keep):
+        raise utils.UserError("--keep and --to go together, and --images only with them")
     return args
 
 

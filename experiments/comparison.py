@@ -250,7 +250,7 @@ def by_group(entries):
     for name, members in groups.items():
         short = [e.accuracy("short") for e in members if e.accuracy("short") is not None]
         final = [value for e in members for value in e.accuracies["final"]]
-        lost = [sum(e.diverged[stage] > 0 for e in members) for stage in ("short", "final")]
+        lost = [sum(e.diverged["short"] > 0 for e in members), sum(e.diverged["final"] for e in members)]
         accuracy = [spread(short, lost[0]), _best(short), spread(final, lost[1]), _best(final)]
         lines.append([name, *accuracy, *_costs(members), *_hours(members)])
     head = ["group", "short: validation (%)", "best", "final: test (%)", "best", *_COST_HEADS]

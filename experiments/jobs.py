@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import data
 import diagnostics
 import genotypes
 import report
@@ -107,6 +108,32 @@ def check(job, folder):
                 f"{run} is a run with --{name} {saved[name]}, and the plan says {value}: change the plan, or move "
                 "that folder away"
             )
+
+
+_READ = "dataset", "data", "image_size", "fit", "skip_broken", "subset"  # what decides which images a job reads
+
+
+def check_images(of, folder):
+    """Raise UserError if two jobs that read the same images, by the plan, have read different ones."""
+    seen = {}
+    for job in of:
+        read = [getattr(job.args, name) for name in _READ]
+        drawn = job.args.seed if job.args.subset else None
+        for part, images in _read_images(folder / job.name).items():
+            first, before = seen.setdefault((part, drawn, *read), (job, images))
+            if what := data.difference(before, images):
+                raise UserError(
+                    f"{folder / job.name} has other {part} images than {folder / first.name} ({what}): move away what "
+                    "was made of the wrong ones"
+                )
+
+
+def _read_images(run):
+    """The fingerprints of what a run has read, by its part; none of a run that has not begun, or of before them."""
+    try:
+        return json.loads((run / "config.json").read_text()).get("data", {})
+    except (OSError, ValueError):
+        return {}
 
 
 def seconds(job, folder):

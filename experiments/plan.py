@@ -166,6 +166,8 @@ def _plan(tables, name):
         flags[stage] = _flags("train.py", shared | own, f"[{stage}]")
     if (shared | tables["short"]).get("train_portion", 1) == 1:
         raise UserError("[short] ranks, and not by the test images: train_portion, such as 0.9, must hold some back")
+    if "final" in tables and (shared | tables["final"]).get("train_portion", 1) != 1:
+        raise UserError("[final] trains on all images and is tested: put train_portion = 1 there, or in [short] alone")
     if type(best) is not int or best < 1:
         raise UserError(f"[final] best must be a number of genotypes of each group, at least 1, got {best!r}")
     searches = {}

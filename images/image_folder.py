@@ -271,6 +271,8 @@ def _read_image(size, fit, path):
 def _check_mode(image):
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, whose range nobody knows")
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # whose 16 bits Pillow opens in this mode too
+        raise ValueError("its pixels have 32 bits, whose range nobody knows")
 
 
 def _eight_bits(image):

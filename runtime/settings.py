@@ -84,6 +84,8 @@ def parse_args(parser, argv=None):
     for name, value in parser.given(argv).items():
         if name in PORTABLE or (name == "epochs" and value > saved["epochs"]):
             saved[name] = value
+        elif (name, value) == ("arch", "random"):  # of which the run has kept what was drawn
+            continue
         elif name != "resume" and value != saved[name]:
             more = "; more epochs would extend it" if name == "epochs" else ""
             raise UserError(

@@ -68,7 +68,9 @@ def test_tables(separated):
         *separated,
         entry("DARTS_V2", "named", [50.0, 52.0], [90.0, 92.0]),
         entry("found-9", "searched", diverged=1),
+        entry("lost", "named", [1.0], diverged=0),
     ]
+    entries[-1].diverged["final"] = 3
     _, head, lines = comparison.by_group(entries)
     assert [len(line) for line in lines] == [len(head)] * 3
     found, drawn, named = lines
@@ -76,19 +78,19 @@ def test_tables(separated):
     assert drawn[1] == "62.50 ± 1.87 (n = 6)"
     assert named == [
         "named",
-        "51.00 (n = 1)",
+        "26.00 ± 35.36 (n = 2)",
         "51.00",
-        "91.00 ± 1.41 (n = 2)",
+        "91.00 ± 1.41 (n = 2, 3 diverged)",
         "92.00",
         "2",
         "300",
-        "1.50",
+        "3.00",
         "0.00",
         "0.00",
     ]
     _, head, lines = comparison.by_genotype(entries)
     assert [line[0] for line in lines[:4]] == ["found-2", "found-1", "found-0", "found-9"]  # best first
-    assert lines[3][1] == "diverged (1)" and lines[-1][1] == "51.00 ± 1.41 (n = 2)"
+    assert lines[-1][2] == "diverged (3)" and lines[3][1] == "diverged (1)" and lines[-2][1] == "51.00 ± 1.41 (n = 2)"
 
 
 def in_frame(axes, artist):

@@ -62,6 +62,7 @@ class Pretending(jobs.Children):
     """Writes what a script would leave. `outcomes`: job -> its accuracy, or the exit code with which it fails."""
 
     outcomes: dict = {}
+    pixels: str = "0" * 64  # what their checksum is
     calls: list = []
     environments: list = []
 
@@ -74,7 +75,7 @@ class Pretending(jobs.Children):
         where.mkdir(exist_ok=True)
         if command[2] != "--resume":
             args = vars(script.parse_args([str(a) for a in command[2:]]))
-            images = dict(train=dict(classes=["a", "b", "c"]))
+            images = dict(train=dict(classes=["a", "b", "c"], counts=[5, 5, 5], sha256=self.pixels))
             (where / "config.json").write_text(json.dumps(dict(script=command[1].name, args=args, data=images)))
         torch.save({}, where / "checkpoint.pt")
         if outcome["code"]:
@@ -189,6 +190,15 @@ def test_a_run_of_other_settings_is_refused_before_anything_is_run(pretend):
     pretend()
     Path("tiny.toml").write_text(PLAN.replace("layers = 3", "layers = 4"))
     with pytest.raises(utils.UserError, match="search-second-0 is a run with --layers 3, and the plan says 4"):
+        pretend()
+    assert Pretending.calls == []
+
+
+def test_runs_of_other_images_are_not_put_into_one_table(pretend, monkeypatch):
+    pretend("tiny.toml", "--job", "search-second-0")
+    monkeypatch.setattr(Pretending, "pixels", "1" * 64)
+    pretend("tiny.toml", "--job", "short-uniform-4-seed0")
+    with pytest.raises(utils.UserError, match="has other train images than .*search-second-0 \\(as many images, but"):
         pretend()
     assert Pretending.calls == []
 

@@ -60,6 +60,18 @@ def test_sixteen_bits_are_scaled_not_clipped(image_folder, tmp_path):
     assert torch.equal(pixels[..., 0], torch.from_numpy((ramp >> 8).astype(np.uint8)))
 
 
+def test_what_has_more_than_sixteen_bits_is_refused(root):
+    """Pillow opens these two in one mode."""
+    of_sixteen, of_more = (root / "train" / "blue" / f"deep.{extension}" for extension in ("pgm", "tiff"))
+    of_sixteen.write_bytes(b"P5 8 8 65535\n" + np.full((8, 8), 200 * 256, ">u2").tobytes())
+    images = data.load("folder", root, True, image_size=8)
+    (place,) = [k for k, name in enumerate(images.names) if name.endswith("deep.pgm")]
+    assert (images.pixels[place] == 200).all()
+    Image.fromarray(np.full((8, 8), 200 * 256, np.int32)).save(of_more)
+    with pytest.raises(UserError, match="deep.tiff.*32 bits"):
+        data.load("folder", root, True)
+
+
 def test_a_truncated_image_is_named(image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "train" / "blue" / "000.png"

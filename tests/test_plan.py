@@ -138,6 +138,7 @@ def test_the_plans_that_ship_are_right(name, kinds, stages):
         ("best = 2", "best = 0", "[final] best must be a number of genotypes of each group, at least 1, got 0"),
         ("train_portion = 0.8", "", "[short] ranks, and not by the test images: train_portion"),
         ("[short]\nepochs = 3\ntrain_portion = 0.8", "", "[short] is missing"),
+        ("best = 2", "best = 2\ntrain_portion = 0.9", "[final] trains on all images and is tested: put train_portion"),
     ],
 )
 def test_a_wrong_plan_is_told_in_a_line(old, new, says):

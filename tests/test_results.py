@@ -72,3 +72,9 @@ def test_of_a_run_a_few_files_are_kept(results, tmp_path):
     with pytest.raises(UserError, match="has no config.json, metrics.csv"):
         results.keep(tmp_path, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_images_are_for_what_is_kept(results, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["results.py", "--images", "pretrained/images"])
+    with pytest.raises(UserError, match="--images only with them"):
+        results.parse_args()

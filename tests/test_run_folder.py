@@ -121,6 +121,14 @@ def test_a_folder_of_a_run_that_never_saved_is_taken_over():
     assert Path("mine", "thesis.tex").exists()
 
 
+def test_a_folder_with_hidden_files_of_ones_own_is_not_taken():
+    """A run that fails before its first step removes its folder."""
+    Path("mine", ".git").mkdir(parents=True)
+    with pytest.raises(utils.UserError, match="holds .git, which is not of a run"):
+        make_run(folder="mine")
+    assert Path("mine", ".git").exists()
+
+
 @pytest.mark.skipif(run_folder.fcntl is None, reason="no locks on this system")
 def test_a_folder_that_another_run_is_at_work_in_is_left_alone():
     run = make_run(folder="mine")

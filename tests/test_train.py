@@ -58,6 +58,15 @@ def test_the_printed_command_works(script, image_folder, tmp_path):
     assert "top-1" in tested.stdout and "top-5" not in tested.stdout  # of three classes
 
 
+def test_a_resumed_run_keeps_the_genotype_that_was_drawn(uninterrupted, monkeypatch):
+    """As torchrun starts a run again: with its own arguments, and --resume."""
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    resume = ["--resume", str(uninterrupted)]
+    assert parse_args([*resume, "--arch", "random"]).arch == parse_args(resume).arch != "random"
+    with pytest.raises(UserError, match="--arch is .* in that run, not"):
+        parse_args([*resume, "--arch", "DARTS_V2"])
+
+
 def test_a_killed_training_resumes_exactly(uninterrupted, tmp_path):
     scripts.stop_at(
         "epoch 2/2 step 2/6",

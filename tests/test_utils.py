@@ -84,6 +84,12 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         (utils.number(float, low=0), "0", "nan", "must be a number at least 0, got nan"),
         (utils.number(float), "-1e3", "inf", "must be a number at most 1e+30, got inf"),
         (utils.number(float, above=0), "1e30", "3e38", "must be a number at most 1e+30 and above 0, got 3e38"),
+        (
+            utils.number(int, low=0, high=2**63 - 1),
+            "1" + 12 * "0",
+            str(2**63),
+            f"must be an integer at least 0 and at most {2**63 - 1}, got {2**63}",
+        ),
         (utils.number(int, high=9), "9", "1" + 400 * "0", f"must be an integer at most 9, got 1{39 * '0'}"),
     ],
 )
