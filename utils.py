@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -199,6 +200,7 @@ def run_script(main):
     script = Path(sys.argv[0]).name
     try:
         _add_handlers()
+        threading.excepthook = _thread_failed
         main()
     except processes.Lost as error:
         sys.exit(_fail(f"{script}: error: {error}; a restart by torchrun, or --resume, goes on", 1))
@@ -213,6 +215,12 @@ def run_script(main):
         sys.exit(_fail(f"{script}: error: out of memory; lower --batch_size, --init_channels or --image_size", 2))
     except KeyboardInterrupt:
         sys.exit(_fail(f"{script}: stopped at once; --resume goes on from the last checkpoint of a run", 130))
+
+
+def _thread_failed(failure):
+    """As Python, but for what the main thread meets too, and tells in one line: TensorBoard's own on a full disk."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 def _add_handlers():
@@ -407,17 +415,19 @@ class Evaluation(AverageMeter):
     def extreme(self):
         """The images, worst first, that make more than half of the loss by losses far above its median; or none.
 
-        Far above is ten times, and ten times what chance has: the median of a trained network is close to zero.
+        Far above is ten times, and ten times what chance has: the median of a trained network is close to zero. Where
+        the median itself is ten times what chance has, most images have exploded, and chance alone is the measure.
         """
         finite = self.losses[self.losses.isfinite()]
         if len(finite) == 0:
             return []
         chance = math.log(self.classes)  # the loss of a network that knows nothing
-        threshold = 10 * max(finite.median().item(), chance)
+        median = finite.median().item()
+        threshold = 10 * (median if chance < median <= 10 * chance else chance)
         far = self.losses.isfinite() & (self.losses > threshold)
         if self.losses[far].sum() <= finite.sum() / 2:
             return []
-        order = self.losses.argsort(descending=True)
+        order = self.losses.argsort(descending=True, stable=True)
         return order[far[order]].tolist()
 
     def explosion(self, part):

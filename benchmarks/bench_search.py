@@ -388,8 +388,7 @@ def plot(settings, bars, curves, rounds, path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 + 2.6 * len(curves), 3.6), layout="constrained")
-    what = "Seconds for a weight update and a second-order update of the alphas"
-    figure.suptitle(f"{what}: median of {rounds} steps, least to most", fontsize="medium")
+    figure.suptitle(f"Seconds of a second-order search step: median of {rounds}, least to most", fontsize="medium")
     ratios = [2.2] + [1] * len(curves)
     axis, *axes = figure.subplots(1, 1 + len(curves), squeeze=False, width_ratios=ratios)[0]
     bars = {describe(*setting): bars[label(*setting)] for setting in settings if label(*setting) in bars}

@@ -97,7 +97,7 @@ def check(job, folder):
         script, saved = config["script"], config["args"]
     except FileNotFoundError:
         return
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): move {run} away") from None
     if script != job.script:
         raise UserError(f"{run} is a run of {checkpoint.shown(script)}, and the plan wants one of {job.script} there")
@@ -132,7 +132,7 @@ def _read_images(run):
     """The fingerprints of what a run has read, by its part; none of a run that has not begun, or of before them."""
     try:
         return json.loads((run / "config.json").read_text()).get("data", {})
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -226,7 +226,7 @@ def _failure(job, folder):
 def _environment(job, folder, threads, gpu):
     """The environment of a job: a GPU of its own, and the number of threads that its run began with."""
     environment = dict(os.environ)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         threads = int(json.loads((folder / job.name / "config.json").read_text())["threads"])
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)

@@ -142,7 +142,7 @@ def parse(text, name, where):
     """The Plan of a TOML text; `where` is what messages call it."""
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"{where}: not a TOML file: {error}") from None
     try:
         return _plan(tables, name)

@@ -150,7 +150,7 @@ def read(samples, size, fit, part, skip_broken=False, workers=0):
             mark, pixels[len(kept)] = result
             kept.append(sample)
             marks.append(mark)
-    _account_for(broken, kept, part, skip_broken)
+    _account_for(broken, kept, samples, part, skip_broken)
     return kept, marks, pixels[: len(kept)]
 
 
@@ -159,7 +159,7 @@ def check(samples, part, skip_broken=False, workers=0):
     results = list(stream.each(_check, _paths(samples), workers, f"checking {part} images"))
     broken = [result for result in results if isinstance(result, stream.Failure)]
     good = [pair for pair in zip(samples, results, strict=True) if not isinstance(pair[1], stream.Failure)]
-    _account_for(broken, good, part, skip_broken)
+    _account_for(broken, [sample for sample, _ in good], samples, part, skip_broken)
     return [sample for sample, _ in good], [mark for _, mark in good]
 
 
@@ -197,11 +197,14 @@ def _paths(samples):
     return as_array(path for path, _ in samples)
 
 
-def _account_for(broken, kept, part, skip_broken):
+def _account_for(broken, kept, samples, part, skip_broken):
     if broken and (not skip_broken or not kept):
         raise UserError(f"broken image {_listed(broken)}; mend or remove them, or leave them out with --skip_broken")
     if broken:
-        logger.warning("left out of the %s images, being broken: %s", part, _listed(broken))
+        left = {label for _, label in kept}
+        lost = {os.path.basename(os.path.dirname(path)) for path, label in samples if label not in left}
+        none = f"; no image is left of {', '.join(sorted(lost))}" if lost else ""
+        logger.warning("left out of the %s images, being broken: %s%s", part, _listed(broken), none)
 
 
 def _tried(function, paths):

@@ -6,6 +6,7 @@ What a file holds is checked before it is used: `check` has the rules of a run's
 load a part have those of that part; its settings have theirs in settings.py.
 """
 
+import io
 import math
 import os
 import reprlib
@@ -24,9 +25,11 @@ NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 def save(state, path):
     """Replace a checkpoint; what it was becomes checkpoint.previous.pt, and there is one at any time."""
+    whole = io.BytesIO()  # PyTorch's own writer tells of a full disk in many ways, none of which is an OSError
+    torch.save(state, whole)
     with replacing(path) as temporary:
         with temporary.open("wb") as file:
-            torch.save(state, file)
+            file.write(whole.getbuffer())
             file.flush()
             os.fsync(file.fileno())  # a crash of the machine leaves the old checkpoint or the new one
         if path.exists():
@@ -49,6 +52,8 @@ def load(path, device="cpu"):
         UserError: a file that is missing, truncated, damaged or no checkpoint; names the checkpoint before it.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file")  # reading from a pipe would wait for ever
     try:
         _verify(path)
         with warnings.catch_warnings():
@@ -99,6 +104,10 @@ def _count(value):
     return type(value) is int and 0 <= value <= 10**12
 
 
+def _positive_count(value):
+    return _count(value) and 1 <= value <= 10**6
+
+
 def _list(value, of, length=None):
     return isinstance(value, (list, tuple)) and length in (None, len(value)) and all(map(of, value))
 
@@ -127,7 +136,10 @@ def _is_early_stop(row, epoch):
 
 
 def _normalization(value):
-    return _list(value, lambda of: _list(of, _number, 3), 2) and min(value[1]) > 0
+    """Mean and standard deviation by channel, of pixels of 0 to 1."""
+    return (
+        _list(value, lambda of: _list(of, _number, 3), 2) and max(map(abs, value[0])) <= 1e3 and 1e-6 <= min(value[1])
+    )
 
 
 def are_fingerprints(value):
@@ -164,8 +176,8 @@ _MORE_RULES = {  # of what not every run keeps
     "normalization": _normalization,
     "classes": lambda value: _list(value, _name) and len(value) > 0,
     "data": are_fingerprints,
-    "threads": _count,
-    "processes": _count,
+    "threads": _positive_count,
+    "processes": _positive_count,
     "observed": lambda value: isinstance(value, dict) and _list(value.get("reported"), lambda of: _number(of, 0), 5),
 }
 
@@ -187,12 +199,18 @@ def check(state, path, needs=()):
             raise UserError(f"{path} is damaged: its {name} is {shown(state[name])}")
     epochs, batch_size = (state["args"].get(name) for name in ("epochs", "batch_size"))
     epoch, step, history, images = (state[name] for name in ("epoch", "step", "history", "sums"))
+    of_images = list(state.get("data", {}).get("train", {}).get("classes", state.get("classes", [])))
     for holds, what in (
         (len(history) == epoch, f"it has ended {epoch} epochs and has the numbers of {len(history)}"),
         (not _count(epochs) or epoch <= epochs, f"it has ended {epoch} of {shown(epochs)} epochs"),
         (
             not _count(batch_size) or (step - 1) * batch_size < images[0] <= step * batch_size,
             f"{step} steps of {shown(batch_size)} images are not {shown(images[0])} images",
+        ),
+        (all(row["epoch"] == k + 1 for k, row in enumerate(history)), "its epochs are not one after the other"),
+        (
+            list(state.get("classes", of_images)) == of_images,
+            "its classes are not those of its images",
         ),
         ("arch_optimizer" not in state or all("genotype" in row for row in history), "an epoch has no genotype"),
         (all(_is_early_stop(row, epoch) for row in history if "kept_epoch" in row), "its early stop is none"),
@@ -227,6 +245,8 @@ def load_weights(model, weights, path):
     for name, value in model.state_dict().items():
         if not value.isfinite().all():
             raise UserError(f"{path} holds weights that are not finite: {name}")
+        if name.endswith("running_var") and (value < 0).any():
+            raise UserError(f"{path} is damaged: a variance is negative: {name}")
 
 
 _HOW = "foreach", "fused"  # settings of an optimizer that do not change what it computes, but for rounding
@@ -260,6 +280,8 @@ def load_optimizer(optimizer, saved):
                     continue
                 if value.shape != (() if name == "step" else weight.shape) or not value.isfinite().all():
                     raise ValueError(f"{name} is not finite, or of another shape than its weight")
+                if name in ("step", "exp_avg_sq") and (value < 0).any():
+                    raise ValueError(f"{name} is negative")
 
 
 def load_scheduler(scheduler, saved, epoch):

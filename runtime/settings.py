@@ -102,6 +102,8 @@ def _read(folder, parser):
     path = folder / checkpoint.NAME
     if not path.is_file():
         raise UserError(f"--resume {folder}: no {checkpoint.NAME} in it; nothing to go on with")
+    if (folder / "config.json").exists() and not (folder / "config.json").is_file():
+        raise UserError(f"--resume {folder}: its config.json is no file")
     try:
         config = json.loads((folder / "config.json").read_text())
         script, saved = config["script"], config.get("args")

@@ -1,7 +1,9 @@
 """Checkpoints: written whole, kept twice, verified when they are read."""
 
+import os
 import pickle
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +43,46 @@ def test_weights_of_another_network_are_refused():
         checkpoint.load_weights(torch.nn.Linear(2, 3), torch.nn.Linear(2, 4).state_dict(), "weights.pt")
     with pytest.raises(UserError, match="not those of this network"):
         checkpoint.load_weights(torch.nn.Linear(2, 3), {"other": 3}, "weights.pt")
+
+
+def test_a_negative_variance_is_refused():
+    norm = torch.nn.BatchNorm2d(3)
+    with pytest.raises(UserError, match="a variance is negative: running_var"):
+        checkpoint.load_weights(norm, norm.state_dict() | {"running_var": torch.tensor([1.0, -1.0, 1.0])}, "x.pt")
+
+
+@pytest.mark.parametrize("name, value", [("step", torch.tensor(-1.0)), ("exp_avg_sq", torch.full((2,), -1.0))])
+def test_a_negative_moment_is_refused(name, value):
+    weight = torch.nn.Parameter(torch.ones(2))
+    adam = torch.optim.Adam([weight])
+    weight.grad = torch.ones(2)
+    adam.step()
+    saved = adam.state_dict()
+    checkpoint.load_optimizer(adam, saved)
+    saved["state"][0][name] = value
+    with pytest.raises(ValueError, match=f"{name} is negative"):
+        checkpoint.load_optimizer(adam, saved)
+
+
+@pytest.mark.parametrize("value", [((1e300, 0.5, 0.5), (0.5,) * 3), ((0.5,) * 3, (1e-300, 0.5, 0.5))])
+def test_a_normalization_that_gives_no_numbers_is_refused(value):
+    assert checkpoint._normalization(((0.5,) * 3, (0.2,) * 3)) and not checkpoint._normalization(value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names on this system")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="checkpoint.pt is no file"):
+        checkpoint.load(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full disk to be had")
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    """PyTorch's writer raises a RuntimeError where the first bytes do not fit."""
+    monkeypatch.setattr(Path, "open", lambda path, mode: open("/dev/full", mode))
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        checkpoint.save(state(), tmp_path / "checkpoint.pt")
+    assert caught.value.filename == str(tmp_path / "checkpoint.pt")
 
 
 def state(seed=0):

@@ -141,6 +141,7 @@ def test_broken_images_are_all_named_or_left_out(root, caplog):
     images = data.load("folder", root, True, skip_broken=True)
     assert images.labels.bincount(minlength=3).tolist() == [8, 4, 0] and len(images.pixels) == 12
     assert "left out of the train images, being broken: 12 files" in caplog.text
+    assert "; no image is left of red\n" in caplog.text
     for path in root.glob("train/*/*"):
         path.write_bytes(b"no")
     with pytest.raises(UserError, match="24 files"):

@@ -191,9 +191,10 @@ def test_a_run_of_other_settings_is_named(folder, short):
     write(path, json.dumps(dict(script="train.py", args=args | dict(epochs=9))))
     with pytest.raises(utils.UserError, match="with --epochs 9, and the plan says 2"):
         jobs.check(short, folder)
-    write(path, "{")
-    with pytest.raises(utils.UserError, match="config.json cannot be read"):
-        jobs.check(short, folder)
+    for text in ("{", 10**5 * "[" + 10**5 * "]"):
+        write(path, text)
+        with pytest.raises(utils.UserError, match="config.json cannot be read"):
+            jobs.check(short, folder)
 
 
 def test_a_search_of_another_space_is_another_run(folder, search):

@@ -1,5 +1,6 @@
 """What is seen of a run: TensorBoard's curves, the alphas, the cost; all the same with and without interruptions."""
 
+import errno
 import json
 import logging
 import shutil
@@ -15,7 +16,7 @@ from conftest import assert_same_curves, read_curves
 from runtime import checkpoint
 from test_run_folder import make_batches, make_run, meter, record, working_folder  # noqa: F401  a fixture
 from utils import UserError
-from watch import alphas, cost
+from watch import alphas, cost, events
 
 EPOCHS, STEPS = 2, 4
 
@@ -203,10 +204,24 @@ def test_the_bar_has_the_time_that_is_left_of_the_run(monkeypatch):
     seen = []
     monkeypatch.setattr(run_folder.tqdm, "set_postfix_str", lambda bar, text, **_: seen.append(text))
     monkeypatch.setattr(cost.Pace, "remaining", lambda pace, step, epochs: 25 * epochs + step)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     with make_run(epochs=4) as run:
         for _ in run.steps(make_batches()):
             record(run)
     assert [text.split(", ")[1] for text in seen] == [f"whole run {100 + step} s left" for step in range(1, 5)]
+
+
+def test_a_disk_that_events_have_filled_is_named(tmp_path, monkeypatch):
+    writer = events.Events(tmp_path, False)
+    writer.begin_steps(0)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer._writers["steps"], "flush", fail)
+    with pytest.raises(OSError, match="No space left") as caught:
+        writer.flush()
+    assert caught.value.filename == str(tmp_path / "events")
 
 
 def test_without_tensorboard_a_run_goes_on(tmp_path, monkeypatch, caplog):

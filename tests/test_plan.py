@@ -156,6 +156,11 @@ def test_a_plan_without_anything_to_compare():
         plan.parse("short = 3\n", "small", "small.toml")
 
 
+def test_a_plan_of_100_000_nested_lists_is_none():
+    with pytest.raises(utils.UserError, match="small.toml: not a TOML file"):
+        plan.parse("a = " + 10**5 * "[" + 10**5 * "]", "small", "small.toml")
+
+
 def test_a_plan_that_cannot_be_read(tmp_path):
     for path in (tmp_path / "missing.toml", tmp_path):
         with pytest.raises(utils.UserError, match="cannot read the plan"):

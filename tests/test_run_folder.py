@@ -410,6 +410,8 @@ DAMAGES = {  # what is put where in a checkpoint: the last key of a path gets th
     "history": [[], [{}], [3], {"zz": 1}, None],
     "history 0 valid_acc": ["high", [1]],
     "history 0 genotype": ["nothing", 3],
+    "history 0 epoch": [7],
+    "threads": [0],
     "random": [torch.zeros(3, dtype=torch.uint8), torch.zeros(5056), None],
     "cuda_random": [3],
     "model weight": [torch.zeros(7), torch.full((2, 3), NAN), None],
@@ -445,7 +447,7 @@ def test_wrong_values_in_a_checkpoint_are_named(where):
             make_run(resume=folder)
         del place[last]
         torch.save(state, path)
-        if where.split()[-1] not in ("genotype", "momentum_buffer", "0"):
+        if where.split()[-1] not in ("genotype", "momentum_buffer", "0", "threads"):
             with pytest.raises(utils.UserError, match="checkpoint.pt"):
                 make_run(resume=folder)
     path.write_bytes(whole)

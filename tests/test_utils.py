@@ -44,7 +44,8 @@ def test_an_evaluation_is_the_mean_cross_entropy():
         ([[9.0, 0.0]] * 20 + [[0.0, 6.0]], []),  # one miss of a well-trained network makes the loss, but is none
         ([[0.0, 1.0]] * 8 + [[0.0, 50.0], [0.0, 7e5]], [9]),
         ([[0.0, 1.0]] * 7 + [[0.0, float("inf")], [0.0, 9e4], [0.0, 7e5]], [9, 8]),
-        ([[0.0, 1e6]] * 9, []),  # all of them: the loss says it
+        ([[0.0, 1e6]] * 3 + [[0.0, 2e6]], [3, 0, 1, 2]),  # all of them: a network that has exploded
+        ([[0.0, 5.0]] * 9, []),  # one that is wrong
         ([[float("nan")] * 2] * 3, []),
     ],
 )

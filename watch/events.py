@@ -8,6 +8,7 @@ from the purge step on, the first that will be written again, are dropped by the
 missing: a checkpoint is saved after a `flush`.
 """
 
+import functools
 import logging
 import re
 
@@ -27,6 +28,19 @@ _TAGS = {  # of columns of metrics.csv; others have their own name
     "entropy_reduce": "entropy/reduce",
 }
 _NOT_IN_TAGS = re.compile(r"[^\w-]")
+
+
+def _named(method):
+    """The method, whose OSErrors name the folder: TensorBoard's name nothing."""
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except OSError as error:
+            raise error if error.filename else OSError(error.errno, error.strerror, str(self.folder)) from None
+
+    return call
 
 
 class Events:
@@ -54,10 +68,12 @@ class Events:
             self._writers[name] = self._make(self.folder / name, **purge)
         return self._writers.get(name)
 
+    @_named
     def begin_steps(self, done):
         """Training goes on after so many steps."""
         self._writer("steps", done + 1)
 
+    @_named
     def step(self, number, scalars):
         """Write scalars by tag, after a number of steps."""
         writer = self._writer("steps", number)
@@ -65,6 +81,7 @@ class Events:
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, number)
 
+    @_named
     def epoch(self, epoch, judged_by, row, trajectory):
         """Write what is known after an epoch.
 
@@ -93,6 +110,7 @@ class Events:
                     name = _NOT_IN_TAGS.sub("", edge.replace(" -> ", "_to_"))
                     writer.add_histogram(f"alphas_{cell}/{name}", values, epoch)
 
+    @_named
     def image(self, tag, path, epoch):
         """Write a picture file, if there is one."""
         writer = self._writer("epochs", epoch)
@@ -100,11 +118,13 @@ class Events:
             with Image.open(path) as picture:
                 writer.add_image(tag, np.asarray(picture.convert("RGB")), epoch, dataformats="HWC")
 
+    @_named
     def flush(self):
         """Hand everything to the operating system: it survives the end of the process, however that ends."""
         for writer in self._writers.values():
             writer.flush()
 
+    @_named
     def close(self):
         for writer in self._writers.values():
             writer.close()
