@@ -194,7 +194,7 @@ def main():
         "",
         *table(works, ways, args.busy, args.rounds),
     ]
-    tables.save("bench_busy", "\n".join(text), args.out, args.update)
+    tables.save("bench_busy", "\n".join(text), tables.out(args), args.update)
 
 
 if __name__ == "__main__":

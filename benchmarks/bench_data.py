@@ -146,8 +146,8 @@ def main():
         cells = [f"{statistics.median(v):,.0f} ({min(v):,.0f}–{max(v):,.0f})" for v in rates.values()]
         ratio = statistics.median(rates[OURS]) / statistics.median(rates[THEIRS])
         lines.append(f"| {size} | {' | '.join(cells)} | **{ratio:.1f}×** |")
-    tables.save("bench_data", "\n".join(lines), args.out, args.update)
-    plot(found, args.rounds, args.out / "bench_data.png")
+    tables.save("bench_data", "\n".join(lines), tables.out(args), args.update)
+    plot(found, args.rounds, tables.out(args) / "bench_data.png")
 
 
 if __name__ == "__main__":

@@ -377,8 +377,8 @@ def main():
         bandwidth, rate = CARDS[card]
         rates = f"Prediction for {card}: {bandwidth / 1e9:.0f} GB/s and {rate / 1e9:.0f} GFLOP/s by its data sheet."
         text += f"\n\n{limits_table(rates, rows, used, args, *CARDS[card])}"
-    tables.save("bench_involution", text, args.out, args.update)
-    plot(rows, args.rounds, args.out / "bench_involution.png")
+    tables.save("bench_involution", text, tables.out(args), args.update)
+    plot(rows, args.rounds, tables.out(args) / "bench_involution.png")
 
 
 if __name__ == "__main__":

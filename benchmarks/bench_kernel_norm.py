@@ -352,8 +352,8 @@ def main():
     if args.cost:
         torch.set_num_threads(args.threads)
         lines += ["", *cost_table(args.cost)]
-    tables.save("bench_kernel_norm", "\n".join(lines), args.out, args.update)
-    plot(rows, args.out / "bench_kernel_norm.png")
+    tables.save("bench_kernel_norm", "\n".join(lines), tables.out(args), args.update)
+    plot(rows, tables.out(args) / "bench_kernel_norm.png")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def main():
         "| --- | --- | --- | --- | --- | --- |"
     )
     if team.rank == 0:
-        tables.save("bench_processes", "\n".join([head, *rows]), args.out, args.update)
+        tables.save("bench_processes", "\n".join([head, *rows]), tables.out(args), args.update)
     team.leave()
 
 

@@ -408,9 +408,10 @@ def plot_bars(axis, bars, names):
     variants = list(dict.fromkeys(name for times in bars.values() for name in times))
     height = 0.8 / len(variants)
     for k, (name, style) in enumerate(zip(variants, tables.STYLES, strict=False)):
+        label = names.get(name, f"commit {name}")
         places = [y + k * height for y, times in enumerate(bars.values()) if name in times]
         times = [times[name] for times in bars.values() if name in times]
-        axis.barh(places, [t[0] for t in times], 0.9 * height, color=style["color"], label=names.get(name, name))
+        axis.barh(places, [t[0] for t in times], 0.9 * height, color=style["color"], label=label)
         axis.errorbar([t[0] for t in times], places, xerr=tables.spread(times), fmt="none", color="black", capsize=2)
         for y, (middle, _, most) in zip(places, times, strict=True):
             axis.text(most, y, f"  {middle:.3g}", va="center", fontsize="small")
@@ -492,9 +493,9 @@ def main():
         text += ["", *lines]
     if args.limits:  # last: a worker that starts later would have this process's peak memory for its own
         text += ["", *limits_table(base, settings, bars)]
-    tables.save("bench_search", "\n".join(text), args.out, args.update)
+    tables.save("bench_search", "\n".join(text), tables.out(args), args.update)
     if bars:
-        plot(settings, bars, curves, args.rounds, args.out / "bench_search.png")
+        plot(settings, bars, curves, args.rounds, tables.out(args) / "bench_search.png")
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def main():
         "",
         *more,
     ]
-    tables.save("bench_stream", "\n".join(lines), args.out, args.update)
+    tables.save("bench_stream", "\n".join(lines), tables.out(args), args.update)
 
 
 if __name__ == "__main__":

@@ -280,9 +280,9 @@ def main():
         text += ["", *lines]
     if args.limits:  # last: a worker that starts later would have this process's peak memory for its own
         text += ["", *limits_table(args, bars)]
-    tables.save("bench_train", "\n".join(text), args.out, args.update)
+    tables.save("bench_train", "\n".join(text), tables.out(args), args.update)
     if bars:
-        plot(bars, curves, args.out / "bench_train.png")
+        plot(bars, curves, tables.out(args) / "bench_train.png")
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ def main():
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    tables.save("bench_triton", text_of(rows, args), args.out, args.update)
+    tables.save("bench_triton", text_of(rows, args), tables.out(args), args.update)
     if any("error" in row for row in rows):
         sys.exit(1)
 

@@ -83,5 +83,14 @@ def spread(samples):
 
 
 def add_arguments(parser):
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the table and the plots")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the table and the plots (default: runs/benchmarks, or benchmarks)",
+    )
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/RESULTS.md too")
+
+
+def out(args):
+    """The folder for the table and the plots: those of the repository are replaced together with its table alone."""
+    return args.out or (FOLDER if args.update else FOLDER.parent / "runs" / "benchmarks")

@@ -450,7 +450,10 @@ def main():
     )
     head = f"{tables.machine()}; seed {args.seed}; {(time.monotonic() - began) / 60:.0f} minutes.\n"
     tables.save(
-        "torture", "\n".join((head, "| what | drawn | failed |", "| --- | --- | --- |", *rows)), args.out, args.update
+        "torture",
+        "\n".join((head, "| what | drawn | failed |", "| --- | --- | --- |", *rows)),
+        tables.out(args),
+        args.update,
     )
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
