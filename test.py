@@ -175,8 +175,8 @@ def results_folder(args):
 
 def save_results(folder, meter, images, facts):
     """Write tables, pictures and a page; the page of a run has its test in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    evaluation.write(folder, meter, images, facts | {"data": {"test": data.fingerprint(images)}})
+    with utils.filling(folder):
+        evaluation.write(folder, meter, images, facts | {"data": {"test": data.fingerprint(images)}})
     run = folder.parent if folder.name == report.TEST else folder
     of_run = run != folder and (run / "config.json").is_file()
     logger.info("tables and pictures: %s", folder)

@@ -271,16 +271,17 @@ def main():
     history = read_history(name) if args.what == "evolution" else None
     trajectory = alphas.read(Path(name) / alphas.NAME) if args.what == "alphas" else None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if history:
-            pictures = [folder / EVOLUTION]
-            draw_evolution(history, *pictures)
-        elif trajectory:
-            pictures = alphas.draw(trajectory, folder, format)
-        else:
-            pictures = draw(genotype, folder, format, name)
+        with utils.filling(folder):
+            if history:
+                pictures = [folder / EVOLUTION]
+                draw_evolution(history, *pictures)
+            elif trajectory:
+                pictures = alphas.draw(trajectory, folder, format)
+            else:
+                pictures = draw(genotype, folder, format, name)
     except OSError as error:
-        raise utils.UserError(f"cannot write to --output {args.output}: {error.strerror}") from None
+        what = error.filename or args.output
+        raise utils.UserError(f"cannot write to --output {args.output}: {what}: {error.strerror}") from None
     for path in pictures:
         print(path)
 

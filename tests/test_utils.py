@@ -64,6 +64,18 @@ def test_logits_that_are_not_finite_are_misses():
     assert (meter.images, meter.finite_images) == (3, 1)
 
 
+def test_a_folder_that_stays_empty_is_removed_again(tmp_path):
+    for name, writes in (("new", False), ("old", False), ("kept", True)):
+        folder = tmp_path / name
+        if name == "old":
+            folder.mkdir()
+        with pytest.raises(OSError), utils.filling(folder):
+            if writes:
+                (folder / "table.csv").touch()
+            raise OSError("No space left on device")
+    assert {path.name for path in tmp_path.iterdir()} == {"old", "kept"}
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
