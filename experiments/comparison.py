@@ -35,7 +35,9 @@ _COLUMNS = (
 _STYLES = [  # of the groups, in turn; told apart without colours too
     dict(color=colour, marker=marker, ls="", ms=6)
     for colour, marker in zip(
-        ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"), ("o", "s", "^", "D", "v", "P"), strict=True
+        ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#666666"),
+        ("o", "s", "^", "D", "v", "P", "X"),
+        strict=True,
     )
 ]
 

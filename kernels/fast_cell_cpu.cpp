@@ -62,10 +62,17 @@ void spread_backward(int64_t pixels, Reader reader) {
 
 // The equations are those of fast_cell_cpu.py: W is `weight`, m is `mean_z`, WS is `WS`, s is `s`.
 
-struct Statistics {  // of one candidate; kept from forward to backward
+struct Statistics {  // of one candidate; kept from forward to backward. In evaluation the first three are given.
   double *mean, *var, *s, *mean_z, *WS;
   Statistics(double* data, int64_t C, int64_t K)
       : mean(data), var(data + C), s(data + 2 * C), mean_z(data + 3 * C), WS(data + 3 * C + K) {}
+
+  void find_s(int64_t C, double pixels) {
+    for (int64_t c = 0; c < C; ++c) {
+      s[c] = 1 / std::sqrt(var[c] + kEps);
+      var[c] *= pixels / (pixels - 1.0);  // running statistics have the unbiased one
+    }
+  }
 };
 
 template <class A>
@@ -169,21 +176,17 @@ void mix(int64_t pixels, bool training, Reader reader) {
   for (const auto& part : parts) node.add(part, A(1));
   std::deque<Candidate<A>> candidates;
   for (int64_t n = reader.number(); n > 0; --n) candidates.emplace_back(reader);
-  std::vector<Product<A>> moments;
   if (training) {
+    std::vector<Product<A>> moments;
     for (const auto& candidate : candidates) moments.emplace_back(candidate.z, candidate.z);
     multiply(pixels, moments);
-  }
-  at::parallel_for(0, candidates.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      auto& stats = candidates[k].stats;
-      if (training) candidates[k].find_statistics(moments[k], pixels);
-      for (int64_t c = 0; c < candidates[k].C; ++c) {
-        stats.s[c] = 1 / std::sqrt(stats.var[c] + kEps);
-        if (training) stats.var[c] *= pixels / (pixels - 1.0);  // running statistics have the unbiased one
+    at::parallel_for(0, candidates.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        candidates[k].find_statistics(moments[k], pixels);
+        candidates[k].stats.find_s(candidates[k].C, pixels);
       }
-    }
-  });
+    });
+  }
   for (const auto& candidate : candidates) candidate.add_to(node);
   combine<A>(pixels, {node});
 }
@@ -285,10 +288,6 @@ struct Projection {  // scale * norm(v) + shift, v = W z
       stats.mean[c] = sums[c] / pixels;
       stats.var[c] = std::max(sums[C + c] / pixels - stats.mean[c] * stats.mean[c], 0.0);
     }
-  }
-
-  void find_s() {
-    for (int64_t c = 0; c < C; ++c) stats.s[c] = 1 / std::sqrt(stats.var[c] + kEps);
   }
 
   void find_slopes() {
@@ -423,7 +422,7 @@ void project(int64_t pixels, bool training, Reader reader) {
       c0 += result.width;
     }
   };
-  if (!training) p.find_s(), p.find_slopes();
+  if (!training) p.find_slopes();
   if (p.weight && !p.v) return combine(pixels, normalized(p, results));
   Combination<A> product(image(p.v, p.C), false);
   if (p.weight) p.add_to(product, 0, false);
@@ -438,8 +437,8 @@ void project(int64_t pixels, bool training, Reader reader) {
   });
   if (!training) return;
   p.find_statistics(total_of(sums, 2 * p.C), pixels);
-  p.find_s(), p.find_slopes();
-  for (int64_t c = 0; c < p.C; ++c) p.stats.var[c] *= pixels / (pixels - 1.0);
+  p.stats.find_s(p.C, pixels);
+  p.find_slopes();
   for_tiles(pixels, kCombined, [&](int64_t, int64_t p0, int64_t rows) { finish(p0, rows); });
 }
 

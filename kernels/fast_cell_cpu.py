@@ -25,6 +25,7 @@ so that v is computed once, kept, and normalised in a second, narrow pass. With 
 
 which takes one pass over g and v for G and q, and one over all for the rest. Everything that reads a feature map is one
 projection; so are the heads of the involutions that read a state, where they are together at most half as wide as it.
+These heads and their v are not kept: they are made once more in backward, from the statistics of forward, bit for bit.
 An image that others read through ReLU is written together with its positive part, whose gradient joins the image's
 where that is read.
 
@@ -43,7 +44,7 @@ import torch
 from torch.autograd import Function
 
 from . import build, involution_cpu
-from .fast_cell_torch import MOMENTUM, average, made, side_by_side
+from .fast_cell_torch import EPS, MOMENTUM, average, made, side_by_side
 from .involution_arguments import check_fused
 
 __all__ = [
@@ -62,6 +63,9 @@ __all__ = [
     "side_by_side",
     "spread",
 ]
+
+
+_ROOM = 1024  # elements
 
 
 def library():
@@ -173,16 +177,17 @@ class _Heads(Function):
     @staticmethod
     def forward(ctx, norms, x, *tensors):
         x, (weights, scales, shifts) = _channels_last(x), _thirds(tensors)
-        hidden, ctx.affine, ctx.stats, v = _heads(x, weights, scales, shifts, norms)
+        hidden, ctx.affine, ctx.stats = _heads(x, weights, scales, shifts, norms)
         ctx.training = norms[0].training
-        ctx.save_for_backward(x, v, *weights, *hidden)
+        ctx.save_for_backward(x, *weights, *_kept(hidden, weights, ctx.training))
         return tuple(hidden)
 
     @staticmethod
     @_once_differentiable
     def backward(ctx, *grads):
-        x, v, *saved = _saved(ctx)
+        x, *saved = _saved(ctx)
         weights, hidden = saved[: len(grads)], saved[len(grads) :]
+        hidden, v = (hidden, None) if hidden else _project_heads(x, weights, ctx.affine, ctx.stats)
         return None, *_heads_backward(grads, x, weights, hidden, v, ctx.affine, ctx.stats, ctx.training)
 
 
@@ -194,10 +199,10 @@ class _Involutions(Function):
         ctx.is_pooled, x, pooled = pooled is not x, _channels_last(x), _channels_last(pooled)
         affine, weights = weights[3 * len(norms) :], weights[: 3 * len(norms)]
         layers = _by_layer(weights)
-        hidden, ctx.affine, ctx.stats, v = _heads(
+        hidden, ctx.affine, ctx.stats = _heads(
             pooled, weights[: len(layers)], affine[: len(norms)], affine[len(norms) :], norms
         )
-        ctx.scales = None if rms_eps is None else _rms_norm(hidden, rms_eps)
+        scales = None if rms_eps is None else _rms_norm(hidden, rms_eps)
         geometry = [
             (place[0], *check_fused(x, h, span, bias, *place))
             for h, (_, span, bias), place in zip(hidden, layers, geometry, strict=True)
@@ -206,17 +211,22 @@ class _Involutions(Function):
             involution_cpu.fused_forward(x, h, span, bias, *place)
             for h, (_, span, bias), place in zip(hidden, layers, geometry, strict=True)
         ]
-        ctx.geometry, ctx.training = geometry, norms[0].training
+        ctx.geometry, ctx.rms_eps, ctx.training = geometry, rms_eps, norms[0].training
+        kept = _kept(hidden, weights[: len(layers)], ctx.training)
+        ctx.scales = scales if kept else None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, pooled, v, *hidden, *weights)
+        ctx.save_for_backward(x, pooled, *weights, *kept)
         return tuple(outputs)
 
     @staticmethod
     @_once_differentiable
     def backward(ctx, *grads):
         n = len(grads)
-        x, pooled, v, *saved = _saved(ctx)
-        hidden, weights = saved[:n], saved[n:]
+        x, pooled, *saved = _saved(ctx)
+        weights, hidden, v, scales = saved[: 3 * n], saved[3 * n :], None, ctx.scales
+        if not hidden:
+            hidden, v = _project_heads(pooled, weights[:n], ctx.affine, ctx.stats)
+            scales = None if ctx.rms_eps is None else _rms_norm(hidden, ctx.rms_eps)
         used = [grad is not None for grad in grads]
         grads = [
             _image(x, x.shape[1], *h.shape[2:]).zero_() if g is None else g for g, h in zip(grads, hidden, strict=True)
@@ -228,8 +238,8 @@ class _Involutions(Function):
             ),
             strict=True,
         )
-        if ctx.scales is not None:
-            _rms_norm_backward(to_hidden, hidden, ctx.scales)
+        if scales is not None:
+            _rms_norm_backward(to_hidden, hidden, scales)
         more = () if ctx.is_pooled else to_x
         to_pooled, *to_heads = _heads_backward(
             to_hidden, pooled, weights[:n], hidden, v, ctx.affine, ctx.stats, ctx.training, more
@@ -538,28 +548,43 @@ def _projection(v, weight, scale, shift, stats):
 
 
 def _heads(x, weights, scales, shifts, norms):
-    """[relu(norm_k(weight_k * x))]; and what `_heads_backward` needs: parameters side by side, statistics, v or None.
-
-    Where it is much narrower than x, v = weight * x is cheaper to keep than to make x's covariance.
-    """
+    """[relu(norm_k(weight_k * x))]; and what backward needs: parameters side by side, and statistics."""
     weight, affine, training = torch.cat(weights), (_side_by_side(scales), _side_by_side(shifts)), norms[0].training
     check_widths(x.shape[1], weight, norms)
-    (C, K), widths = weight.shape[:2], [w.shape[0] for w in weights]
-    hidden, v = [_image(x, width) for width in widths], _image(x, C) if training and 2 * C <= K else None
-    stats = _statistics(norms, 1, C, 0 if v is not None else K)
-    if v is not None:
-        packed = [*_operands([x]), *_projection(v, weight, *affine, stats)]
-        packed += _results([(None, h) for h in hidden], widths)
-        _call_with_statistics("project", x, training, packed)
+    C, K = weight.shape[:2]
+    if _are_projected(weights, training):
+        stats = _statistics(norms, 1, C, 0)
+        hidden, _ = _project_heads(x, weights, affine, stats, training)
     else:
+        hidden, stats = [_image(x, w.shape[0]) for w in weights], _statistics(norms, 1, C, K)
         packed = [True, *_parts(hidden), 0, 0, 1, *_candidate(x, None, weight, *affine, stats, 0)]
         _call_with_statistics("mix", x, training, packed)
     _track(norms, stats, C)
-    return hidden, affine, stats, v
+    return hidden, affine, stats
+
+
+def _are_projected(weights, training):
+    """Whether heads are so much narrower than x that to make v = weight * x, twice, is cheaper than x's covariance."""
+    return training and 2 * sum(map(len, weights)) <= weights[0].shape[1]
+
+
+def _kept(hidden, weights, training):
+    """What is kept of heads for backward, which makes those that are projected once more."""
+    return [] if _are_projected(weights, training) else hidden
+
+
+def _project_heads(x, weights, affine, stats, training=False):
+    """(heads, v): in backward the same bit for bit as in forward, whose statistics are given then."""
+    hidden, weight = [_image(x, w.shape[0]) for w in weights], torch.cat(weights)
+    v = _image(x, weight.shape[0])
+    packed = [*_operands([x]), *_projection(v, weight, *affine, stats)]
+    packed += _results([(None, h) for h in hidden], [h.shape[1] for h in hidden])
+    _call_with_statistics("project", x, training, packed)
+    return hidden, v
 
 
 def _heads_backward(grads, x, weights, hidden, v, affine, stats, training, more=()):
-    """The gradient of x, plus all images in `more`, and those of the weights, scales and shifts."""
+    """The gradient of x, plus all images in `more`; those of the weights, scales and shifts. v: of projected heads."""
     weight, grads, more = torch.cat(weights), [_channels_last(g) for g in grads], [_channels_last(g) for g in more]
     to_x, to_weight, widths = torch.empty_like(x), torch.empty_like(weight), [w.shape[0] for w in weights]
     if v is not None:
@@ -627,12 +652,14 @@ def _double_like(x):
 def _statistics(norms, candidates, C, K):
     """Room for the statistics of candidates with weights (C, K): mean v, var v, s (C each), m (K), W S (C, K).
 
-    In evaluation the first two are the running statistics; else mix fills in all.
+    In evaluation the first three are those of the running statistics; else C++ fills in all.
     """
     stats = torch.empty(candidates, 3 * C + K + C * K, dtype=torch.float64)
     if not norms[0].training:
-        stats[:, :C] = torch.cat([norm.running_mean for norm in norms]).view(candidates, C)
-        stats[:, C : 2 * C] = torch.cat([norm.running_var for norm in norms]).view(candidates, C)
+        mean, var, s = stats[:, : 3 * C].view(candidates, 3, C).unbind(1)
+        mean.copy_(torch.cat([norm.running_mean for norm in norms]).view(candidates, C))
+        var.copy_(torch.cat([norm.running_var for norm in norms]).view(candidates, C))
+        torch.rsqrt(var + EPS, out=s)
     return stats
 
 
@@ -669,10 +696,14 @@ def _saved(ctx):
 
 
 def _image(x, C, H=None, W=None):
-    """An uninitialised image of C channels, else like x."""
+    """An uninitialised image of C channels, else like x: channels-last and dense, with some room behind it.
+
+    glibc finds an aligned block only where there are up to 96 bytes more, which small objects take from those that are
+    free: where images were, none of the same size would fit. Into these fit the gradients, which have no such room.
+    """
     N, _, *size = x.shape
-    shape = N, C, H or size[0], W or size[1]
-    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    H, W = H or size[0], W or size[1]
+    return torch.empty(N * C * H * W + _ROOM, dtype=x.dtype).as_strided_((N, C, H, W), (C * H * W, 1, W * C, C))
 
 
 def _parts(images, masks=()):

@@ -225,6 +225,25 @@ def test_the_gradient_of_a_positive_part_may_have_any_layout():
     assert torch.allclose(*gradients, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_narrow_heads_are_made_once_more_instead_of_being_kept(dtype):
+    if fast_cell.choose_backend(torch.zeros(1)) is fast_cell_torch:
+        pytest.skip("no C++ compiler here")
+    from kernels import fast_cell_cpu
+
+    x = torch.randn(3, 16, 9, 9, dtype=dtype).to(memory_format=torch.channels_last)
+    weights = [torch.randn(4, 16, 1, 1, dtype=dtype) for _ in range(2)]
+    affine, stats = torch.randn(2, 8, dtype=dtype).unbind(), torch.empty(1, 3 * 8, dtype=torch.float64)
+    heads, v = fast_cell_cpu._project_heads(x, weights, affine, stats, training=True)
+    again, v_again = fast_cell_cpu._project_heads(x, weights, affine, stats)
+    assert all(map(torch.equal, (*heads, v), (*again, v_again)))
+
+    kept, layers = [], nn.ModuleList(Involution2d(16, kernel_size, 1) for kernel_size in (3, 5)).to(dtype)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        fast_cell_cpu.involutions(x, x, layers, 1e-5)
+    assert {image.shape[1] for image in kept if image.shape[0] == 3} == {16}  # the state, and none of 4 or 8 channels
+
+
 def test_alphas_of_another_dtype(backend):
     net = make(["skip_connect", "sep_invo_3x3", "avg_pool_3x3"]).float()
     for alpha in net.arch_parameters():
