@@ -43,8 +43,8 @@ _NETWORKS = {"second-2": "found here in second order"}  # by the names of their 
 # (benchmarks/RESULTS.md: second-order search; DARTS with 36 channels, 20 or 8 cells and auxiliary head)
 _SEARCH_STEP = (0.5, 64, 9.35)
 _STEPS = {
-    "paper": {"search": _SEARCH_STEP, "short": (0.9, 96, 3.19), "final": (1.0, 96, 3.19)},
-    "long": {"search": _SEARCH_STEP, "short": (0.9, 96, 1.57), "final": (1.0, 96, 1.57)},
+    "paper": {"search": _SEARCH_STEP, "short": (0.9, 96, 3.0), "final": (1.0, 96, 3.0)},
+    "long": {"search": _SEARCH_STEP, "short": (0.9, 96, 1.27), "final": (1.0, 96, 1.27)},
 }
 
 
