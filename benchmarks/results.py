@@ -185,11 +185,9 @@ def cost(name):
         lines.append([stage, f"{epochs:,}", f"{steps:,}", f"{seconds:g} s", f"{steps * seconds / 3600:,.0f}"])
     lines.append(["all", "", "", "", f"{total:,.0f}"])
     head = ["stage", "epochs", "steps", "a step on two cores", "hours on two cores"]
-    speed = total / 8 / (7 * 24)
     return (
-        f"{comparison.markdown_table(head, lines)}\n\nEight GPUs that each take the place of two such cores need "
-        f"{total / 8:,.0f} hours; for a week each must be {speed:.0f} times as fast as the two cores, for a day "
-        f"{7 * speed:.0f} times."
+        f"{comparison.markdown_table(head, lines)}\n\nEight GPUs, each of the speed of two such cores, need "
+        f"{total / 8:,.0f} hours ({total / 8 / 24:.1f} days); n times as fast, an nth of that."
     )
 
 
