@@ -62,7 +62,7 @@ void spread_backward(int64_t pixels, Reader reader) {
 
 // The equations are those of fast_cell_cpu.py: W is `weight`, m is `mean_z`, WS is `WS`, s is `s`.
 
-struct Statistics {  // of one candidate; kept from forward to backward. In evaluation the first three are given.
+struct Statistics {  // of one candidate; kept from forward to backward. Without training the first three are given.
   double *mean, *var, *s, *mean_z, *WS;
   Statistics(double* data, int64_t C, int64_t K)
       : mean(data), var(data + C), s(data + 2 * C), mean_z(data + 3 * C), WS(data + 3 * C + K) {}
@@ -239,7 +239,7 @@ void mix_backward(int64_t pixels, bool training, Reader reader) {
 
 // -------------------------------------------------------------------------------------------------------- project
 
-// Here v = W z, z the positive parts of images of many channels, is computed and kept: its statistics are sums over v
+// Here v = W z, z the positive parts of images of many channels, is computed: its statistics are sums over v
 // itself. Without W, v is given.
 
 inline int64_t chunks_of(int64_t pixels) { return std::max<int64_t>(1, std::min<int64_t>(16, pixels / 1024)); }

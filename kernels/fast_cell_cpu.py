@@ -66,7 +66,7 @@ __all__ = [
 ]
 
 
-# elements behind an image; none where a sanitizer is to see what reads or writes past its end
+# elements behind an image, for many small objects; none where a sanitizer is to see what reads or writes past its end
 _ROOM = 0 if "-fsanitize" in os.environ.get("CXX", "") else 1024
 
 
@@ -654,7 +654,7 @@ def _double_like(x):
 def _statistics(norms, candidates, C, K):
     """Room for the statistics of candidates with weights (C, K): mean v, var v, s (C each), m (K), W S (C, K).
 
-    In evaluation the first three are those of the running statistics; else C++ fills in all.
+    In evaluation the first three are those of the running statistics; else C++ fills in all, var the unbiased one.
     """
     stats = torch.empty(candidates, 3 * C + K + C * K, dtype=torch.float64)
     if not norms[0].training:
@@ -701,7 +701,7 @@ def _image(x, C, H=None, W=None):
     """An uninitialised image of C channels, else like x: channels-last and dense, with some room behind it.
 
     glibc finds an aligned block only where there are up to 96 bytes more, which small objects take from those that are
-    free: where images were, none of the same size would fit. Into these fit the gradients, which have no such room.
+    free: where images were, none of the same size would fit. Into these fit most gradients, which have no such room.
     """
     N, _, *size = x.shape
     H, W = H or size[0], W or size[1]

@@ -231,7 +231,7 @@ def test_narrow_heads_are_made_once_more_instead_of_being_kept(dtype):
         pytest.skip("no C++ compiler here")
     from kernels import fast_cell_cpu
 
-    x = torch.randn(3, 16, 9, 9, dtype=dtype).to(memory_format=torch.channels_last)
+    x = torch.randn(3, 16, 33, 33, dtype=dtype).to(memory_format=torch.channels_last)
     weights = [torch.randn(4, 16, 1, 1, dtype=dtype) for _ in range(2)]
     affine, stats = torch.randn(2, 8, dtype=dtype).unbind(), torch.empty(1, 3 * 8, dtype=torch.float64)
     heads, v = fast_cell_cpu._project_heads(x, weights, affine, stats, training=True)
@@ -240,8 +240,28 @@ def test_narrow_heads_are_made_once_more_instead_of_being_kept(dtype):
 
     kept, layers = [], nn.ModuleList(Involution2d(16, kernel_size, 1) for kernel_size in (3, 5)).to(dtype)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        fast_cell_cpu.involutions(x, x, layers, 1e-5)
+        outputs = fast_cell_cpu.involutions(x, x, layers, 1e-5)
     assert {image.shape[1] for image in kept if image.shape[0] == 3} == {16}  # the state, and none of 4 or 8 channels
+    assert outputs[0].grad_fn.scales is None
+
+
+def test_narrow_heads_against_autograd():
+    if fast_cell.choose_backend(torch.zeros(1)) is fast_cell_torch:
+        pytest.skip("no C++ compiler here")
+    from kernels import fast_cell_cpu
+
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 16, 9, 9), torch.randn(4, 16, 1, 1), torch.randn(3, 16, 1, 1)]
+    inputs = [x.double().requires_grad_() for x in inputs]
+    norms = [nn.BatchNorm2d(C).double() for C in (4, 3)]
+    inputs += [weight for norm in norms for weight in norm.parameters()]
+    factors, results = [torch.randn(3, C, 9, 9).double() for C in (4, 3)], []
+    plain = [norm(nn.functional.conv2d(inputs[0], w)).relu() for w, norm in zip(inputs[1:3], norms, strict=True)]
+    for heads in (fast_cell_cpu.heads(inputs[0], inputs[1:3], norms), plain):
+        loss = sum((head * factor).sum() for head, factor in zip(heads, factors, strict=True))
+        results.append([*heads, *torch.autograd.grad(loss, inputs)])
+    for actual, expected in zip(*results, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_alphas_of_another_dtype(backend):
