@@ -14,6 +14,7 @@ epoch), genotype.json and summary.json (time). They are a run folder still: `--a
 import csv
 import json
 import math
+import re
 import shutil
 import statistics
 import sys
@@ -39,13 +40,12 @@ _KEPT = ("config.json", "metrics.csv", "genotype.json", "summary.json")
 _SEARCH = "choice/search-second-2"  # whose cells and curves are shown
 _REPORTED, _TO_BEAT = "the code that this one replaces", {"8": "82.07", "10": "83.23", "20": "93.17"}  # by cells
 _NETWORKS = {"second-2": "found here in second order"}  # by the names of their runs in results/hour
-# of a plan: share of the training images in an epoch, batch size, seconds of a step on two cores with AVX-512
-# (benchmarks/RESULTS.md: second-order search; DARTS with 36 channels, 20 or 8 cells and auxiliary head)
-_SEARCH_STEP = (0.5, 64, 9.35)
-_STEPS = {
-    "paper": {"search": _SEARCH_STEP, "short": (0.9, 96, 3.0), "final": (1.0, 96, 3.0)},
-    "long": {"search": _SEARCH_STEP, "short": (0.9, 96, 1.27), "final": (1.0, 96, 1.27)},
-}
+# of a plan's stages: share of the training images in an epoch, batch size
+_EPOCHS = {"search": (0.5, 64), "short": (0.9, 96), "final": (1.0, 96)}
+# and the rows of benchmarks/RESULTS.md that have the seconds of a step: of the search, of the networks of each plan
+_SEARCH_STEP = r"\| involution, 64 \| fast \|.*?\*\*([\d.]+) s\*\*"
+_STEP = r"\| `DARTS`, 36 channels, {} cells, auxiliary head, batch 96 \| this code \| ([\d.]+) s"
+_CELLS = {"paper": 20, "long": 8}
 
 
 def keep_weights(source, target, images):
@@ -178,8 +178,11 @@ def sharpness(results):
 def cost(name):
     """What a plan would take at the rates that RESULTS.md has of two cores."""
     the_plan, total, lines = plan.load(ROOT / "plans" / f"{name}.toml"), 0.0, []
+    measured = (ROOT / "benchmarks" / "RESULTS.md").read_text()
     for stage, epochs in the_plan.epochs().items():
-        share, batch_size, seconds = _STEPS[name][stage]
+        share, batch_size = _EPOCHS[stage]
+        row = _SEARCH_STEP if stage == "search" else _STEP.format(_CELLS[name])
+        seconds = float(re.search(row, measured)[1])
         steps = epochs * math.ceil(share * 50_000 / batch_size)
         total += steps * seconds / 3600
         lines.append([stage, f"{epochs:,}", f"{steps:,}", f"{seconds:g} s", f"{steps * seconds / 3600:,.0f}"])

@@ -62,7 +62,7 @@ void spread_backward(int64_t pixels, Reader reader) {
 
 // The equations are those of fast_cell_cpu.py: W is `weight`, m is `mean_z`, WS is `WS`, s is `s`.
 
-struct Statistics {  // of one candidate; kept from forward to backward. Without training the first three are given.
+struct Statistics {  // of one candidate; kept from forward to backward. Without training, mean and s are given.
   double *mean, *var, *s, *mean_z, *WS;
   Statistics(double* data, int64_t C, int64_t K)
       : mean(data), var(data + C), s(data + 2 * C), mean_z(data + 3 * C), WS(data + 3 * C + K) {}

@@ -654,14 +654,13 @@ def _double_like(x):
 def _statistics(norms, candidates, C, K):
     """Room for the statistics of candidates with weights (C, K): mean v, var v, s (C each), m (K), W S (C, K).
 
-    In evaluation the first three are those of the running statistics; else C++ fills in all, var the unbiased one.
+    In evaluation mean and s are those of the running statistics; else C++ fills in all, var the unbiased one.
     """
     stats = torch.empty(candidates, 3 * C + K + C * K, dtype=torch.float64)
     if not norms[0].training:
-        mean, var, s = stats[:, : 3 * C].view(candidates, 3, C).unbind(1)
-        mean.copy_(torch.cat([norm.running_mean for norm in norms]).view(candidates, C))
-        var.copy_(torch.cat([norm.running_var for norm in norms]).view(candidates, C))
-        torch.rsqrt(var + EPS, out=s)
+        stats[:, :C] = torch.cat([norm.running_mean for norm in norms]).view(candidates, C)
+        var = torch.cat([norm.running_var for norm in norms]).view(candidates, C)
+        stats[:, 2 * C : 3 * C] = (var.double() + EPS).rsqrt()
     return stats
 
 
