@@ -66,22 +66,19 @@ def forward(cell, s0, s1, weights, factors=None):
     """
     states = [cell.preprocess0(s0), cell.preprocess1(s1)]
     backend = choose_backend(states[0])
-    edges, alphas = iter(cell._ops), iter(weights.unbind())
-    into = [[(next(edges), next(alphas).unbind()) for _ in range(2 + node)] for node in range(cell._steps)]
-    factors = iter(factors or [None] * len(cell._ops))
-    factors = [[next(factors) for _ in edges] for edges in into]
+    into = _by_node(map(torch.unbind, weights.unbind()), cell._steps)
+    factors = _by_node(factors or [None] * len(cell._ops), cell._steps)
+    # what is known goes by addresses, which modes and transforms do not have
+    readers = functools.cache(functools.partial(_find_readers if backend is fast_cell_torch else _readers, cell))
     parts, linear = [[] for _ in into], [[] for _ in into]  # of each node: images, and (alpha, Term, factor)
     expected = {}  # shape and dtype of each node, and the operation that they come from
     for node in range(cell._steps):
         for j in range(len(states) - (1 if node else 2), len(states)):
             plain = []
-            leaving = {n: into[n][j][0] for n in range(node, cell._steps)}
-            ops = [((n, k), edge._ops[k]) for n, edge in leaving.items() for k in edge._computed]
-            ops = [(key, op, _kind(op, cell.training, False, states[j].dtype)) for key, op in ops]
             relu = functools.cache(functools.partial(F.relu, states[j]))
-            for (n, k), term in _expand(states[j], relu, ops, backend):
-                _check(term, leaving[n]._ops[k], expected.setdefault(n, (*_form(term), leaving[n]._ops[k])))
-                alpha = into[n][j][1][k]
+            for (n, k, op), term in _expand(states[j], relu, readers(states[j].dtype)[j], backend):
+                _check(term, op, expected.setdefault(n, (*_form(term), op)))
+                alpha = into[n][j][k]
                 if term.weight is None:
                     plain.append((n, alpha, term.input))
                 else:
@@ -91,6 +88,28 @@ def forward(cell, s0, s1, weights, factors=None):
         states.append(_sum(parts[node], linear[node], backend))
         parts[node] = linear[node] = None  # what is not needed for backward is freed
     return torch.cat(states[-cell._multiplier :], dim=1)
+
+
+def _by_node(of_edges, steps):
+    """What there is of each edge, by the node that it enters and the state that it reads."""
+    of_edges = iter(of_edges)
+    return [[next(of_edges) for _ in range(2 + node)] for node in range(steps)]
+
+
+def _find_readers(cell, dtype):
+    """((node, primitive, operation), operation, kind) of all that reads a state of this dtype, for every state."""
+    readers = [[] for _ in range(2 + cell._steps)]
+    for node, edges in enumerate(_by_node(cell._ops, cell._steps)):
+        for j, edge in enumerate(edges):
+            ops = [(k, edge._ops[k]) for k in edge._computed]
+            readers[j] += [((node, k, op), op, _kind(op, cell.training, False, dtype)) for k, op in ops]
+    return readers
+
+
+def _readers(cell, dtype):
+    """The same, as it was found before where nothing has changed."""
+    find = functools.partial(_find_readers, cell, dtype)
+    return _known.setdefault(cell._ops, _Known()).of([*cell._ops], (dtype, cell.training), find)
 
 
 def choose_backend(x):
@@ -186,7 +205,8 @@ def derived(stems, cells, x, drop_prob, wanted):
 
     stems: the module whose output is both inputs of the first cell, or one for each, the second reading the first.
     """
-    plans, programs = _known.setdefault(cells, _Known()).of(stems, cells, x.dtype)
+    make = functools.partial(_plan_all, stems, cells, x.dtype)
+    plans, programs = _known.setdefault(cells, _Known()).of([*stems, *cells], x.dtype, make)
     if programs is not None and not torch.is_grad_enabled():
         results = _evaluate(stems, plans, programs, x, wanted)
         if results:
@@ -218,6 +238,12 @@ def _cells(stems, plans, x, drop_prob, wanted, backend):
         nodes0, nodes1 = nodes1, nodes
         if k in wanted:
             yield k, nodes
+
+
+def _plan_all(stems, cells, dtype):
+    """The plans; and the programs by what they were recorded for, None where they cannot be."""
+    plans = [_plan(cell, dtype) for cell in cells]
+    return plans, {} if _can_be_recorded(stems, plans, dtype) else None
 
 
 def _plan(cell, dtype):
@@ -323,7 +349,8 @@ def _state(results, wanted):
 
 
 def _project(images, ops, wanted, backend):
-    return _projected(images, [op.op[1].weight for op in ops], [op.op[2] for op in ops], wanted, backend)
+    _, convs, norms = zip(*(op.op for op in ops), strict=True)
+    return _projected(images, [conv.weight for conv in convs], norms, wanted, backend)
 
 
 def _project_every_second(images, ops, wanted, backend):
@@ -345,30 +372,28 @@ _PREPROCESS = {"project": _project, "reduce": _project_every_second}
 
 
 class _Known:
-    """The plans of a network's cells, and its programs of evaluation, for as long as its modules stay as they are.
+    """What was found of modules (plans of cells, programs of evaluation), for as long as these stay as they are.
 
     To see whether they do takes less than planning, by lists of what may change: the attributes of all modules, what is
     in the dictionaries and lists among them, hooks, and where tensors lie (`data` may be replaced).
     """
 
     def __init__(self):
-        self.roots, self.by_dtype = [], {}
+        self.roots, self.found = [], {}
 
-    def of(self, stems, cells, dtype):
-        """Plans of images of this dtype; and the programs by what they were recorded for, None where they cannot be."""
-        roots = [*stems, *cells]
+    def of(self, roots, key, find):
+        """What `find()` gives for the key, of modules that are among the roots and their descendants."""
         if not self._holds(roots):
             self._look_at(roots)
-        if dtype not in self.by_dtype:
-            plans = [_plan(cell, dtype) for cell in cells]
-            self.by_dtype[dtype] = plans, {} if _can_be_recorded(stems, plans, dtype) else None
-        return self.by_dtype[dtype]
+        if key not in self.found:
+            self.found[key] = find()
+        return self.found[key]
 
     def _look_at(self, roots):
         self.modules = [m for root in roots for m in root.modules()]
         self.attributes = [dict(vars(m)) for m in self.modules]
         self.hooks = [hooks for m in self.modules for hooks in _hooks(m)]
-        self.roots, self.by_dtype = [] if any(self.hooks) else roots, {}  # hooks may be gone the next time
+        self.roots, self.found = [] if any(self.hooks) else roots, {}  # hooks may be gone the next time
         self.dictionaries = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
         self.contents = _contents(self.dictionaries)
         self.tensors = [x for x in self.contents if isinstance(x, torch.Tensor)]
@@ -387,7 +412,7 @@ class _Known:
         return same and _places(self.tensors) == self.places and self.lists == self.copies
 
 
-_known = weakref.WeakKeyDictionary()  # by the list of cells, so that copies of a network and pickles know nothing
+_known = weakref.WeakKeyDictionary()  # by the list of cells or edges, so that copies and pickles know nothing
 
 
 def _hooks(m):
@@ -603,25 +628,25 @@ def _widened(weight, before, after):
 
 
 def _involution(x, relu, ops, backend):
-    layers = [op.op[1] for op in ops]
+    _, layers, convs, norms = zip(*(op.op for op in ops), strict=True)
     pooled = backend.average(relu(), layers[0].avgpool)
     outputs = backend.involutions(relu(), pooled, layers, _SHARED_NORMS[layers[0].kernel_norm])
-    return [Term(output, op.op[2].weight, op.op[3]) for op, output in zip(ops, outputs, strict=True)]
+    return [Term(x, conv.weight, norm) for x, conv, norm in zip(outputs, convs, norms, strict=True)]
 
 
 def _convolution(x, relu, ops, backend):
-    return [Term(relu(), op.op[1].weight, op.op[2]) for op in ops]
+    return [Term(relu(), conv.weight, norm) for _, conv, norm in (op.op for op in ops)]
 
 
 def _separable(x, relu, ops, backend):
-    return [Term(_depthwise(relu(), op.op[1], backend), op.op[2].weight, op.op[3]) for op in ops]
+    return [Term(_depthwise(relu(), dw, backend), conv.weight, norm) for _, dw, conv, norm in (op.op for op in ops)]
 
 
 def _separable_twice(x, relu, ops, backend):
     terms = []
-    for op in ops:
-        (hidden,) = backend.heads(_depthwise(relu(), op.op[1], backend), [op.op[2].weight], [op.op[3]])
-        terms.append(Term(_depthwise(hidden, op.op[5], backend), op.op[6].weight, op.op[7]))
+    for _, dw1, conv1, norm1, _, dw2, conv2, norm2 in (op.op for op in ops):
+        (hidden,) = backend.heads(_depthwise(relu(), dw1, backend), [conv1.weight], [norm1])
+        terms.append(Term(_depthwise(hidden, dw2, backend), conv2.weight, norm2))
     return terms
 
 

@@ -37,7 +37,7 @@ logger = logging.getLogger("darts.train")
 def train(run, batches, model, forward, criterion, optimizer, args):
     """The steps that are left of an epoch; `forward` is the model, or what computes the same."""
     model.train()
-    size = size_of_epoch(args, run.epoch)
+    size, weights, statistics = size_of_epoch(args, run.epoch), [*model.parameters()], running_statistics(model)
     for input, target in run.steps(batches):
         input = augment.reduce(input, size)
         memory.clear_gradients(optimizer)
@@ -49,9 +49,9 @@ def train(run, batches, model, forward, criterion, optimizer, args):
             loss = loss + args.auxiliary_weight * criterion(logits_aux.float(), target)
         loss.backward()
         loss = loss.detach()
-        grads = [w.grad for w in model.parameters() if w.grad is not None]
-        run.team.mean_([loss, *grads, *running_statistics(model)], len(target))
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        grads = [w.grad for w in weights if w.grad is not None]
+        run.team.mean_([loss, *grads, *statistics], len(target))
+        norm = nn.utils.clip_grad_norm_(weights, args.grad_clip)
         optimizer.step()
         run.record(loss, logits.detach(), target, norm)
 

@@ -98,7 +98,8 @@ def make_step(setting):
     from architect import Architect
 
     net, train, valid = make_supernet(setting)
-    optimizer = torch.optim.SGD(net.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+    weights = [*net.parameters()]
+    optimizer = torch.optim.SGD(weights, 0.025, momentum=0.9, weight_decay=3e-4)
     args = argparse.Namespace(momentum=0.9, weight_decay=3e-4, arch_learning_rate=3e-4, arch_weight_decay=1e-3)
     architect = Architect(net, args)
     if hasattr(architect, "gradients"):  # an older commit has none
@@ -107,12 +108,12 @@ def make_step(setting):
     def step(phase):
         if phase == "weights":
             if hasattr(architect, "gradients"):
-                for w, grad in zip(net.parameters(), architect.gradients("weights", *train)[2], strict=True):
+                for w, grad in zip(weights, architect.gradients("weights", *train)[2], strict=True):
                     w.grad = grad
             else:
                 optimizer.zero_grad()
                 net._loss(*train).backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+            torch.nn.utils.clip_grad_norm_(weights, 5.0)
             optimizer.step()
         else:
             architect.step(*train, *valid, 0.025, optimizer, unrolled=phase == "second order")

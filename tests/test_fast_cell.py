@@ -1,6 +1,7 @@
 """The fast cell against the plain one, edge by edge: float64, every gradient, and the running statistics."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -342,6 +343,72 @@ def test_hooks_are_called(backend):
         module.register_forward_hook(lambda module, args, output: seen.append(module))
     assert_equal_to_plain(net)
     assert [m for m in seen if m in hooked] == list(hooked)
+
+
+def _replace(net):
+    net.cells[0]._ops[1]._ops[2].op[2] = nn.Conv2d(8, 8, 1, bias=False).double()
+
+
+def _move(net):
+    weight = net.cells[1]._ops[0]._ops[2].op[2].weight
+    weight.data = 2 * weight.data
+
+
+CHANGES = {
+    "evaluation": lambda net: net.eval(),
+    "batch norm of one operation": lambda net: setattr(net.cells[0]._ops[0]._ops[1][1], "momentum", 0.5),
+    "bounds of kernels": lambda net: set_kernel_norm(net, "tanh"),
+    "a layer": _replace,
+    "an operation": lambda net: net.cells[0]._ops[1]._ops.__setitem__(0, nn.Dropout(0.0)),
+    "an edge": lambda net: net.cells[0]._ops.__setitem__(2, copy.deepcopy(net.cells[0]._ops[1])),
+    "what an edge computes": lambda net: net.cells[0]._ops[3]._computed.remove(1),
+    "memory of a weight": _move,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_after_a_pass_is_seen(backend, change):
+    net = make(["skip_connect", "max_pool_3x3", "sep_invo_3x3"])
+    assert_equal_to_plain(net)
+    change(net)
+    assert_equal_to_plain(net)
+    assert_equal_to_plain(net.train(not net.training))
+
+
+def test_a_hook_that_comes_after_a_pass_and_goes(backend):
+    net, seen = make(["skip_connect", "sep_invo_3x3"]), []
+    layer = net.cells[0]._ops[0]._ops[1].op[1]
+    for _ in range(2):
+        assert_equal_to_plain(net)
+        assert not seen
+        hook = layer.register_forward_hook(lambda module, args, output: seen.append(module))
+        assert_equal_to_plain(net)
+        assert layer in seen
+        hook.remove()
+        seen.clear()
+
+
+def test_what_is_known_of_a_supernet_goes_with_it():
+    if fast_cell.choose_backend(torch.zeros(1)) is fast_cell_torch:
+        pytest.skip("no C++ compiler here")
+    net = make(["skip_connect", "sep_invo_3x3"])
+    net(torch.randn(4, 3, 8, 8).double())
+    known, before = len(net.cells), len(fast_cell._known)
+    assert all(cell._ops in fast_cell._known for cell in net.cells)
+    del net
+    gc.collect()
+    assert len(fast_cell._known) == before - known
+
+
+def test_transforms_of_the_weights(backend):
+    """In which tensors have no address."""
+    net = make(["skip_connect", "sep_invo_3x3"]).eval()
+    weights, input = dict(net.named_parameters()), torch.randn(4, 3, 8, 8).double()
+    expected = net(input)
+    twice = {name: torch.stack([w, w]) for name, w in weights.items()}
+    mapped = torch.func.vmap(lambda w: torch.func.functional_call(net, w, (input,)), randomness="same")(twice)
+    for logits in mapped:
+        torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_no_gradient_for_the_weights(backend):

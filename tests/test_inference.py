@@ -42,7 +42,7 @@ def assert_equal_to_plain(net, input=None):
 
 def programs(net):
     """Those that were recorded of a network, or None where it cannot be recorded."""
-    ((_, found),) = fast_cell._known[net.cells].by_dtype.values()
+    ((_, found),) = fast_cell._known[net.cells].found.values()
     return None if found is None else list(found.values())
 
 
@@ -181,7 +181,7 @@ def test_maps_in_use_at_a_time_do_not_overlap():
     net = make(NAMED["NASNet"])
     logits(net, images())
     recording = inference_cpu.Recording(fast_cell._before_norms(net._stems(), images()))
-    plans, _ = fast_cell._known[net.cells].of(net._stems(), net.cells, torch.float64)
+    ((plans, _),) = fast_cell._known[net.cells].found.values()
     stem = [lambda x, wanted, backend: fast_cell._recorded_stem(recording.inputs[0], net.stem[1], x, wanted, backend)]
     with torch.no_grad():
         for _, nodes in fast_cell._cells(stem, plans, None, 0.0, {2}, recording):
