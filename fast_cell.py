@@ -68,15 +68,17 @@ def forward(cell, s0, s1, weights, factors=None):
     backend = choose_backend(states[0])
     into = _by_node(map(torch.unbind, weights.unbind()), cell._steps)
     factors = _by_node(factors or [None] * len(cell._ops), cell._steps)
-    # what is known goes by addresses, which modes and transforms do not have
-    readers = functools.cache(functools.partial(_find_readers if backend is fast_cell_torch else _readers, cell))
+    edges = _by_node(cell._ops, cell._steps)
     parts, linear = [[] for _ in into], [[] for _ in into]  # of each node: images, and (alpha, Term, factor)
     expected = {}  # shape and dtype of each node, and the operation that they come from
     for node in range(cell._steps):
         for j in range(len(states) - (1 if node else 2), len(states)):
             plain = []
+            leaving = [(n, edges[n][j]) for n in range(node, cell._steps)]
+            ops = [((n, k), edge._ops[k]) for n, edge in leaving for k in edge._computed]
+            ops = [((*key, op), op, _kind(op, cell.training, False, states[j].dtype)) for key, op in ops]
             relu = functools.cache(functools.partial(F.relu, states[j]))
-            for (n, k, op), term in _expand(states[j], relu, readers(states[j].dtype)[j], backend):
+            for (n, k, op), term in _expand(states[j], relu, ops, backend):
                 _check(term, op, expected.setdefault(n, (*_form(term), op)))
                 alpha = into[n][j][k]
                 if term.weight is None:
@@ -94,22 +96,6 @@ def _by_node(of_edges, steps):
     """What there is of each edge, by the node that it enters and the state that it reads."""
     of_edges = iter(of_edges)
     return [[next(of_edges) for _ in range(2 + node)] for node in range(steps)]
-
-
-def _find_readers(cell, dtype):
-    """((node, primitive, operation), operation, kind) of all that reads a state of this dtype, for every state."""
-    readers = [[] for _ in range(2 + cell._steps)]
-    for node, edges in enumerate(_by_node(cell._ops, cell._steps)):
-        for j, edge in enumerate(edges):
-            ops = [(k, edge._ops[k]) for k in edge._computed]
-            readers[j] += [((node, k, op), op, _kind(op, cell.training, False, dtype)) for k, op in ops]
-    return readers
-
-
-def _readers(cell, dtype):
-    """The same, as it was found before where nothing has changed."""
-    find = functools.partial(_find_readers, cell, dtype)
-    return _known.setdefault(cell._ops, _Known()).of([*cell._ops], (dtype, cell.training), find)
 
 
 def choose_backend(x):
@@ -205,8 +191,7 @@ def derived(stems, cells, x, drop_prob, wanted):
 
     stems: the module whose output is both inputs of the first cell, or one for each, the second reading the first.
     """
-    make = functools.partial(_plan_all, stems, cells, x.dtype)
-    plans, programs = _known.setdefault(cells, _Known()).of([*stems, *cells], x.dtype, make)
+    plans, programs = _plans(stems, cells, x.dtype)
     if programs is not None and not torch.is_grad_enabled():
         results = _evaluate(stems, plans, programs, x, wanted)
         if results:
@@ -238,12 +223,6 @@ def _cells(stems, plans, x, drop_prob, wanted, backend):
         nodes0, nodes1 = nodes1, nodes
         if k in wanted:
             yield k, nodes
-
-
-def _plan_all(stems, cells, dtype):
-    """The plans; and the programs by what they were recorded for, None where they cannot be."""
-    plans = [_plan(cell, dtype) for cell in cells]
-    return plans, {} if _can_be_recorded(stems, plans, dtype) else None
 
 
 def _plan(cell, dtype):
@@ -372,38 +351,36 @@ _PREPROCESS = {"project": _project, "reduce": _project_every_second}
 
 
 class _Known:
-    """What was found of modules (plans of cells, programs of evaluation), for as long as these stay as they are.
+    """The plans of a network's cells, and its programs of evaluation, for as long as its modules stay as they are.
 
-    To see whether they do takes less than planning, by lists of what may change: the attributes of all modules, what is
-    in the dictionaries and lists among them, hooks, and where tensors lie (`data` may be replaced).
+    To see whether they do takes less than planning, by lists of what may change: the classes and attributes of all
+    modules, what is in the dictionaries and lists among them, hooks, and where tensors lie (`data` may be replaced).
+    It does not last where there are hooks, which may hold the network, or tensors without an address (sparse ones).
     """
 
-    def __init__(self):
-        self.roots, self.found = [], {}
-
-    def of(self, roots, key, find):
-        """What `find()` gives for the key, of modules that are among the roots and their descendants."""
-        if not self._holds(roots):
-            self._look_at(roots)
-        if key not in self.found:
-            self.found[key] = find()
-        return self.found[key]
-
-    def _look_at(self, roots):
+    def __init__(self, roots):
+        self.roots, self.by_dtype = roots, {}
         self.modules = [m for root in roots for m in root.modules()]
-        self.attributes = [dict(vars(m)) for m in self.modules]
+        self.classes, self.attributes = [*map(type, self.modules)], [dict(vars(m)) for m in self.modules]
         self.hooks = [hooks for m in self.modules for hooks in _hooks(m)]
-        self.roots, self.found = [] if any(self.hooks) else roots, {}  # hooks may be gone the next time
         self.dictionaries = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
         self.contents = _contents(self.dictionaries)
         self.tensors = [x for x in self.contents if isinstance(x, torch.Tensor)]
-        self.places = _places(self.tensors)
         self.lists = [x for attributes in self.attributes for x in attributes.values() if type(x) is list]
         self.copies = list(map(list, self.lists))
-
-    def _holds(self, roots):
         try:
-            if self.roots != roots or any(self.hooks) or not all(map(eq, map(vars, self.modules), self.attributes)):
+            self.places = _places(self.tensors)
+        except (RuntimeError, ValueError):  # a tensor has no address, or is not made yet
+            self.places = None
+
+    def lasts(self):
+        return self.places is not None and not any(self.hooks)
+
+    def holds(self, roots):
+        try:
+            if self.roots != roots or any(self.hooks) or [*map(type, self.modules)] != self.classes:
+                return False
+            if not all(map(eq, map(vars, self.modules), self.attributes)):
                 return False
         except (RuntimeError, ValueError):  # an attribute is another tensor or array, which are not simply equal or not
             return False
@@ -412,7 +389,22 @@ class _Known:
         return same and _places(self.tensors) == self.places and self.lists == self.copies
 
 
-_known = weakref.WeakKeyDictionary()  # by the list of cells or edges, so that copies and pickles know nothing
+_known = weakref.WeakKeyDictionary()  # by the list of cells, so that copies of a network and pickles know nothing
+
+
+def _plans(stems, cells, dtype):
+    """Plans of images of this dtype; and the programs by what they were recorded for, None where they cannot be."""
+    roots, known = [*stems, *cells], _known.get(cells)
+    if known is None or not known.holds(roots):
+        _known.pop(cells, None)
+        known = _Known(roots)
+        if known.lasts():
+            _known[cells] = known
+    found = known.by_dtype.get(dtype)
+    if found is None:
+        plans = [_plan(cell, dtype) for cell in cells]
+        found = known.by_dtype[dtype] = plans, {} if _can_be_recorded(stems, plans, dtype) else None
+    return found
 
 
 def _hooks(m):
@@ -631,7 +623,7 @@ def _involution(x, relu, ops, backend):
     _, layers, convs, norms = zip(*(op.op for op in ops), strict=True)
     pooled = backend.average(relu(), layers[0].avgpool)
     outputs = backend.involutions(relu(), pooled, layers, _SHARED_NORMS[layers[0].kernel_norm])
-    return [Term(x, conv.weight, norm) for x, conv, norm in zip(outputs, convs, norms, strict=True)]
+    return [Term(output, conv.weight, norm) for output, conv, norm in zip(outputs, convs, norms, strict=True)]
 
 
 def _convolution(x, relu, ops, backend):

@@ -37,7 +37,8 @@ logger = logging.getLogger("darts.train")
 def train(run, batches, model, forward, criterion, optimizer, args):
     """The steps that are left of an epoch; `forward` is the model, or what computes the same."""
     model.train()
-    size, weights, statistics = size_of_epoch(args, run.epoch), [*model.parameters()], running_statistics(model)
+    size = size_of_epoch(args, run.epoch)
+    weights, statistics = [*model.parameters()], running_statistics(model)
     for input, target in run.steps(batches):
         input = augment.reduce(input, size)
         memory.clear_gradients(optimizer)

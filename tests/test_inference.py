@@ -42,7 +42,7 @@ def assert_equal_to_plain(net, input=None):
 
 def programs(net):
     """Those that were recorded of a network, or None where it cannot be recorded."""
-    ((_, found),) = fast_cell._known[net.cells].found.values()
+    ((_, found),) = fast_cell._known[net.cells].by_dtype.values()
     return None if found is None else list(found.values())
 
 
@@ -129,6 +129,36 @@ def test_what_changes_after_a_network_was_recorded_is_seen(change):
     assert not torch.equal(after, before)
 
 
+class Doubled(torch.nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_class_that_changes_is_seen():
+    net, input = make(NAMED["DARTS"]), images()
+    logits(net, input)
+    net.cells[0]._ops[0].op[2].__class__ = Doubled
+    assert_equal_to_plain(net, input)
+
+
+def test_tensors_without_an_address():
+    net = make(NAMED["DARTS"])
+    net.cells[0].register_buffer("mask", torch.eye(3).to_sparse())
+    assert_equal_to_plain(net)
+    assert net.cells not in fast_cell._known
+
+
+def test_a_network_whose_hook_holds_it_is_freed():
+    net = make(NAMED["DARTS"])
+    logits(net, images())
+    net.cells[0]._ops[0].op[3].register_forward_hook(lambda module, args, output, net=net: None)
+    logits(net, images())
+    cells = weakref.ref(net.cells)
+    del net
+    gc.collect()
+    assert cells() is None
+
+
 def test_attributes_that_have_no_single_truth():
     net = make(NAMED["DARTS"])
     net.cells[0].mark = torch.zeros(2)
@@ -181,7 +211,7 @@ def test_maps_in_use_at_a_time_do_not_overlap():
     net = make(NAMED["NASNet"])
     logits(net, images())
     recording = inference_cpu.Recording(fast_cell._before_norms(net._stems(), images()))
-    ((plans, _),) = fast_cell._known[net.cells].found.values()
+    ((plans, _),) = fast_cell._known[net.cells].by_dtype.values()
     stem = [lambda x, wanted, backend: fast_cell._recorded_stem(recording.inputs[0], net.stem[1], x, wanted, backend)]
     with torch.no_grad():
         for _, nodes in fast_cell._cells(stem, plans, None, 0.0, {2}, recording):
