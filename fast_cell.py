@@ -74,9 +74,8 @@ def forward(cell, s0, s1, weights, factors=None):
     for node in range(cell._steps):
         for j in range(len(states) - (1 if node else 2), len(states)):
             plain = []
-            leaving = [(n, edges[n][j]) for n in range(node, cell._steps)]
-            ops = [((n, k), edge._ops[k]) for n, edge in leaving for k in edge._computed]
-            ops = [((*key, op), op, _kind(op, cell.training, False, states[j].dtype)) for key, op in ops]
+            ops = [(n, k, edges[n][j]._ops[k]) for n in range(node, cell._steps) for k in edges[n][j]._computed]
+            ops = [((n, k, op), op, _kind(op, cell.training, False, states[j].dtype)) for n, k, op in ops]
             relu = functools.cache(functools.partial(F.relu, states[j]))
             for (n, k, op), term in _expand(states[j], relu, ops, backend):
                 _check(term, op, expected.setdefault(n, (*_form(term), op)))
@@ -374,9 +373,11 @@ class _Known:
             self.places = None
 
     def lasts(self):
+        """Whether it may be kept for another pass."""
         return self.places is not None and not any(self.hooks)
 
     def holds(self, roots):
+        """Whether these are the modules that it was made of, unchanged."""
         try:
             if self.roots != roots or any(self.hooks) or [*map(type, self.modules)] != self.classes:
                 return False
