@@ -42,7 +42,8 @@ sanitize: .venv/installed
 	CXX="g++ -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" INVOLUTION_CACHE=.venv/sanitized \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q -p no:cacheprovider \
-	tests/test_involution.py tests/test_fast_cell.py tests/test_model.py -k "not compile and not export and not start_at_once"
+	tests/test_involution.py tests/test_fast_cell.py tests/test_model.py tests/test_inference.py \
+	-k "not compile and not export and not start_at_once and not out_of_memory"
 
 # its threads are those of tests/openmp_of_pthreads.cpp; a race ends the tests with a report and exit code 66
 races: .venv/installed

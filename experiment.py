@@ -176,7 +176,7 @@ class Report:
         left, unknown = 0.0, []
         for stage, epochs in self.plan.epochs().items():
             if done[stage]:
-                left += max(0, epochs - done[stage]) * spent[stage] / done[stage]
+                left += max(0, sum(epochs) - done[stage]) * spent[stage] / done[stage]
             elif epochs:
                 unknown.append(stage)
         words = [f"about {utils.duration(left / self.at_once)} left"] * (left > 0 or not unknown)

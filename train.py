@@ -259,6 +259,16 @@ def build_parser():
     return parser
 
 
+def compiled(model, args):
+    """What torch.compile makes of a network, for each size of a batch by itself: what is computed does not depend on
+    what came before.
+    """
+    sizes = {size_of_epoch(args, epoch) for epoch in range(args.epochs)}
+    # of images of each size there are whole batches and a smaller last one; after so many, PyTorch gives up
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(sizes))
+    return torch.compile(model, fullgraph=True, dynamic=False)
+
+
 def _not_compiled(error):
     """What to raise for an error of a compiled step: a UserError if torch.compile gave up, else the error itself."""
     if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
@@ -283,8 +293,7 @@ def main():
     optimizer = torch.optim.SGD(model.parameters(), args.learning_rate, **own, fused=True)
     scheduler = schedule.make(optimizer, args.epochs, args.lr_scheduler, args.warmup_epochs)
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
-    # each size of a batch is compiled by itself: what is computed does not depend on what came before
-    forward = torch.compile(model, fullgraph=True, dynamic=False) if args.compile else model
+    forward = compiled(model, args) if args.compile else model
 
     with run_folder.Run("train", args, device, parts, team, **facts) as run:
         genotype = genotypes.parse(args.arch)

@@ -276,11 +276,12 @@ def pick_device(args, team=processes.ALONE):
 
 
 def processor():
-    """The processor of this machine and the number of its cores, in words."""
+    """The processor of this machine, the number of its cores and the vector instructions PyTorch uses, in words."""
     info = Path("/proc/cpuinfo")  # of Linux, where `platform` does not know it
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    model = models[0] if models else platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def synchronize(device):
@@ -294,7 +295,7 @@ def synchronize(device):
 def log_device(device):
     """Log what a script computes on: the numbers of a CPU depend on how many threads share it."""
     backend, count = involution.backend(device), torch.get_num_threads()
-    how = ", which sleep while they wait (the machine has other work)" if count > 1 and threads.are_asleep() else ""
+    how = ", which sleep while they wait for each other" if count > 1 and threads.are_asleep() else ""
     logger.info("device %s, involution backend %s, CPU threads: %d%s", device, backend, count, how)
 
 

@@ -16,7 +16,7 @@ def machine(device="cpu"):
     else:
         from utils import processor  # of the folder above, which every benchmark puts on its path before it measures
 
-        name = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
+        name = processor()
     return f"{name}; PyTorch {torch.__version__}, Python {platform.python_version()}"
 
 

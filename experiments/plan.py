@@ -102,16 +102,15 @@ class Plan(NamedTuple):
         return self.searches.get(candidate.budget or candidate.name)
 
     def epochs(self):
-        """Of each stage, the epochs of all its jobs, those included that cannot be named yet."""
+        """Of each stage, the epochs of every one of its jobs, those included that cannot be named yet."""
         members = Counter(candidate.group for candidate in self.candidates)
         finalists = sum(n if group == NAMED else min(n, self.best) for group, n in members.items())
         trainings = {"short": len(self.candidates), "final": finalists}
-        total = {"search": sum(job.args.epochs for job in self.searches.values())}
+        found = {"search": [job.args.epochs for job in self.searches.values()]}
         for stage, genotypes_ in trainings.items():
             if self.seeds[stage]:
-                epochs = train.parse_args(self.flags[stage]).epochs
-                total[stage] = genotypes_ * len(self.seeds[stage]) * epochs
-        return total
+                found[stage] = [train.parse_args(self.flags[stage]).epochs] * genotypes_ * len(self.seeds[stage])
+        return found
 
     def training(self, stage, candidate, arch):
         """The jobs of a stage, "short" or "final", of one candidate; `arch` is what --arch says."""

@@ -11,20 +11,41 @@ depend on it.
 """
 
 import os
+import time
 
 BRIEF = {"GOMP_SPINCOUNT": "10000"}  # of libgomp (Linux): a fraction of a millisecond
 ASLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}  # of libgomp and of libomp (macOS)
+_WATCHED = 0.1  # seconds
 
 
 def choose_waiting():
-    """Say how threads wait, by the load of the last minute, unless the user has; OpenMP reads it as it is loaded."""
+    """Say how threads wait, by what else the machine does now, unless the user has; OpenMP reads it as it is loaded."""
     if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
         os.environ.update(ASLEEP if is_busy() else BRIEF)
 
 
 def is_busy():
-    """Whether other work has kept half of the cores busy for the last minute (False where that is not known)."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * os.cpu_count()
+    """Whether other work keeps half of the cores busy.
+
+    It is now that counts: the load of the last minute is still that of a run that has just ended, as one that is resumed
+    or a search before its retraining. Where the system does not tell (Linux does), the load it is; else False.
+    """
+    before = _ticks()
+    if before is None:
+        return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * os.cpu_count()
+    time.sleep(_WATCHED)
+    idle, all_ = (after - earlier for after, earlier in zip(_ticks(), before, strict=True))
+    return idle < 0.5 * all_
+
+
+def _ticks():
+    """What the cores have done since the machine started, in ticks of their clock: (nothing, all); None if not known."""
+    try:
+        with open("/proc/stat") as file:
+            user, nice, system, idle, waiting, *others = map(int, file.readline().split()[1:9])
+    except (OSError, ValueError):
+        return None
+    return idle + waiting, user + nice + system + idle + waiting + sum(others)
 
 
 def are_asleep():

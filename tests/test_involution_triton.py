@@ -276,10 +276,19 @@ def test_in_the_interpreter(tmp_path, which):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles, and needs no interpreter")
-@pytest.mark.parametrize("archs", [["80"], pytest.param(["75", "120"], marks=pytest.mark.slow)], ids=" ".join)
-def test_kernels_compile_without_a_gpu(tmp_path, archs):
+@pytest.mark.parametrize(
+    "archs, dtype, channels, size, spilled",
+    [  # ptxas keeps a few numbers of its own in memory, outside of the loops
+        (["80"], "bfloat16", 32, 3, 32),
+        (["90"], "float32", 64, 7, 32),
+        (["100"], "float16", 36, 3, 128),  # groups of 18 channels, which take the room of 32
+        pytest.param(["75", "120"], "bfloat16", 32, 3, 32, marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_compile_without_a_gpu(tmp_path, archs, dtype, channels, size, spilled):
     """Each kernel, for cards of these generations: the interpreter forgives what the compiler does not."""
-    few = f"--archs {' '.join(archs)} --dtypes bfloat16 --channels 32 --kernel_sizes 3 --blocks spread --jobs 1".split()
+    few = f"--dtypes {dtype} --channels {channels} --kernel_sizes {size} --blocks spread --jobs 1".split()
+    few += ["--archs", *archs]
     where = ["--csv", str(tmp_path / "rows.csv"), "--out", str(tmp_path)]
     command = [sys.executable, "benchmarks/bench_triton.py", *few, *where]
     result = start(tmp_path / "cache", command, TRITON_INTERPRET="0")
@@ -289,8 +298,7 @@ def test_kernels_compile_without_a_gpu(tmp_path, archs):
     assert [row["arch"] for row in rows] == [arch for arch in archs for _ in range(7)]
     assert len({row["kernel"] for row in rows}) == 7
     for row in rows:
-        # ptxas keeps a few numbers of its own in memory, outside of the loops
-        assert 16 <= int(row["registers"]) <= 255 and int(row["spilled"]) <= 32, row
+        assert 16 <= int(row["registers"]) <= 255 and int(row["spilled"]) <= spilled, row
         assert 0 < float(row["occupancy"]) <= 1 and int(row["shared"]) < 48 * 1024, row
     table = (tmp_path / "bench_triton.md").read_text()
     assert f"| fused_grad_span | sm_{archs[-1]} | 1 of 1 |" in table

@@ -324,6 +324,21 @@ def test_hooks_of_derived_cells_are_called():
     assert sorted(id(module) for module in seen if module in hooked) == sorted(map(id, hooked))
 
 
+def test_every_kind_of_hook_of_derived_cells_is_called():
+    net, seen = make(NAMED["DARTS"]), []
+    first, second, _ = net.cells
+    first._ops[0].register_forward_pre_hook(lambda module, args: seen.append("forward pre"))
+    first._ops[1].register_full_backward_pre_hook(lambda module, grad: seen.append("backward pre"))
+    second.register_full_backward_hook(lambda module, *grads: seen.append("backward"))
+    input = torch.randn(4, 3, 8, 8).double()
+    net(input)[0].sum().backward()
+    assert sorted(seen) == ["backward", "backward pre", "forward pre"]
+    seen.clear()
+    with nn.modules.module.register_module_forward_hook(lambda module, *args: seen.append(module)):
+        net(input)
+    assert {op for cell in net.cells for op in cell._ops} <= set(seen)
+
+
 def test_without_its_hooks_a_network_is_fast_again(monkeypatch):
     net, seen = make(NAMED["DARTS"]), []
     involution = net.cells[0]._ops[1]
@@ -550,9 +565,11 @@ def test_a_step_is_the_same_for_any_number_of_threads():
         assert torch.equal(found[0][name], found[2][name]), name
 
 
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
 @pytest.mark.parametrize("name, layers", [("DARTS", 3), ("DARTS_V2", 1)])
-def test_derived_network_is_compiled_exported_and_pickled(name, layers):
+def test_derived_network_is_compiled_exported_and_pickled(name, layers, fast):
     net = make(NAMED[name], layers=layers, drop_path_prob=0.0).eval()
+    net.fast = fast
     input = torch.randn(2, 3, 8, 8).double()
     expected = net(input)[0]
     exported = torch.export.export(net, (input,)).module()

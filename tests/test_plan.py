@@ -88,7 +88,7 @@ def test_trainings_of_a_candidate(small):
 
 def test_the_epochs_of_all_stages(small):
     """Three searches; short trainings of nine candidates; final ones of 2 + 1 + 2 + 2 + 1, two seeds each."""
-    assert small.epochs() == {"search": 6, "short": 9 * 3, "final": 8 * 2 * 7}
+    assert small.epochs() == {"search": [2] * 3, "short": [3] * 9, "final": [7] * (8 * 2)}
 
 
 @pytest.mark.parametrize(

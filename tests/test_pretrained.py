@@ -28,13 +28,15 @@ def test_it_is_small_and_that_of_the_table():
     kept = ROOT / "results" / "hour" / f"second-2-seed{state['args']['seed']}"
     assert genotypes.parse(ROOT / RUN) == genotypes.parse(kept)
     assert (ROOT / RUN / "metrics.csv").read_text() == (kept / "metrics.csv").read_text()
+    accuracy = float(kept.joinpath("metrics.csv").read_text().splitlines()[-1].split(",")[5])
+    assert f"({accuracy:.2f} %; " in (ROOT / "README.md").read_text()
 
 
 def test_it_classifies_the_images_that_come_with_it(script, run):
     result = script("test.py", "--model_path", RUN)
     assert result.returncode == 0, result.stderr
     found = json.loads((run / "test" / "test.json").read_text())
-    assert found["images"] == 20 and found["top1"] >= 75, found
+    assert found["images"] == 20 and found["top1"] >= 90, found
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The tables of the README's Results are those of results/."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -38,13 +39,13 @@ def test_the_readme_says_what_the_runs_say(results):
         assert results.tables.put(ROOT / "README.md", name, make(ROOT / "results"), only_look=True), name
 
 
-def test_every_run_behind_a_table_says_what_it_was():
+def test_every_run_behind_a_table_says_what_it_was(results):
     configs = sorted((ROOT / "results").glob("*/*/config.json"))
     assert configs
     for path in configs:
         config = json.loads(path.read_text())
         assert config["git_commit"] and "seed" in config["args"] and config["data"]["train"]["counts"], path
-        assert sum(file.stat().st_size for file in path.parent.iterdir()) < 20_000, path.parent
+        assert sum((path.parent / name).stat().st_size for name in results._KEPT) < 20_000, path.parent
 
 
 def test_a_table_that_differs_is_noticed(results, tmp_path):
@@ -63,6 +64,39 @@ def test_trainings_that_differ_in_their_seeds_are_one_line(results, tmp_path):
     *_, first, second = results.hour(tmp_path).splitlines()
     assert first.startswith("| large | 3 | 4 |") and first.endswith("| 2 | 24 | 720 | 90.00 (n = 1), test |")
     assert second.startswith("| small | 3 | 4 |") and second.endswith("| 2 | 24 | 720 | 81.00 ± 1.41 (n = 2), test |")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(epochs=3), "small-seed1 differs from small-seed0 in epochs"),
+        (dict(train_portion=0.9), "in train_portion"),
+        (dict(seed=7, save="EXP"), None),
+    ],
+)
+def test_trainings_with_other_settings_are_no_line_together(results, tmp_path, change, message):
+    for k in range(2):
+        run = make_run(tmp_path / "hour" / f"small-seed{k}", 80.0)
+    config = json.loads((run / "config.json").read_text())
+    config["args"].update(change)
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        results.hour(tmp_path)
+
+
+def test_a_training_that_has_not_ended_is_in_no_table(results, tmp_path):
+    run = make_run(tmp_path / "hour" / "small-seed0", 80.0)
+    (run / "metrics.csv").write_text("epoch,valid_acc\n1,10.0\n")
+    with pytest.raises(UserError, match="small-seed0 is no whole training"):
+        results.hour(tmp_path)
+
+
+def test_gpus_have_a_run_each(results):
+    """plans/long.toml: four searches, four short and three final trainings at once on eight GPUs."""
+    text = results.cost("long")
+    hours = [float(line.split("|")[-2].replace(",", "")) for line in text.splitlines()[2:5]]
+    expected = hours[0] / 4 + hours[1] / 4 + hours[2] / 3
+    assert abs(float(text.partition("need ")[2].split()[0]) - expected) < 2
 
 
 def test_of_a_run_a_few_files_are_kept(results, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +24,17 @@ from conftest import assert_one_clear_line, assert_same_curves, only_run
 from model import NetworkCIFAR
 from runtime import checkpoint
 from runtime.processes import ALONE
-from train import _not_compiled, infer, load_data, make_criterion, parse_args, train
+from train import (
+    _not_compiled,
+    compiled,
+    infer,
+    load_data,
+    make_criterion,
+    make_network,
+    parse_args,
+    size_of_epoch,
+    train,
+)
 from utils import UserError
 
 TINY = "--dataset digits --subset 96 --batch_size 16 --init_channels 4 --layers 2 --epochs 2 --report_freq 1".split()
@@ -213,6 +224,20 @@ def test_amp_is_in_bfloat16_but_for_the_losses():
         args = parse_args(["--auxiliary", "--image_size", "29", *["--amp"] * amp])
         train(run, [batch], net, net, torch.nn.functional.cross_entropy, optimizer, args)
     assert seen == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_images_that_grow_are_compiled_size_by_size(monkeypatch):
+    """More shapes than PyTorch compiles if nobody asks it to."""
+    args = parse_args("--layers 1 --init_channels 2 --first_image_size 8 --epochs 20 --compile".split())
+    limit = torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = make_network(args, 10)
+    forward, sizes = compiled(model, args), {size_of_epoch(args, epoch) for epoch in range(args.epochs)}
+    assert 2 * len(sizes) > limit
+    for size in sizes:
+        for batch in (3, 2):
+            assert forward(torch.randn(batch, 3, size, size))[0].shape == (batch, 10)
 
 
 def test_a_step_that_cannot_be_compiled_is_told_in_a_line():

@@ -50,6 +50,7 @@ def make_figure(history, judged_by):
         margin = 0.5 if len(epochs) < 3 else 0.05 * len(epochs)
         axes.set(xlabel="epoch", ylabel=title, xlim=(epochs[0] - margin, epochs[-1] + margin))
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.yaxis.get_major_locator().set_params(steps=[1, 2, 5, 10])  # round numbers
         axes.grid(alpha=0.3)
     set_scale(panels[1], shown)
     lines, labels = panels[0].get_legend_handles_labels()
