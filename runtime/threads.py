@@ -27,8 +27,8 @@ def choose_waiting():
 def is_busy():
     """Whether other work keeps half of the cores busy.
 
-    It is now that counts: the load of the last minute is still that of a run that has just ended, as one that is resumed
-    or a search before its retraining. Where the system does not tell (Linux does), the load it is; else False.
+    It is now that counts: the load of the last minute is still that of a run that has just ended, as a search has
+    before its retraining. Where the system does not tell (Linux does), the load it is; else False.
     """
     before = _ticks()
     if before is None:
@@ -39,7 +39,7 @@ def is_busy():
 
 
 def _ticks():
-    """What the cores have done since the machine started, in ticks of their clock: (nothing, all); None if not known."""
+    """How long the cores have been idle since the machine started, and all in all, in ticks; None if not known."""
     try:
         with open("/proc/stat") as file:
             user, nice, system, idle, waiting, *others = map(int, file.readline().split()[1:9])
