@@ -235,6 +235,16 @@ def cost(name):
     return f"{comparison.markdown_table(head, lines)}\n\n{sentence}"
 
 
+def begun(results):
+    """The first epochs of a final training of plans/long.toml."""
+    rows = _history(results / "long" / "final-second-2-seed0")
+    head = ["epoch", *(f"{row['epoch']:.0f}" for row in rows)]
+    names = {"train_acc": "training (%), augmented", "valid_acc": "test (%)"}
+    return comparison.markdown_table(
+        head, [[name, *(f"{row[column]:.1f}" for row in rows)] for column, name in names.items()]
+    )
+
+
 def _seconds_of_a_step(row):
     measured = ROOT / "benchmarks" / "RESULTS.md"
     found = re.search(row, measured.read_text())
@@ -250,6 +260,7 @@ TABLES = {  # by the place in README.md
     "sharpness": sharpness,
     "paper": lambda _: cost("paper"),
     "long": lambda _: cost("long"),
+    "begun": begun,
 }
 
 
