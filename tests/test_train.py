@@ -229,15 +229,14 @@ def test_amp_is_in_bfloat16_but_for_the_losses():
 def test_images_that_grow_are_compiled_size_by_size(monkeypatch):
     """More shapes than PyTorch compiles if nobody asks it to."""
     args = parse_args("--layers 1 --init_channels 2 --first_image_size 8 --epochs 20 --compile".split())
-    limit = torch._dynamo.config.recompile_limit
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    model = make_network(args, 10)
-    forward, sizes = compiled(model, args), {size_of_epoch(args, epoch) for epoch in range(args.epochs)}
+    limit, sizes = torch._dynamo.config.recompile_limit, {size_of_epoch(args, epoch) for epoch in range(args.epochs)}
     assert 2 * len(sizes) > limit
-    for size in sizes:
-        for batch in (3, 2):
-            assert forward(torch.randn(batch, 3, size, size))[0].shape == (batch, 10)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=limit):  # and put back
+        forward = compiled(make_network(args, 10), args)
+        for size in sizes:
+            for batch in (3, 2):
+                assert forward(torch.randn(batch, 3, size, size))[0].shape == (batch, 10)
 
 
 def test_a_step_that_cannot_be_compiled_is_told_in_a_line():
