@@ -143,7 +143,7 @@ def hour(results):
 
 
 def rate(results):
-    """The trainings that have chosen the learning rate of the hour."""
+    """Short trainings at several learning rates, of which the hour has one."""
     lines = []
     for folders in _by_seed(results / "rate").values():
         args, accuracies, _ = _read(folders)
