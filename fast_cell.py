@@ -34,8 +34,8 @@ import logging
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
-from itertools import chain
-from operator import eq, is_, methodcaller
+from itertools import count
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -44,11 +44,15 @@ import torch.nn.functional as F
 
 import involution
 from involution import RMS_EPS, all_are_watched, is_reference_forced, is_watched
-from kernels import build, fast_cell_torch
+from kernels import build, fast_cell_torch, recorded
 from kernels.involution_ops import nobody_watches
+from kernels.unchanged import Unchanged
 from operations import DilConv, FactorizedReduce, Identity, InvoBN, ReLUConvBN, SepConv, drop_path_factors
 
 logger = logging.getLogger(__name__)
+
+_KEPT = 2  # states of a network of which something is kept
+_MOST_PROGRAMS = 32  # of its training: as many sizes of images, or of batches
 
 
 class Term(NamedTuple):
@@ -84,9 +88,9 @@ def forward(cell, s0, s1, weights, factors=None):
                     plain.append((n, alpha, term.input))
                 else:
                     linear[n].append((alpha, term, factors[n][j]))
-            for n, part in _spread(plain, backend):
+            for n, part in _spread(plain, _stack, backend):
                 parts[n].append(part if factors[n][j] is None else part * factors[n][j])
-        states.append(_sum(parts[node], linear[node], backend))
+        states += backend.mix(*_arguments_of_mix(parts[node], linear[node], _stack))
         parts[node] = linear[node] = None  # what is not needed for backward is freed
     return torch.cat(states[-cell._multiplier :], dim=1)
 
@@ -137,29 +141,35 @@ def _check(term, op, expected):
         )
 
 
-def _spread(plain, backend):
-    """(node, image) of what the plain terms (node, alpha, image) of a state add up to, for every node they enter."""
-    images, alphas = {}, defaultdict(dict)  # by the address of the image: itself; its alphas by node
+def _spread(plain, stack, backend):
+    """(node, image) of what the plain terms (node, alpha, image) of a state add up to, for every node they enter.
+
+    stack: a function (alphas, image, shape) -> the alphas in this shape and the image's dtype.
+    """
+    images, alphas = {}, defaultdict(dict)  # of an image's address and how often it enters a node: itself; its alphas
     for n, alpha, x in plain:
-        images[id(x)] = x
-        alphas[id(x)][n] = alphas[id(x)][n] + alpha if n in alphas[id(x)] else alpha
+        key = next((id(x), times) for times in count() if n not in alphas[id(x), times])
+        images[key], alphas[key][n] = x, alpha
     groups = defaultdict(list)  # images that enter the same nodes
     for key, of_node in alphas.items():
         groups[tuple(of_node)].append(key)
     for nodes, keys in groups.items():
-        matrix = torch.stack([alphas[key][n] for n in nodes for key in keys]).view(len(nodes), len(keys))
-        matrix = matrix.to(images[keys[0]].dtype)
+        matrix = stack([alphas[key][n] for n in nodes for key in keys], images[keys[0]], (len(nodes), len(keys)))
         yield from zip(nodes, backend.spread([images[key] for key in keys], matrix), strict=True)
 
 
-def _sum(parts, linear, backend):
-    """A node from its parts and its linear terms (alpha, Term, factor), which go by the width of their input."""
+def _stack(alphas, image, shape):
+    return torch.stack(alphas).view(shape).to(image.dtype)
+
+
+def _arguments_of_mix(parts, linear, stack):
+    """For a node of parts and of linear terms (alpha, Term, factor), which go by the width of their input."""
     groups = defaultdict(list)
     for alpha, term, factor in linear:
         groups[term.input.shape[1]].append((alpha, term, factor))
     alphas, terms, factors = ([[each[k] for each in group] for group in groups.values()] for k in range(3))
-    alphas = [torch.stack(of_group).to(terms[0][0].input.dtype) for of_group in alphas]
-    return backend.mix(parts, terms, alphas, factors)
+    alphas = [stack(each, of_group[0].input, (len(each),)) for each, of_group in zip(alphas, terms, strict=True)]
+    return parts, terms, alphas, factors
 
 
 # ------------------------------------------------------------------------------------------- cells of a genotype
@@ -172,12 +182,31 @@ class State(NamedTuple):
     relu: Callable
 
 
+class _Edge(NamedTuple):
+    """An operation of a cell, between two of its states; in a supernet one of several."""
+
+    source: int
+    node: int
+    op: nn.Module
+    kind: tuple  # `_kind` of the operation
+    place: tuple  # (edge, primitive) in a supernet's alphas
+
+
 class _Plan(NamedTuple):
-    """A cell, and the `_kind` of its operations and of its preprocessing; None where only its own forward will do."""
+    """A cell, and what is known of it; no edges where only its own forward will do."""
 
     cell: nn.Module
-    ops: list | None
-    preprocess: list | None
+    edges: list | None
+    preprocess: list | None  # the `_kind` of either
+    concat: range | None  # the states that it hands on
+
+
+class _Given(NamedTuple):
+    """What cells need besides images."""
+
+    drop_prob: float
+    draw: Callable  # makes the factors of drop path of a number of edges, (N, 1, 1, 1) each
+    weights: tuple | None = None  # a supernet's, of its normal and its reduction cells: (edges, primitives)
 
 
 def serves(x):
@@ -190,50 +219,114 @@ def derived(stems, cells, x, drop_prob, wanted):
 
     stems: the module whose output is both inputs of the first cell, or one for each, the second reading the first.
     """
-    plans, programs = _plans(stems, cells, x.dtype)
-    if programs is not None and not torch.is_grad_enabled():
-        results = _evaluate(stems, plans, programs, x, wanted)
+    known = _what_is_known(stems, cells, x.dtype)
+    if not torch.is_grad_enabled():
+        results = _evaluate(stems, known, x, wanted)
         if results:
             return results
-    backend, stems = choose_backend(x), [functools.partial(_stem, stem) for stem in stems]
-    return {k: _as_one(nodes, backend) for k, nodes in _cells(stems, plans, x, drop_prob, wanted, backend)}
+    backend, plans = choose_backend(x), known.plans
+    inputs = _inputs([functools.partial(_stem, stem) for stem in stems], plans, x, backend)
+    given = _Given(drop_prob, functools.partial(_draw, x, drop_prob))
+    results = _train(known, inputs, given, wanted)
+    return results or {k: _as_one(nodes, backend) for k, nodes in _cells(inputs, plans, given, wanted, backend)}
 
 
-def _cells(stems, plans, x, drop_prob, wanted, backend):
-    """(k, the nodes of cell k) for k in wanted; stems: functions (image, what is wanted of it, backend) -> State."""
+def mixed(stem, cells, x, weights, drop_prob):
+    """The output of a supernet's cells, `model_search.Cell`, from images x (N, 3, H, W), as one program.
+
+    None where there is none: then each cell is to be computed for itself, by `forward`.
+
+    Args:
+        weights: of the normal and of the reduction cells, (edges, primitives) each.
+    """
+    known = _what_is_known([stem], cells, x.dtype, _mixed_plan) if torch.is_grad_enabled() else None
+    if known is None or known.trainings is None:
+        return None
+    last, draw = len(cells) - 1, functools.partial(_draw, x.float(), drop_prob, dtype=x.dtype)
+    given = _Given(drop_prob, draw, tuple(w.to(x.dtype) for w in weights))
+    backend = choose_backend(x)
+    inputs = _inputs([functools.partial(_stem, stem)], known.plans, x, backend)
+    results = _train(known, inputs, given, {last})
+    if results:
+        return results[last]
+    ((_, nodes),) = _cells(inputs, known.plans, given, {last}, backend)
+    return _as_one(nodes, backend)
+
+
+def _draw(like, drop_prob, count, dtype=None):
+    return drop_path_factors(like, drop_prob, count).to(dtype or like.dtype).unbind()
+
+
+def _readers(plans, inputs):
+    """(cell, input) of those that read each of one or two inputs of the first cell; and each cell's output."""
     # a feature map is the second input of the cell after it, and the first one of the cell after that
     readers = [[(k, j) for k, j in ((i, 1), (i + 1, 0)) if k < len(plans)] for i in range(len(plans) + 1)]
-    states = {}
-    if len(stems) == 2:
-        nodes0 = [stems[0](x, _map_wanted([(0, 0)], plans, True), backend)]
-        states.update(_preprocess(nodes0, [(0, 0)], plans, backend))
-        x = nodes0[0].plain
-    else:
-        readers[0] = [(0, 0), *readers[0]]
-    nodes1 = [stems[-1](x, _map_wanted(readers[0], plans, False), backend)]
-    nodes0 = nodes0 if len(stems) == 2 else nodes1
-    for k, plan in enumerate(plans):
-        states.update(_preprocess(nodes1, readers[k], plans, backend))
-        if plan.ops is None:
-            nodes = [_own_state(plan.cell(_as_one(nodes0, backend), _as_one(nodes1, backend), drop_prob))]
+    return [[(0, 0)], readers[0]] if inputs == 2 else [[(0, 0), *readers[0]]], readers[1:]
+
+
+def _inputs(stems, plans, x, backend):
+    """States of the first cell's inputs; stems: functions (image, what is wanted of it, backend) -> State."""
+    states = []
+    for stem, wanted in zip(stems, _inputs_wanted(plans, len(stems)), strict=True):
+        states.append(stem(x, wanted, backend))
+        x = states[-1].plain
+    return states
+
+
+def _inputs_wanted(plans, inputs):
+    """Of each input of the first cell, as `_map_wanted`; the first of two stems is what the second one reads."""
+    readers, _ = _readers(plans, inputs)
+    return [_map_wanted(each, plans, each is not readers[-1]) for each in readers]
+
+
+def _cells(inputs, plans, given, wanted, backend):
+    """(k, the nodes of cell k) for k in wanted; inputs: one State or two."""
+    of_inputs, of_outputs = _readers(plans, len(inputs))
+    states, (nodes0, nodes1) = {}, ([inputs[0]], [inputs[-1]])
+    for state, readers in zip(inputs, of_inputs, strict=True):
+        states.update(_preprocess([state], readers, plans, backend))
+    for k, (plan, readers) in enumerate(zip(plans, of_outputs, strict=True)):
+        if plan.edges is None:
+            nodes = [_own_state(plan.cell(_as_one(nodes0, backend), _as_one(nodes1, backend), given.drop_prob))]
         else:
-            inputs = [states.pop((k, 0)), states.pop((k, 1))]
-            nodes = _nodes(plan, inputs, drop_prob, _map_wanted(readers[k + 1], plans, k in wanted), backend)
+            compute = _mixed_nodes if given.weights else _nodes
+            of_map = _map_wanted(readers, plans, k in wanted)
+            nodes = compute(plan, [states.pop((k, 0)), states.pop((k, 1))], given, of_map, backend)
         nodes0, nodes1 = nodes1, nodes
         if k in wanted:
             yield k, nodes
+        states.update(_preprocess(nodes, readers, plans, backend))
 
 
 def _plan(cell, dtype):
+    """The _Plan of a `model.Cell`."""
     if is_watched(cell):
-        return _Plan(cell, None, None)
-    of_cell = cell._ops, (cell.preprocess0, cell.preprocess1)
-    return _Plan(cell, *([_kind(op, cell.training, True, dtype) for op in ops] for ops in of_cell))
+        return _Plan(cell, None, None, None)
+    ops = enumerate(zip(cell._indices, cell._ops, strict=True))
+    edges = [_Edge(j, 2 + e // 2, op, _kind(op, cell.training, True, dtype), (e, None)) for e, (j, op) in ops]
+    return _Plan(cell, edges, _preprocess_kinds(cell, dtype), cell._concat)
+
+
+def _mixed_plan(cell, dtype):
+    """The _Plan of a `model_search.Cell`."""
+    if any(map(is_watched, (cell, *cell._ops))):
+        return _Plan(cell, None, None, None)
+    places = [(j, 2 + n) for n in range(cell._steps) for j in range(2 + n)]
+    edges = [
+        _Edge(j, n, edge._ops[k], _kind(edge._ops[k], cell.training, False, dtype), (e, k))
+        for e, (edge, (j, n)) in enumerate(zip(cell._ops, places, strict=True))
+        for k in edge._computed
+    ]
+    return _Plan(cell, edges, _preprocess_kinds(cell, dtype), range(2 + cell._steps)[-cell._multiplier :])
+
+
+def _preprocess_kinds(cell, dtype):
+    return [_kind(op, cell.training, True, dtype) for op in (cell.preprocess0, cell.preprocess1)]
 
 
 def _map_wanted(readers, plans, is_output):
     """Whether anybody reads a feature map itself, and whether its positive part; readers: (cell, input) each."""
-    shared = [plans[i].ops is not None and plans[i].preprocess[j][0] in _PREPROCESS for i, j in readers]
+    shared = [plans[i].edges is not None and plans[i].preprocess[j][0] in _PREPROCESS for i, j in readers]
     return is_output or False in shared, True in shared
 
 
@@ -269,8 +362,8 @@ def _preprocess(nodes, readers, plans, backend):
     """{(k, j): State} of the inputs (cell k, input j) in readers, which read a feature map, given as its nodes."""
     states, groups = {}, defaultdict(list)
     for k, j in readers:
-        cell, kinds, preprocess = plans[k]
-        if kinds is None:
+        cell, edges, preprocess, _ = plans[k]
+        if edges is None:
             continue
         op, wanted = (cell.preprocess0, cell.preprocess1)[j], _wanted(plans[k], j)
         if preprocess[j][0] not in _PREPROCESS:
@@ -286,32 +379,60 @@ def _preprocess(nodes, readers, plans, backend):
 
 def _wanted(plan, j, of_map=(True, True)):
     """Whether anybody reads state j of a cell itself, and whether its positive part; of_map: of the cell's output."""
-    reading = {kind in _LINEAR for (kind, *_), i in zip(plan.ops, plan.cell._indices, strict=True) if i == j}
-    is_output = j in plan.cell._concat
+    reading, is_output = {edge.kind[0] in _LINEAR for edge in plan.edges if edge.source == j}, j in plan.concat
     return False in reading or (is_output and of_map[0]), True in reading or (is_output and of_map[1])
 
 
-def _nodes(plan, states, drop_prob, of_map, backend):
+def _nodes(plan, states, given, of_map, backend):
     """The nodes that a cell hands on, from the states of its inputs, to which it adds its own."""
-    cell = plan.cell
-    edges = list(zip(cell._indices, cell._ops, plan.ops, strict=True))
-    factors = [None] * len(edges)
-    if cell.training and drop_prob > 0:
-        like = next(x for state in states for x in (state.plain, state.relu()) if x is not None)
-        factors = [None if isinstance(op, Identity) else drop_path_factors(like, drop_prob) for op in cell._ops]
+    draws = plan.cell.training and given.drop_prob > 0
+    factors = [given.draw(1)[0] if draws and not isinstance(edge.op, Identity) else None for edge in plan.edges]
     parts, linear, expected = defaultdict(list), defaultdict(list), {}  # by node
-    for j in range(2 + len(edges) // 2):
+    for j in range(2 + len(plan.edges) // 2):
         if j >= 2:
             states.append(_node(parts.pop(j, []), linear.pop(j, []), _wanted(plan, j, of_map), backend))
-        leaving = [(e, op, kind) for e, (i, op, kind) in enumerate(edges) if i == j]
-        for e, term in _expand(states[j].plain, states[j].relu, leaving, backend):
-            n, factor = 2 + e // 2, factors[e]
-            _check(term, edges[e][1], expected.setdefault(n, (*_form(term), edges[e][1])))
+        for edge, term in _leaving(plan, j, states[j], expected, backend):
+            n, factor = edge.node, factors[edge.place[0]]
             if term.weight is None:
-                parts[n].append(term.input if factor is None else term.input * factor)
+                parts[n].append(term.input if factor is None else backend.scale(term.input, factor))
             else:
                 linear[n].append((term, factor))
-    return [states[i] for i in cell._concat]
+    return [states[i] for i in plan.concat]
+
+
+def _mixed_nodes(plan, states, given, of_map, backend):
+    """The same of a supernet's cell."""
+    draws, edges = plan.cell.training and given.drop_prob > 0, len(plan.cell._ops)
+    factors = given.draw(edges) if draws else [None] * edges
+    weights = given.weights[plan.cell.reduction]
+    parts, linear, expected = defaultdict(list), defaultdict(list), {}  # by node
+
+    def stack(places, image, shape):
+        return backend.gather(image, weights, places, shape)
+
+    for j in range(2 + plan.cell._steps):
+        if j >= 2:
+            arguments, wanted = _arguments_of_mix(parts.pop(j, []), linear.pop(j, []), stack), _wanted(plan, j, of_map)
+            wanted = wanted if any(wanted) else (True, False)
+            states.append(_state(iter(backend.mix(*arguments, wanted)), wanted))
+        plain, of_node = [], {}
+        for edge, term in _leaving(plan, j, states[j], expected, backend):
+            factor = of_node[edge.node] = factors[edge.place[0]]
+            if term.weight is None:
+                plain.append((edge.node, edge.place, term.input))
+            else:
+                linear[edge.node].append((edge.place, term, factor))
+        for n, part in _spread(plain, stack, backend):
+            parts[n].append(part if of_node[n] is None else backend.scale(part, of_node[n]))
+    return [states[i] for i in plan.concat]
+
+
+def _leaving(plan, j, state, expected, backend):
+    """(edge, Term) of all that reads state j; expected: shape and dtype of each node, and the operation they are from."""
+    leaving = [(edge, edge.op, edge.kind) for edge in plan.edges if edge.source == j]
+    for edge, term in _expand(state.plain, state.relu, leaving, backend):
+        _check(term, edge.op, expected.setdefault(edge.node, (*_form(term), edge.op)))
+        yield edge, term
 
 
 def _node(parts, linear, wanted, backend):
@@ -333,7 +454,7 @@ def _project(images, ops, wanted, backend):
 
 def _project_every_second(images, ops, wanted, backend):
     first, second = zip(*map(backend.every_second, images), strict=True)
-    weights = [_reducing_weight(op, backend) for op in ops]
+    weights = [_reducing_weight(op, first[0], backend) for op in ops]
     return _projected([*first, *second], weights, [op.bn for op in ops], wanted, backend)
 
 
@@ -349,91 +470,76 @@ _PREPROCESS = {"project": _project, "reduce": _project_every_second}
 # ------------------------------------------------------------------------------------------ what is known of a network
 
 
-class _Known:
-    """The plans of a network's cells, and its programs of evaluation, for as long as its modules stay as they are.
-
-    To see whether they do takes less than planning, by lists of what may change: the classes and attributes of all
-    modules, what is in the dictionaries and lists among them, hooks, and where tensors lie (`data` may be replaced).
-    It does not last where there are hooks, which may hold the network, or tensors without an address (sparse ones).
-    """
+class _Known(Unchanged):
+    """The plans of a network's cells and its programs, by the dtype of images, for as long as its modules stay the same."""
 
     def __init__(self, roots):
-        self.roots, self.by_dtype = roots, {}
-        self.modules = [m for root in roots for m in root.modules()]
-        self.classes, self.attributes = [*map(type, self.modules)], [dict(vars(m)) for m in self.modules]
-        self.hooks = [hooks for m in self.modules for hooks in _hooks(m)]
-        self.dictionaries = [d for m in self.modules for d in (m._modules, m._parameters, m._buffers)]
-        self.contents = _contents(self.dictionaries)
-        self.tensors = [x for x in self.contents if isinstance(x, torch.Tensor)]
-        self.lists = [x for attributes in self.attributes for x in attributes.values() if type(x) is list]
-        self.copies = list(map(list, self.lists))
-        try:
-            self.places = _places(self.tensors)
-        except (RuntimeError, ValueError):  # a tensor has no address, or is not made yet
-            self.places = None
+        super().__init__(roots)
+        self.by_dtype, self.passes, self.hesitates = {}, 0, False
 
-    def lasts(self):
-        """Whether it may be kept for another pass."""
-        return self.places is not None and not any(self.hooks)
+    def of_dtype(self, stems, cells, dtype, plan):
+        if dtype not in self.by_dtype:
+            plans = [plan(cell, dtype) for cell in cells]
+            evaluations = {} if _can_be_evaluated(stems, plans, dtype) else None
+            trainings = {} if self.lasts() and _can_be_trained(plans) else None
+            self.by_dtype[dtype] = _OfDtype(plans, self.tensors, evaluations, trainings, [])
+        found = self.by_dtype[dtype]
+        return found._replace(trainings=None) if self.hesitates and self.passes < 2 else found
 
-    def holds(self, roots):
-        """Whether these are the modules that it was made of, unchanged."""
-        try:
-            if self.roots != roots or any(self.hooks) or [*map(type, self.modules)] != self.classes:
-                return False
-            if not all(map(eq, map(vars, self.modules), self.attributes)):
-                return False
-        except (RuntimeError, ValueError):  # an attribute is another tensor or array, which are not simply equal or not
-            return False
-        contents = _contents(self.dictionaries)
-        same = len(contents) == len(self.contents) and all(map(is_, contents, self.contents))
-        return same and _places(self.tensors) == self.places and self.lists == self.copies
+
+class _OfDtype(NamedTuple):
+    """For images of one dtype. Programs are told apart by what they were recorded for; None: there can be none."""
+
+    plans: list
+    tensors: list
+    evaluations: dict | None
+    trainings: dict | None
+    arenas: list  # memory of the latter
 
 
 _known = weakref.WeakKeyDictionary()  # by the list of cells, so that copies of a network and pickles know nothing
 
 
-def _plans(stems, cells, dtype):
-    """Plans of images of this dtype; and the programs by what they were recorded for, None where they cannot be."""
-    roots, known = [*stems, *cells], _known.get(cells)
-    if known is None or not known.holds(roots):
-        _known.pop(cells, None)
+def _what_is_known(stems, cells, dtype, plan=_plan):
+    """The _OfDtype of a network, whose cells `plan` plans.
+
+    Two are kept, as a network goes to and fro between training and evaluation. One that takes the place of another that
+    was of no use records only once it has been seen again: the network may change with every pass.
+    """
+    roots, kept = [*stems, *cells], _known.get(cells, [])
+    known = next((each for each in kept if each.holds(roots)), None)
+    if known is None:
         known = _Known(roots)
         if known.lasts():
-            _known[cells] = known
-    found = known.by_dtype.get(dtype)
-    if found is None:
-        plans = [_plan(cell, dtype) for cell in cells]
-        found = known.by_dtype[dtype] = plans, {} if _can_be_recorded(stems, plans, dtype) else None
-    return found
-
-
-def _hooks(m):
-    return m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
-
-
-def _contents(dictionaries):
-    return [*chain.from_iterable(map(methodcaller("values"), dictionaries))]
-
-
-def _places(tensors):
-    return [(x.data_ptr(), x.dtype) for x in tensors]
+            known.hesitates = len(kept) == _KEPT and kept[-1].passes < 2
+            _known[cells] = [known, *kept[: _KEPT - 1]]
+        else:
+            _known.pop(cells, None)
+    known.passes += 1
+    return known.of_dtype(stems, cells, dtype, plan)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 
-def _can_be_recorded(stems, plans, dtype):
+def _kinds(plans):
+    """Of all that cells do; `any` is an own forward."""
+    kinds = {kind[0] for plan in plans if plan.edges for kind in (*plan.preprocess, *(edge.kind for edge in plan.edges))}
+    return kinds | {"any" for plan in plans if plan.edges is None}
+
+
+def _can_be_evaluated(stems, plans, dtype):
     """Whether nothing that a network does depends on more than one image, and all of it is known."""
     if any(module.training for module in (*stems, *(plan.cell for plan in plans))):
         return False
-    kinds = [kind for plan in plans for kinds in (plan.ops, plan.preprocess) for (kind, *_) in kinds or [("any",)]]
-    return not {"any", "pool"} & {*kinds} and all(_is_usual_stem(stem, dtype) for stem in stems)
+    return not {"any", "pool"} & _kinds(plans) and all(_is_usual_stem(stem, dtype) for stem in stems)
 
 
-def _evaluate(stems, plans, programs, x, wanted):
+def _evaluate(stems, known, x, wanted):
     """`derived`, by a program that is recorded the first time; None where other code is to do it."""
-    inputs = _before_norms(stems, x)
+    if known.evaluations is None:
+        return None
+    inputs, plans, programs = _before_norms(stems, x), known.plans, known.evaluations
     key = (*sorted(wanted), *(v.shape[1:] for v in inputs))
     if key not in programs:
         programs[key] = _record(stems, plans, inputs, wanted)
@@ -462,7 +568,8 @@ def _record(stems, plans, inputs, wanted):
     recorded = [functools.partial(_recorded_stem, v, stem[-1]) for v, stem in zip(inputs, stems, strict=True)]
     try:
         inference_cpu.library()
-        for _, nodes in _cells(recorded, plans, None, 0.0, wanted, recording):
+        states = _inputs(recorded, plans, None, recording)
+        for _, nodes in _cells(states, plans, _Given(0.0, None), wanted, recording):
             recording.hand_on([node.plain for node in nodes])
     except (inference_cpu.Unsupported, ValueError, build.BuildError):
         return None
@@ -472,6 +579,69 @@ def _record(stems, plans, inputs, wanted):
 def _recorded_stem(v, norm, x, wanted, backend):
     """The State of a stem, of which the program is given v, what its last layer reads."""
     return _state(iter(backend.normalize(v, norm, wanted)), wanted)
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def _can_be_trained(plans):
+    """Whether all of a network is known and trains, and no weight would have to be copied."""
+    modules = [module for plan in plans for module in plan.cell.modules()]
+    contiguous = all(w.is_contiguous() for plan in plans for w in plan.cell.parameters())
+    return contiguous and all(module.training for module in modules) and "any" not in _kinds(plans)
+
+
+def _train(known, inputs, given, wanted):
+    """{k: the output of cell k}, by a program that is recorded the first time; None where other code is to do it.
+
+    Hooks on saved tensors are left to the other code: they would see next to nothing of what a program keeps.
+    """
+    programs = known.trainings
+    if programs is None or not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True):
+        return None
+    of_inputs, tensors = _inputs_wanted(known.plans, len(inputs)), []
+    for state, (plain, positive) in zip(inputs, of_inputs, strict=True):
+        tensors += [state.plain] * plain + ([state.relu()] if positive else [])
+    tensors += given.weights or ()
+    forms = tuple((x.shape, x.dtype, x.requires_grad) for x in tensors)
+    key = *sorted(wanted), given.drop_prob > 0, forms, *map(attrgetter("requires_grad"), known.tensors)
+    if key not in programs:
+        if len(programs) == _MOST_PROGRAMS:
+            programs.pop(next(iter(programs)))
+        programs[key] = _record_training(known, of_inputs, forms, given, wanted)
+    if programs[key] is None:
+        return None
+    factors = [torch.cat(given.draw(len(place) // len(tensors[0]))) for place in programs[key].inputs[len(tensors) :]]
+    return dict(zip(sorted(wanted), programs[key]([*tensors, *factors]), strict=True))
+
+
+def _record_training(known, of_inputs, forms, given, wanted):
+    """The recorded.Program of the cells; None where there is none, or where other code is to raise an error."""
+    mixed = given.weights is not None
+    try:
+        recorded.library()
+        record = functools.partial(_record_cells, known.plans, of_inputs, forms, given.drop_prob, mixed, wanted)
+        return recorded.Program(record, known.arenas)
+    except (recorded.Unsupported, ValueError, build.BuildError):
+        return None
+
+
+def _record_cells(plans, of_inputs, forms, drop_prob, mixed, wanted, recording):
+    """The places of what the cells are given, as tensors of these forms and factors of drop path, and of their outputs."""
+    from kernels import fast_cell_cpu
+
+    places, ((N, *_), dtype, _) = [recording.outside(*form) for form in forms], forms[0]
+    left = iter([*places])
+    states = [_state(left, pair) for pair in of_inputs]
+
+    def draw(count):
+        places.append(recording.outside((count * N, 1, 1, 1), dtype, False))
+        return places[-1].split([N] * count)
+
+    given = _Given(drop_prob, draw, tuple(left) if mixed else None)
+    cells = _cells(states, plans, given, wanted, fast_cell_cpu)
+    results = [fast_cell_cpu.side_by_side([node.plain for node in nodes]) for _, nodes in cells]
+    return places, [recording.hand_on(result) for result in results]
 
 
 # ------------------------------------------------------------------------------------- the terms of each primitive
@@ -591,9 +761,7 @@ def _pool(x, relu, ops, backend):
     norms = [norm for _, norm in ops]
     if not norms[0].training:  # the running statistics of the edges may differ
         return [Term(norm(pooled)) for norm in norms]
-    normalized, mean, var = fast_cell_torch.batch_norm(pooled)
-    fast_cell_torch.track(norms, [mean] * len(norms), [var] * len(norms))
-    return [Term(normalized)] * len(norms)
+    return [Term(backend.normalized(pooled, norms))] * len(norms)
 
 
 def _bare_pool(x, relu, ops, backend):
@@ -607,17 +775,11 @@ def _pooled(x, pool, backend):
 def _reduce(x, relu, ops, backend):
     """FactorizedReduce is one 1x1 convolution of every second pixel and, beside it, of its diagonal neighbour."""
     pixels = backend.side_by_side(backend.every_second(relu()))
-    return [Term(pixels, _reducing_weight(op, backend), op.bn) for op in ops]
+    return [Term(pixels, _reducing_weight(op, pixels, backend), op.bn) for op in ops]
 
 
-def _reducing_weight(op, backend):
-    C = op.conv_1.in_channels
-    return backend.made(lambda: torch.cat([_widened(op.conv_1.weight, 0, C), _widened(op.conv_2.weight, C, 0)]))
-
-
-def _widened(weight, before, after):
-    """The weight (C_out, C_in, 1, 1) of a convolution that also reads, and ignores, other channels."""
-    return F.pad(weight, (0, 0, 0, 0, before, after))
+def _reducing_weight(op, like, backend):
+    return backend.diagonal(like, op.conv_1.weight, op.conv_2.weight)
 
 
 def _involution(x, relu, ops, backend):

@@ -149,11 +149,18 @@ class Network(nn.Module):
     def forward(self, input):
         """(N, 3, H, W) -> logits (N, num_classes)."""
         normal, reduce = F.softmax(self.alphas_normal, dim=-1), F.softmax(self.alphas_reduce, dim=-1)
-        s0 = s1 = self.stem(input)
-        for cell in self.cells:
-            weights = reduce if cell.reduction else normal
-            s0, s1 = s1, cell(s0, s1, weights, self.fast, self.drop_path_prob)
+        s1 = None
+        if self.fast and fast_cell.serves(input) and all(type(cell) is Cell for cell in self.cells):
+            s1 = fast_cell.mixed(self.stem, self.cells, input, (normal, reduce), self.drop_path_prob)
+        if s1 is None:
+            s1 = self._cell_by_cell(self.stem(input), normal, reduce)
         return self.classifier(self.global_pooling(s1).flatten(1))
+
+    def _cell_by_cell(self, x, normal, reduce):
+        s0 = s1 = x
+        for cell in self.cells:
+            s0, s1 = s1, cell(s0, s1, reduce if cell.reduction else normal, self.fast, self.drop_path_prob)
+        return s1
 
     def _loss(self, input, target):
         return self._criterion(self(input), target)

@@ -8,12 +8,17 @@
 #include <cstdint>
 #include <vector>
 
+#include "packed.h"
 #include "vectors.h"
 
 namespace {
 
 struct Depthwise {
   int64_t N, C, H, W, K, stride, dilation;
+
+  explicit Depthwise(Reader& reader)
+      : N(reader.number()), C(reader.number()), H(reader.number()), W(reader.number()), K(reader.number()),
+        stride(reader.number()), dilation(reader.number()) {}
   int64_t Ho() const { return (H + stride - 1) / stride; }
   int64_t Wo() const { return (W + stride - 1) / stride; }
   int64_t pad() const { return dilation * (K / 2); }

@@ -12,22 +12,25 @@
 #include <deque>
 #include <exception>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "depthwise.h"
+#include "packed.h"
 #include "products.h"
 
 namespace {
 
 constexpr int64_t kBatchBytes = 4 << 20;  // of the candidates that backward visits twice in turn
 constexpr int64_t kWideProduct = 1 << 16;  // elements of a weight whose gradient takes longer tiles
-constexpr double kEps = 1e-5;             // of batch norm
+constexpr double kEps = 1e-5, kMomentum = 0.1;  // of batch norm
 
 // --------------------------------------------------------------------------------------------------------- spread
 
 // results[n] = sum over t of alphas[n][t] * images[t]
 template <class A>
-void spread(int64_t pixels, Reader reader) {
+void spread(Reader reader) {
+  const int64_t pixels = reader.number();
   const auto images = read_operands<A>(reader);
   std::vector<Combination<A>> results;
   for (int64_t n = reader.number(); n > 0; --n)
@@ -40,15 +43,16 @@ void spread(int64_t pixels, Reader reader) {
 
 // From the gradients of the results, those of the alphas, and of the images whose address is not null
 template <class A>
-void spread_backward(int64_t pixels, Reader reader) {
+void spread_backward(Reader reader) {
+  const int64_t pixels = reader.number();
   const auto images = read_operands<A>(reader), grads = read_operands<A>(reader);
   const A* alphas = reader.address<const A>();
-  double* grad_alphas = reader.address<double>();
+  A* grad_alphas = reader.address<A>();
   std::vector<Product<A>> products;
   for (const auto& grad : grads)
     for (const auto& operand : images) products.emplace_back(grad, operand, true);
   multiply(pixels, products);
-  for (const auto& product : products) *grad_alphas++ = product.result[0];
+  for (const auto& product : products) *grad_alphas++ = A(product.result[0]);
   std::vector<Combination<A>> grad_images;
   for (size_t t = 0; t < images.size(); ++t)
     if (A* to = reader.address<A>()) {
@@ -129,19 +133,19 @@ struct Candidate {  // factor * (scale * norm(W z) + shift); the factor, if ther
   // The gradients of the scales (summed up where they are one), of the shifts and of W; and that of z, as a combination
   // of z and of the node's gradient g, the candidate's factors included
   void differentiate(const Operand<A>& g, const std::vector<double>& M, const std::vector<double>& G, double pixels,
-                     bool training, double* grad_scales, double* grad_shifts, A* grad_weight,
-                     Combination<A>* grad_z) const {
+                     bool training, A* grad_scales, A* grad_shifts, A* grad_weight, Combination<A>* grad_z) const {
     A* of_g = grad_z ? grad_z->add(g).matrix.data() : nullptr;
     std::vector<double> of_z(training && grad_z ? K * K : 0);
-    if (scales) std::fill_n(grad_scales, step ? C : 1, 0.0);
-    if (shifts) std::copy_n(G.data(), C, grad_shifts);
+    double grad_scale = 0;
+    if (shifts) std::transform(G.data(), G.data() + C, grad_shifts, [](double sum) { return A(sum); });
     for (int64_t c = 0; c < C; ++c) {
       const A* W = weight + c * K;
       const double s = stats.s[c];
       double q = 0;
       for (int64_t k = 0; k < K; ++k) q += M[c * K + k] * W[k];
       q = s * (q - stats.mean[c] * G[c]);
-      if (scales) grad_scales[c * step] += q;
+      grad_scale = step ? q : grad_scale + q;
+      if (scales) grad_scales[c * step] = A(grad_scale);
       const double alpha = scale(c);
       if (grad_weight)
         for (int64_t k = 0; k < K; ++k) {
@@ -167,7 +171,9 @@ struct Candidate {  // factor * (scale * norm(W z) + shift); the factor, if ther
 };
 
 template <class A>
-void mix(int64_t pixels, bool training, Reader reader) {
+void mix(Reader reader) {
+  const int64_t pixels = reader.number();
+  const bool training = reader.number();
   const bool relu = reader.number();
   const Operand<A> results(reader);
   Combination<A> node(results.parts, relu);
@@ -192,7 +198,9 @@ void mix(int64_t pixels, bool training, Reader reader) {
 }
 
 template <class A>
-void mix_backward(int64_t pixels, bool training, Reader reader) {
+void mix_backward(Reader reader) {
+  const int64_t pixels = reader.number();
+  const bool training = reader.number();
   const Operand<A> given(reader);
   A* const total = reader.address<A>();  // room for the gradient as one image; null where it is given as such
   const Operand<A> g = total ? Operand<A>(total, given.width) : given;
@@ -205,16 +213,15 @@ void mix_backward(int64_t pixels, bool training, Reader reader) {
     std::deque<std::deque<Operand<A>>> operands;
     std::vector<Product<A>> products;
     std::vector<Combination<A>> combinations;
-    std::vector<double*> to_scales, to_shifts;
-    std::vector<A*> to_weight;
+    std::vector<A*> to_scales, to_shifts, to_weight;
     std::vector<int64_t> of_candidate;
     for (int64_t k = 0; k < count; ++k) {
       candidates.emplace_back(reader);
       const auto& candidate = candidates.back();
       gradients.push_back(g.times(candidate.factors, candidate.image_pixels));
       products.emplace_back(gradients.back(), candidate.z);
-      to_scales.push_back(reader.address<double>());
-      to_shifts.push_back(reader.address<double>());
+      to_scales.push_back(reader.address<A>());
+      to_shifts.push_back(reader.address<A>());
       to_weight.push_back(reader.address<A>());
       A* grad_z = reader.address<A>();
       of_candidate.push_back(grad_z ? int64_t(combinations.size()) : -1);
@@ -412,7 +419,9 @@ std::vector<Combination<A>> normalized(const Projection<A>& p, const std::vector
 }
 
 template <class A>
-void project(int64_t pixels, bool training, Reader reader) {
+void project(Reader reader) {
+  const int64_t pixels = reader.number();
+  const bool training = reader.number();
   Projection<A> p(reader);
   const auto results = read_results<A>(reader);
   const auto finish = [&](int64_t p0, int64_t rows) {
@@ -499,10 +508,12 @@ struct ToImage {  // room for the gradient of an image, or null; what else is ad
 };
 
 template <class A>
-void project_backward(int64_t pixels, bool training, Reader reader) {
+void project_backward(Reader reader) {
+  const int64_t pixels = reader.number();
+  const bool training = reader.number();
   Projection<A> p(reader);
   const auto g = read_results<A>(reader);
-  double *to_scales = reader.address<double>(), *to_shifts = reader.address<double>();
+  A *to_scales = reader.address<A>(), *to_shifts = reader.address<A>();
   A* to_weight = reader.address<A>();  // or, where v is given, the gradient of v
   std::vector<ToImage<A>> to_z;
   for (size_t n = 0; n < p.z.size(); ++n) to_z.emplace_back(reader);
@@ -513,8 +524,8 @@ void project_backward(int64_t pixels, bool training, Reader reader) {
   const auto sums = sum_gradients(p, g, pixels);
   for (int64_t c = 0; c < C; ++c) {
     const double s = p.stats.s[c], G = sums[c], q = s * sums[C + c];
-    to_shifts[c] = G;
-    to_scales[c] = q;
+    if (p.shifts) to_shifts[c] = A(G);
+    if (p.scales) to_scales[c] = A(q);
     constant[c] = A(training ? G / pixels : 0);
     curve[c] = A(training ? s * q / pixels : 0);
   }
@@ -550,7 +561,10 @@ void project_backward(int64_t pixels, bool training, Reader reader) {
 // Of images (N, H, W, C) every second pixel of every second row, from the first on and from the second on: `first` and
 // `second`, (N, ceil(H/2), ceil(W/2), C), the latter with zeros past the edge. `gather` reads x, else x is written.
 template <class A>
-void every_second(int64_t N, int64_t H, int64_t W, int64_t C, bool gather, A* x, A* first, A* second) {
+void every_second(Reader reader) {
+  const int64_t N = reader.number(), H = reader.number(), W = reader.number(), C = reader.number();
+  const bool gather = reader.number();
+  A *x = reader.address<A>(), *first = reader.address<A>(), *second = reader.address<A>();
   const int64_t Ho = (H + 1) / 2, Wo = (W + 1) / 2;
   at::parallel_for(0, N * Ho, std::max<int64_t>(1, 8192 / (Wo * C)), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -574,6 +588,10 @@ void every_second(int64_t N, int64_t H, int64_t W, int64_t C, bool gather, A* x,
 
 struct Pooling {  // of images (N, H, W, C): 3x3, padded by one pixel that does not count
   int64_t N, C, H, W, stride;
+  bool is_max;
+  explicit Pooling(Reader& reader)
+      : N(reader.number()), C(reader.number()), H(reader.number()), W(reader.number()), stride(reader.number()),
+        is_max(reader.number()) {}
   int64_t Ho() const { return (H + stride - 1) / stride; }
   int64_t Wo() const { return (W + stride - 1) / stride; }
 
@@ -594,7 +612,11 @@ struct Pooling {  // of images (N, H, W, C): 3x3, padded by one pixel that does 
 };
 
 template <class A>
-void pool(const Pooling& p, bool is_max, const A* input, A* output) {
+void pool(Reader reader) {
+  const Pooling p(reader);
+  const bool is_max = p.is_max;
+  const A* input = reader.address<const A>();
+  A* output = reader.address<A>();
   p.for_images([&](int64_t in, int64_t out) {
     p.for_windows([&](int64_t pixel, int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
       const A* window = input + in;
@@ -616,9 +638,13 @@ void pool(const Pooling& p, bool is_max, const A* input, A* output) {
   });
 }
 
-// The gradient of a maximum goes to its first place
+// The gradient of a maximum, which alone reads input and output, goes to its first place
 template <class A>
-void pool_backward(const Pooling& p, bool is_max, const A* input, const A* output, const A* grad, A* grad_input) {
+void pool_backward(Reader reader) {
+  const Pooling p(reader);
+  const bool is_max = p.is_max;
+  const A *input = reader.address<const A>(), *output = reader.address<const A>(), *grad = reader.address<const A>();
+  A* grad_input = reader.address<A>();
   p.for_images([&](int64_t in, int64_t out) {
     const A* image = is_max ? input + in : nullptr;
     A* to = grad_input + in;
@@ -650,18 +676,17 @@ void pool_backward(const Pooling& p, bool is_max, const A* input, const A* outpu
 
 // -------------------------------------------------------------------------------------------- running statistics
 
-// Move the running statistics of batch norms towards those of a batch, which lie one after the other
+// Move the running statistics of batch norms towards those of a batch
 template <class A>
-void track(Reader reader, double momentum) {
-  const double *mean = reader.address<const double>(), *var = reader.address<const double>();
+void track(Reader reader) {
   for (int64_t n = reader.number(); n > 0; --n) {
     const int64_t width = reader.number();
-    for (const double* source : {mean, var}) {
+    for (int k = 0; k < 2; ++k) {  // mean and variance
+      const double* source = reader.address<const double>();
       A* running = reader.address<A>();
-      for (int64_t c = 0; c < width; ++c) running[c] += A(momentum) * (A(source[c]) - running[c]);
+      for (int64_t c = 0; c < width; ++c) running[c] += A(kMomentum) * (A(source[c]) - running[c]);
     }
     *reader.address<int64_t>() += 1;
-    mean += width, var += width;
   }
 }
 
@@ -711,6 +736,151 @@ void for_pixels(int64_t pixels, int64_t width, const F& f) {
   });
 }
 
+template <class A>
+void rms_norm(Reader reader) {
+  const int64_t pixels = reader.number(), width = reader.number();
+  const A eps = A(reader.real());
+  A *x = reader.address<A>(), *scale = reader.address<A>();
+  for_pixels(pixels, width, [&](int64_t begin, int64_t end, auto W) {
+    rms_norm<A, decltype(W)::value>(begin, end, width, eps, x, scale);
+  });
+}
+
+template <class A>
+void rms_norm_backward(Reader reader) {
+  const int64_t pixels = reader.number(), width = reader.number();
+  A* grad = reader.address<A>();
+  const A *y = reader.address<const A>(), *scale = reader.address<const A>();
+  for_pixels(pixels, width, [&](int64_t begin, int64_t end, auto W) {
+    rms_norm_backward<A, decltype(W)::value>(begin, end, width, grad, y, scale);
+  });
+}
+
+// --------------------------------------------------------------------------------------------- depthwise, average
+
+template <class A>
+void depthwise(Reader reader) {
+  const Depthwise p(reader);
+  const A *input = reader.address<const A>(), *weight = reader.address<const A>();
+  const auto taps = turned_taps(weight, p, round_up(p.C, kLanes<A>), false);
+  depthwise(p, input, 1, taps, reader.address<A>(), p.H, p.W, p.Ho(), p.Wo());
+}
+
+// Writes the gradients whose address is not null
+template <class A>
+void depthwise_backward(Reader reader) {
+  const Depthwise p(reader);
+  const A *grad = reader.address<const A>(), *input = reader.address<const A>(), *weight = reader.address<const A>();
+  A *grad_input = reader.address<A>(), *grad_weight = reader.address<A>();
+  if (grad_input) {  // the flipped convolution of the gradient, spread out by the stride
+    const auto taps = turned_taps(weight, p, round_up(p.C, kLanes<A>), true);
+    Depthwise turned = p;
+    turned.stride = 1;
+    depthwise(turned, grad, p.stride, taps, grad_input, p.Ho(), p.Wo(), p.H, p.W);
+  }
+  if (grad_weight) depthwise_grad_weight(p, grad, input, grad_weight);
+}
+
+// y: the mean of each window of stride x stride pixels of x, those past the edge left out; or, backward, the gradient of
+// x from that of y
+template <class A>
+void average(Reader reader) {
+  const int64_t N = reader.number(), C = reader.number(), H = reader.number(), W = reader.number();
+  const int64_t stride = reader.number();
+  const bool backward = reader.number();
+  A *x = reader.address<A>(), *y = reader.address<A>();
+  const int64_t Ho = (H + stride - 1) / stride, Wo = (W + stride - 1) / stride;
+  at::parallel_for(0, N * Ho, std::max<int64_t>(1, 8192 / (Wo * C)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t wo = 0; wo < Wo; ++wo) {
+        const int64_t h0 = row % Ho * stride, w0 = wo * stride;
+        const int64_t h1 = std::min(H, h0 + stride), w1 = std::min(W, w0 + stride);
+        A *image = x + row / Ho * H * W * C, *pixel = y + (row * Wo + wo) * C;
+        const A share = A((h1 - h0) * (w1 - w0));
+        for_columns<kLanes<A>>(0, C, [&](int64_t c, auto n) {
+          using V = Lanes<A, n>;
+          V sum{};
+          const V part = backward ? V(read<V>(pixel + c) / share) : V{};
+          for (int64_t h = h0; h < h1; ++h)
+            for (int64_t w = w0; w < w1; ++w)
+              if (backward)
+                store(image + (h * W + w) * C + c, part);
+              else
+                sum += read<V>(image + (h * W + w) * C + c);
+          if (!backward) store(pixel + c, V(sum / share));
+        });
+      }
+  });
+}
+
+// ------------------------------------------------------------------------------------- sums, products, and copies
+
+// f(first element, vector) for whole vectors of elements, and for what is left one at a time, shared by the threads
+template <class A, class F>
+void for_elements(int64_t count, const F& f) {
+  constexpr int64_t L = kLanes<A>, kPiece = 4096;
+  at::parallel_for(0, (count + kPiece - 1) / kPiece, 8, [&](int64_t begin, int64_t end) {
+    int64_t e = begin * kPiece;
+    const int64_t last = std::min(count, end * kPiece);
+    for (; e + L <= last; e += L) f(e, Vec<A>{});
+    for (; e < last; ++e) f(e, A{});
+  });
+}
+
+// The sum of tensors, one after the other
+template <class A>
+void add(Reader reader) {
+  const int64_t count = reader.number();
+  A* sum = reader.address<A>();
+  std::vector<const A*> addends;
+  for (int64_t n = reader.number(); n > 0; --n) addends.push_back(reader.address<const A>());
+  for_elements<A>(count, [&](int64_t e, auto zero) {
+    using V = decltype(zero);
+    V total = read<V>(addends[0] + e);
+    for (size_t k = 1; k < addends.size(); ++k) total += read<V>(addends[k] + e);
+    store(sum + e, total);
+  });
+}
+
+// Images of `size` elements, each times its factor
+template <class A>
+void scale(Reader reader) {
+  const int64_t N = reader.number(), size = reader.number();
+  const A *x = reader.address<const A>(), *factors = reader.address<const A>();
+  A* y = reader.address<A>();
+  at::parallel_for(0, N, std::max<int64_t>(1, 32768 / size), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n)
+      for (int64_t e = n * size; e < (n + 1) * size; ++e) y[e] = x[e] * factors[n];
+  });
+}
+
+// Parts (rows, width) and `whole`, in whose rows they lie side by side: copied to it, or from it. A part whose address is
+// null is zeros, or is left out.
+template <class A>
+void side_by_side(Reader reader) {
+  const int64_t rows = reader.number();
+  const bool from_whole = reader.number();
+  A* whole = reader.address<A>();
+  std::vector<std::pair<A*, int64_t>> parts;
+  int64_t width = 0;
+  for (int64_t n = reader.number(); n > 0; --n) {
+    A* part = reader.address<A>();
+    parts.emplace_back(part, reader.number());
+    width += parts.back().second;
+  }
+  at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / width), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      A* place = whole + row * width;
+      for (const auto& [part, columns] : parts) {
+        if (!part && !from_whole) std::fill_n(place, columns, A(0));
+        if (part) from_whole ? std::copy_n(place, columns, part + row * columns)
+                             : std::copy_n(part + row * columns, columns, place);
+        place += columns;
+      }
+    }
+  });
+}
+
 template <class F>
 int with_dtype(int64_t is_double, const F& f) {
   try {
@@ -726,101 +896,32 @@ int with_dtype(int64_t is_double, const F& f) {
 
 }  // namespace
 
-// Images are channels-last and dense. Each function returns 0, or 1 when out of memory. `packed` is read in the order
-// of the constructors above; fast_cell_cpu.py writes it.
+// Images are channels-last and dense. `packed` is read in the order of the functions and constructors above, and is
+// written by fast_cell_cpu.py. Each function returns 0, or 1 when out of memory.
 extern "C" {
-
-int fast_cell_spread(int64_t is_double, int64_t pixels, const int64_t* packed) {
-  return with_dtype(is_double, [&](auto zero) { spread<decltype(zero)>(pixels, Reader(packed)); });
-}
-
-int fast_cell_spread_backward(int64_t is_double, int64_t pixels, const int64_t* packed) {
-  return with_dtype(is_double, [&](auto zero) { spread_backward<decltype(zero)>(pixels, Reader(packed)); });
-}
-
-int fast_cell_mix(int64_t is_double, int64_t pixels, int64_t training, const int64_t* packed) {
-  return with_dtype(is_double, [&](auto zero) { mix<decltype(zero)>(pixels, training, Reader(packed)); });
-}
-
-int fast_cell_mix_backward(int64_t is_double, int64_t pixels, int64_t training, const int64_t* packed) {
-  return with_dtype(is_double, [&](auto zero) { mix_backward<decltype(zero)>(pixels, training, Reader(packed)); });
-}
-
-int fast_cell_project(int64_t is_double, int64_t pixels, int64_t training, const int64_t* packed) {
-  return with_dtype(is_double, [&](auto zero) { project<decltype(zero)>(pixels, training, Reader(packed)); });
-}
-
-int fast_cell_project_backward(int64_t is_double, int64_t pixels, int64_t training, const int64_t* packed) {
-  return with_dtype(is_double, [&](auto zero) { project_backward<decltype(zero)>(pixels, training, Reader(packed)); });
-}
-
-int fast_cell_every_second(int64_t is_double, int64_t N, int64_t H, int64_t W, int64_t C, int64_t gather, void* x,
-                           void* first, void* second) {
-  return with_dtype(is_double, [&](auto zero) {
-    using A = decltype(zero);
-    every_second(N, H, W, C, gather, (A*)x, (A*)first, (A*)second);
-  });
-}
-
-int fast_cell_pool(int64_t is_double, const Pooling* p, int64_t is_max, const void* input, void* output) {
-  return with_dtype(is_double, [&](auto zero) {
-    using A = decltype(zero);
-    pool(*p, is_max, (const A*)input, (A*)output);
-  });
-}
-
-// input and output are read for a maximum only
-int fast_cell_pool_backward(int64_t is_double, const Pooling* p, int64_t is_max, const void* input, const void* output,
-                            const void* grad, void* grad_input) {
-  return with_dtype(is_double, [&](auto zero) {
-    using A = decltype(zero);
-    pool_backward(*p, is_max, (const A*)input, (const A*)output, (const A*)grad, (A*)grad_input);
-  });
-}
-
-int fast_cell_track(int64_t is_double, double momentum, const int64_t* packed) {
-  return with_dtype(is_double, [&](auto zero) { track<decltype(zero)>(Reader(packed), momentum); });
-}
-
-int fast_cell_rms_norm(int64_t is_double, int64_t pixels, int64_t width, double eps, void* x, void* scale) {
-  return with_dtype(is_double, [&](auto zero) {
-    using A = decltype(zero);
-    for_pixels(pixels, width, [&](int64_t begin, int64_t end, auto W) {
-      rms_norm<A, decltype(W)::value>(begin, end, width, A(eps), (A*)x, (A*)scale);
-    });
-  });
-}
-
-int fast_cell_rms_norm_backward(int64_t is_double, int64_t pixels, int64_t width, void* grad, const void* y,
-                                const void* scale) {
-  return with_dtype(is_double, [&](auto zero) {
-    using A = decltype(zero);
-    for_pixels(pixels, width, [&](int64_t begin, int64_t end, auto W) {
-      rms_norm_backward<A, decltype(W)::value>(begin, end, width, (A*)grad, (const A*)y, (const A*)scale);
-    });
-  });
-}
-
-int fast_cell_depthwise(int64_t is_double, const Depthwise* p, const void* input, const void* weight, void* output) {
-  return with_dtype(is_double, [&](auto zero) {
-    using A = decltype(zero);
-    const auto taps = turned_taps((const A*)weight, *p, round_up(p->C, kLanes<A>), false);
-    depthwise(*p, (const A*)input, 1, taps, (A*)output, p->H, p->W, p->Ho(), p->Wo());
-  });
-}
-
-// Writes the gradients whose address is not null.
-int fast_cell_depthwise_backward(int64_t is_double, const Depthwise* p, const void* grad, const void* input,
-                                 const void* weight, void* grad_input, void* grad_weight) {
-  return with_dtype(is_double, [&](auto zero) {
-    using A = decltype(zero);
-    if (grad_input) {  // the flipped convolution of the gradient, spread out by the stride
-      const auto taps = turned_taps((const A*)weight, *p, round_up(p->C, kLanes<A>), true);
-      Depthwise turned = *p;
-      turned.stride = 1;
-      depthwise(turned, (const A*)grad, p->stride, taps, (A*)grad_input, p->Ho(), p->Wo(), p->H, p->W);
-    }
-    if (grad_weight) depthwise_grad_weight(*p, (const A*)grad, (const A*)input, (A*)grad_weight);
-  });
-}
+#define ENTRY(name)                                                           \
+  int fast_cell_##name(int64_t is_double, const int64_t* packed) {            \
+    return with_dtype(is_double, [&](auto zero) {                             \
+      name<decltype(zero)>(Reader(packed));                                   \
+    });                                                                       \
+  }
+ENTRY(spread)
+ENTRY(spread_backward)
+ENTRY(mix)
+ENTRY(mix_backward)
+ENTRY(project)
+ENTRY(project_backward)
+ENTRY(every_second)
+ENTRY(pool)
+ENTRY(pool_backward)
+ENTRY(track)
+ENTRY(rms_norm)
+ENTRY(rms_norm_backward)
+ENTRY(depthwise)
+ENTRY(depthwise_backward)
+ENTRY(average)
+ENTRY(add)
+ENTRY(scale)
+ENTRY(side_by_side)
+#undef ENTRY
 }

@@ -36,35 +36,18 @@ from a tile's mean: at a thousand times it is as exact as PyTorch's on contiguou
 channels-last ones is less so (1e-3). The loops over pixels are in fast_cell_cpu.cpp.
 """
 
-import ctypes
 import functools
 import os
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from torch.autograd import Function
 
 from . import build, involution_cpu
-from .fast_cell_torch import EPS, MOMENTUM, average, made, side_by_side
+from .fast_cell_torch import EPS
 from .involution_arguments import check_fused
-
-__all__ = [
-    "average",
-    "depthwise",
-    "every_second",
-    "heads",
-    "involutions",
-    "library",
-    "made",
-    "mix",
-    "node",
-    "normalize",
-    "pool",
-    "project",
-    "side_by_side",
-    "spread",
-]
-
+from .recorded import Place, Unsupported, apply, bits, call, empty, empty_image, once_differentiable
 
 # elements behind an image, for many small objects; none where a sanitizer is to see what reads or writes past its end
 _ROOM = 0 if "-fsanitize" in os.environ.get("CXX", "") else 1024
@@ -80,7 +63,7 @@ def library():
 
 def heads(x, weights, norms):
     """[relu(norm_k(weight_k * x))] of x (N, C, H, W) and 1x1 convolutions (C_k, C, 1, 1)."""
-    return _Heads.apply(norms, x, *weights, *_scales(norms), *_shifts(norms))
+    return apply(_Heads, x, norms, x, *weights, *_scales(norms), *_shifts(norms))
 
 
 def involutions(x, pooled, layers, rms_eps):
@@ -90,22 +73,22 @@ def involutions(x, pooled, layers, rms_eps):
     weights = [layer.conv1.conv.weight for layer in layers]
     weights += [span.weight for span in spans] + [span.bias for span in spans]
     norms = [layer.conv1.bn for layer in layers]
-    return _Involutions.apply(norms, geometry, rms_eps, x, pooled, *weights, *_scales(norms), *_shifts(norms))
+    return apply(_Involutions, x, norms, geometry, rms_eps, x, pooled, *weights, *_scales(norms), *_shifts(norms))
 
 
 def depthwise(x, weight, stride, dilation):
     """Depthwise convolution of x (N, C, H, W) with weight (C, 1, K, K), padded to (N, C, ceil(H/s), ceil(W/s))."""
-    return _Depthwise.apply(x, weight, stride, dilation)
+    return apply(_Depthwise, x, x, weight, stride, dilation)
 
 
 def spread(images, alphas):
     """[sum_t alphas[n, t] * images[t]] for every row n of alphas."""
-    return _Spread.apply(alphas, *images)
+    return apply(_Spread, images[0], alphas, *images)
 
 
-def mix(parts, linear, linear_alphas, factors):
-    """A node, as fast_cell_torch.mix."""
-    return _mix(parts, linear, linear_alphas, [None] * len(linear), (True, False), factors)[0]
+def mix(parts, linear, linear_alphas, factors, wanted=(True, False)):
+    """(y, relu(y)), or of the two what is wanted, of a node y as of fast_cell_torch.mix."""
+    return _mix(parts, linear, linear_alphas, [None] * len(linear), wanted, factors)
 
 
 def node(parts, terms, factors, wanted):
@@ -121,11 +104,11 @@ def node(parts, terms, factors, wanted):
 
 
 def _mix(parts, groups, scales, shifts, wanted, factors):
-    tensors = list(parts)
+    tensors, like = list(parts), parts[0] if parts else groups[0][0].input
     for terms in groups:
         tensors += [term.input for term in terms] + [term.weight for term in terms]
     norms = [[term.norm for term in terms] for terms in groups]
-    return _Mix.apply(norms, factors, len(parts), wanted, *scales, *shifts, *tensors)
+    return apply(_Mix, like, norms, factors, len(parts), wanted, *scales, *shifts, *tensors)
 
 
 def project(images, weights, norms, wanted):
@@ -135,22 +118,72 @@ def project(images, weights, norms, wanted):
     every result y, `wanted` says for (y, relu(y)) whether it is needed; what is not is left out.
     """
     keep = torch.is_grad_enabled()
-    return _Project.apply(norms, wanted, keep, len(images), *images, *weights, *_scales(norms), *_shifts(norms))
+    return apply(_Project, images[0], norms, wanted, keep, len(images), *images, *weights, *_scales(norms), *_shifts(norms))
 
 
 def normalize(v, norm, wanted):
     """(y, relu(y)), or of the two what is wanted, of y = norm(v)."""
-    return _Normalize.apply(norm, wanted if any(wanted) else (True, False), v, norm.weight, norm.bias)
+    return apply(_Normalize, v, [norm], wanted if any(wanted) else (True, False), v, norm.weight, norm.bias)
+
+
+def normalized(v, norms):
+    """As fast_cell_torch.normalized."""
+    return apply(_Normalize, v, norms, (True, False), v, None, None)[0]
 
 
 def pool(x, is_max, stride):
     """3x3 pooling of x (N, C, H, W), padded by a pixel that does not count: the maximum, or the mean."""
-    return _Pool.apply(x, is_max, stride)
+    return apply(_Pool, x, x, is_max, stride)
 
 
 def every_second(x):
     """Every second pixel of x (N, C, H, W), and its diagonal neighbours, as fast_cell_torch.every_second."""
-    return _EverySecond.apply(x)
+    return apply(_EverySecond, x, x)
+
+
+def average(x, pooling):
+    """What the kernels of a strided involution are made of: x after the layer's pooling."""
+    if type(pooling) is nn.Identity:
+        return x
+    if is_usual_average(pooling):
+        return apply(_Average, x, x, pooling.stride)
+    if type(x) is Place:
+        raise Unsupported
+    return pooling(x)
+
+
+def is_usual_average(pooling):
+    """Whether it is one of windows that do not overlap, as involutions have."""
+    border = pooling.padding, pooling.ceil_mode, pooling.count_include_pad, pooling.divisor_override
+    return (pooling.kernel_size, *border) == (pooling.stride, 0, True, True, None)
+
+
+def side_by_side(images):
+    """The channels of images (N, C_k, H, W), one after the other."""
+    return apply(_SideBySide, images[0], *images)
+
+
+def diagonal(like, *weights):
+    """As fast_cell_torch.diagonal."""
+    return apply(_Diagonal, like, like, *weights)
+
+
+def gather(like, weights, places, shape):
+    """The weights (edges, primitives) at those places, in this shape."""
+    return apply(_Gather, like, like, weights, places, shape)
+
+
+def scale(x, factors):
+    """x (N, C, H, W) times one number for every image, (N, 1, 1, 1)."""
+    return apply(_Scale, x, x, factors)
+
+
+def add(tensors):
+    """The sum of tensors of one shape and layout; has no derivative."""
+    like = tensors[0]
+    total = _like(like) if like.dim() == 4 else empty(like, *like.shape)
+    _call("add", like, [like.numel(), _address(total), len(tensors), *map(_address, tensors)])
+    return total
 
 
 def _scales(norms):
@@ -159,20 +192,6 @@ def _scales(norms):
 
 def _shifts(norms):
     return [norm.bias for norm in norms]
-
-
-def _once_differentiable(backward):
-    """Refuse create_graph=True: PyTorch's decorator of this name lets through what reaches no inner input."""
-
-    @functools.wraps(backward)
-    def once(ctx, *grads):
-        if torch.is_grad_enabled():
-            raise RuntimeError("the fast cells can be differentiated once only on the CPU; set network.fast = False")
-        if all(grad is None for grad in grads):  # as behind a function of the user's that hands on no gradient
-            return (None,) * len(ctx.needs_input_grad)
-        return backward(ctx, *grads)
-
-    return once
 
 
 class _Heads(Function):
@@ -185,7 +204,7 @@ class _Heads(Function):
         return tuple(hidden)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx, *grads):
         x, *saved = _saved(ctx)
         weights, hidden = saved[: len(grads)], saved[len(grads) :]
@@ -221,7 +240,7 @@ class _Involutions(Function):
         return tuple(outputs)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx, *grads):
         n = len(grads)
         x, pooled, *saved = _saved(ctx)
@@ -230,9 +249,7 @@ class _Involutions(Function):
             hidden, v = _project_heads(pooled, weights[:n], ctx.affine, ctx.stats)
             scales = None if ctx.rms_eps is None else _rms_norm(hidden, ctx.rms_eps)
         used = [grad is not None for grad in grads]
-        grads = [
-            _image(x, x.shape[1], *h.shape[2:]).zero_() if g is None else g for g, h in zip(grads, hidden, strict=True)
-        ]
+        grads = [_zeros(x, *h.shape[2:]) if g is None else g for g, h in zip(grads, hidden, strict=True)]
         to_x, to_hidden, to_span, to_bias = zip(
             *(
                 involution_cpu.fused_backward(_channels_last(grad), x, h, span, bias, *place)
@@ -246,7 +263,7 @@ class _Involutions(Function):
         to_pooled, *to_heads = _heads_backward(
             to_hidden, pooled, weights[:n], hidden, v, ctx.affine, ctx.stats, ctx.training, more
         )
-        to_x = sum(to_x[1:], to_x[0]) if ctx.is_pooled else to_pooled
+        to_x = add(to_x) if ctx.is_pooled else to_pooled
         to_pooled = to_pooled if ctx.is_pooled else None
         per_layer = *to_heads[:n], *to_span, *to_bias, *to_heads[n:]  # of five kinds
         return (
@@ -278,41 +295,39 @@ class _Depthwise(Function):
         ctx.problem = N, C, H, W, weight.shape[-1], stride, dilation
         ctx.save_for_backward(x, weight)
         output = _image(x, C, -(-H // stride), -(-W // stride))
-        _call("depthwise", x, _numbers(ctx.problem), *_addresses(x, weight, output))
+        _call("depthwise", x, [*ctx.problem, *map(_address, (x, weight, output))])
         return output
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         x, weight = _saved(ctx)
-        grads = [
-            torch.empty_like(tensor) if needed else None
-            for tensor, needed in zip((x, weight), ctx.needs_input_grad, strict=False)
-        ]
-        tensors = _channels_last(grad), x, weight, *grads
-        _call("depthwise_backward", x, _numbers(ctx.problem), *_addresses(*tensors))
-        return *grads, None, None
+        to_x = _like(x) if ctx.needs_input_grad[0] else None
+        to_weight = empty(x, *weight.shape) if ctx.needs_input_grad[1] else None
+        tensors = _channels_last(grad), x, weight, to_x, to_weight
+        _call("depthwise_backward", x, [*ctx.problem, *map(_address, tensors)])
+        return to_x, to_weight, None, None
 
 
 class _Spread(Function):
     @staticmethod
     def forward(ctx, alphas, *images):
         images, alphas = [_channels_last(x) for x in images], alphas.contiguous()
-        results = [_image(images[0], images[0].shape[1]) for _ in alphas]
-        packed = [*_operands(images), len(results), *(x.data_ptr() for x in results), alphas.data_ptr()]
-        _call_on_pixels("spread", images[0], packed)
+        results = [_image(images[0], images[0].shape[1]) for _ in range(len(alphas))]
+        packed = [_pixels(images[0]), *_operands(images), len(results), *map(_address, (*results, alphas))]
+        _call("spread", images[0], packed)
         ctx.save_for_backward(alphas, *images)
         return tuple(results)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx, *grads):
         (alphas, *images), grads = _saved(ctx), [_channels_last(g) for g in grads]
-        to_images = [torch.empty_like(x) if n else None for x, n in zip(images, ctx.needs_input_grad[1:], strict=True)]
-        to_alphas = torch.empty_like(alphas, dtype=torch.float64)
-        packed = [*_operands(images), *_operands(grads), alphas.data_ptr(), to_alphas.data_ptr()]
-        _call_on_pixels("spread_backward", images[0], packed + [_address(x) for x in to_images])
-        return to_alphas.to(alphas.dtype), *to_images
+        to_images = [_like(x) if n else None for x, n in zip(images, ctx.needs_input_grad[1:], strict=True)]
+        to_alphas = empty(images[0], *alphas.shape)
+        packed = [_pixels(images[0]), *_operands(images), *_operands(grads)]
+        _call("spread_backward", images[0], packed + [*map(_address, (alphas, to_alphas, *to_images))])
+        return to_alphas, *to_images
 
 
 class _Mix(Function):
@@ -335,7 +350,7 @@ class _Mix(Function):
             for x, weight, norm in zip(z, weights, group, strict=True):
                 check_widths(x.shape[1], weight, [norm])
             linear.append((z, weights))
-            ctx.stats.append(_statistics(group, n, *weights[0].shape[:2]))
+            ctx.stats.append(_statistics(z[0], group, n, *weights[0].shape[:2]))
         like, C = (parts[0], parts[0].shape[1]) if parts else (linear[0][0][0], len(linear[0][1][0]))
         plain, positive = (_image(like, C) if each else None for each in wanted)
         results = [plain if wanted[0] else positive]
@@ -347,25 +362,23 @@ class _Mix(Function):
         ctx.training = any(group[0].training for group in norms)
         _call_with_statistics("mix", results[0], ctx.training, packed)
         for group, stats in zip(norms, ctx.stats, strict=True):
-            _track(group, stats, C)
+            _track(results[0], group, stats, C, step=stats.shape[1])
         ctx.parts, ctx.wanted = len(parts), wanted
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*scales, *shifts, positive, *(tensor for z, w in linear for tensor in (*z, *w)))
         return tuple(image for image in (plain, positive) if image is not None)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx, *grads):
         n, saved = len(ctx.stats), _saved(ctx)
         scales, shifts, positive, tensors = saved[:n], saved[n : 2 * n], saved[2 * n], saved[2 * n + 1 :]
         needed = ctx.needs_input_grad[4 + 2 * n + ctx.parts :]
         gradient, mask, more = _gradient(grads, ctx.wanted, positive)
-        total = None if mask is None else torch.empty_like(gradient)  # one image, for the parts too
-        to_inputs = [torch.empty_like(x) if needs else None for x, needs in zip(tensors, needed, strict=True)]
+        total = None if mask is None else _like(gradient)  # one image, for the parts too
+        to_inputs = [empty_image(gradient, *x.shape) if n else None for x, n in zip(tensors, needed, strict=True)]
         left = iter(zip(tensors, to_inputs, strict=True))
-        sizes = [0 if x is None else x.shape[0] for x in saved[: 2 * n]]
-        in_double = torch.empty(sum(sizes), dtype=torch.float64)
-        to_affine = [to if size else None for to, size in zip(in_double.split(sizes), sizes, strict=True)]
+        to_affine = [None if x is None else empty(gradient, *x.shape) for x in saved[: 2 * n]]
         to_scales, to_shifts = to_affine[:n], to_affine[n:]
         packed = [*_sums([(gradient, mask, more)]), _address(total), sum(stats.shape[0] for stats in ctx.stats)]
         for scale, shift, to_scale, to_shift, factors, stats in zip(
@@ -375,11 +388,9 @@ class _Mix(Function):
             z, weights = ([next(left) for _ in range(candidates)] for _ in range(2))
             for k, ((x, to_x), (weight, to_weight), factor) in enumerate(zip(z, weights, factors, strict=True)):
                 packed += _candidate(x, factor, weight, scale, shift, stats, k)
-                to_own = to_scale if to_scale is None or candidates == 1 else to_scale[k]
-                packed += [_address(to_own), _address(to_shift), _address(to_weight), _address(to_x), 0]
+                to_own = _address(to_scale) if to_scale is None or candidates == 1 else _element(to_scale, k)
+                packed += [to_own, _address(to_shift), _address(to_weight), _address(to_x), 0]
         _call_with_statistics("mix_backward", gradient, ctx.training, packed)
-        to_affine = in_double.to(gradient.dtype).split(sizes)
-        to_affine = (to if size else None for to, size in zip(to_affine, sizes, strict=True))
         to_parts = [gradient if total is None else total] * ctx.parts
         return None, None, None, None, *to_affine, *to_parts, *to_inputs
 
@@ -388,10 +399,10 @@ def _candidate(x, factor, weight, scale, shift, stats, k):
     """The k-th term of a group as C++ reads it."""
     (_, K, H, W), C, candidates = x.shape, weight.shape[0], stats.shape[0]
     step = int(scale is not None and candidates == 1 and scale.shape[0] == C)
-    scale = 0 if scale is None else scale.data_ptr() + (0 if step else k * scale.stride(0) * scale.element_size())
+    scale = _address(scale) if scale is None or step else _element(scale, k)
     operand = 1, x.data_ptr(), 0, 0, K
     numbers = _address(factor), H * W, C, weight.data_ptr(), scale, step, _address(shift)
-    return *operand, *numbers, stats.data_ptr() + k * stats.shape[1] * stats.element_size()
+    return *operand, *numbers, _element(stats, k * stats.shape[1])
 
 
 def _gradient(grads, wanted, positive):
@@ -409,11 +420,11 @@ class _Project(Function):
     def forward(ctx, norms, wanted, keep, n, *tensors):
         images = [_channels_last(x) for x in tensors[:n]]
         weights, scales, shifts = _thirds(tensors[n:])
-        scale, shift, weight = _side_by_side(scales), _side_by_side(shifts), torch.cat(weights)
+        scale, shift, weight = (_joined(images[0], tensors) for tensors in (scales, shifts, weights))
         training, C = norms[0].training, weight.shape[0]
         check_widths(sum(x.shape[1] for x in images), weight, norms)
         check_sizes([(x.shape[0], *x.shape[2:]) for x in images])
-        v, stats = _image(images[0], C) if keep or training else None, _statistics(norms, 1, C, 0)
+        v, stats = _image(images[0], C) if keep or training else None, _statistics(images[0], norms, 1, C, 0)
         results = [
             [_image(images[0], w.shape[0]) if each else None for each in pair]
             for w, pair in zip(weights, wanted, strict=True)
@@ -421,7 +432,7 @@ class _Project(Function):
         packed = [*_operands(images), *_projection(v, weight, scale, shift, stats)]
         packed += _results(results, [w.shape[0] for w in weights])
         _call_with_statistics("project", images[0], training, packed)
-        _track(norms, stats, C)
+        _track(images[0], norms, stats, C)
         ctx.training, ctx.stats, ctx.wanted, ctx.n, ctx.widths = (
             training,
             stats,
@@ -434,23 +445,23 @@ class _Project(Function):
         return tuple(image for pair in results for image in pair if image is not None)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx, *grads):
         saved = _saved(ctx)
         images, (weight, scale, shift, v) = saved[: ctx.n], saved[ctx.n :]
         gradients = _of_results(grads, ctx.wanted)
-        to_images = [torch.empty_like(x) if n else None for x, n in zip(images, ctx.needs_input_grad[4:], strict=False)]
-        to_scale, to_shift = torch.empty(2, weight.shape[0], dtype=torch.float64)
-        to_weight = torch.empty_like(weight)
+        to_images = [_like(x) if n else None for x, n in zip(images, ctx.needs_input_grad[4:], strict=False)]
+        to_scale, to_shift = (None if x is None else empty(v, *x.shape) for x in (scale, shift))
+        to_weight = empty(v, *weight.shape)
         packed = [*_operands(images), *_projection(v, weight, scale, shift, ctx.stats)]
         packed += _results(gradients, ctx.widths)
-        packed += [x.data_ptr() for x in (to_scale, to_shift, to_weight)]
+        packed += map(_address, (to_scale, to_shift, to_weight))
         for to_image in to_images:
             packed += [_address(to_image), True, 0]
         _call_with_statistics("project_backward", v, ctx.training, packed)
         per_norm = (
             to_weight.split(ctx.widths),
-            *(_split_affine(to, affine, ctx.widths, v) for to, affine in ((to_scale, scale), (to_shift, shift))),
+            *(_split(to, ctx.widths) for to in (to_scale, to_shift)),
         )
         used = [any(image is not None for image in pair) for pair in gradients]
         per_norm = [to if each else None for tos in per_norm for to, each in zip(tos, used, strict=True)]
@@ -458,30 +469,33 @@ class _Project(Function):
 
 
 class _Normalize(Function):
-    """A `_Project` of an image that is there."""
+    """A `_Project` of an image that is there, by one batch norm, or by several without parameters."""
 
     @staticmethod
-    def forward(ctx, norm, wanted, v, scale, shift):
-        v, stats = _channels_last(v), _statistics([norm], 1, norm.num_features, 0)
-        plain, positive = (torch.empty_like(v) if each else None for each in wanted)
+    def forward(ctx, norms, wanted, v, scale, shift):
+        v, norm = _channels_last(v), norms[0]
+        if any(each.num_features != v.shape[1] for each in norms):
+            raise ValueError(f"a batch norm must fit its images, got one of {norm.num_features} for {v.shape[1]} channels")
+        stats = _statistics(v, norms[:1], 1, norm.num_features, 0)
+        plain, positive = (_like(v) if each else None for each in wanted)
         packed = [0, *_projection(v, None, scale, shift, stats), *_results([(plain, positive)], [v.shape[1]])]
         _call_with_statistics("project", v, norm.training, packed)
-        _track([norm], stats, norm.num_features)
+        _track(v, norms, stats, norm.num_features, step=0)
         ctx.training, ctx.stats, ctx.wanted = norm.training, stats, wanted
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(v, scale, shift)
         return tuple(image for image in (plain, positive) if image is not None)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx, *grads):
         v, scale, shift = _saved(ctx)
-        to_v, (to_scale, to_shift) = torch.empty_like(v), torch.empty(2, v.shape[1], dtype=torch.float64)
+        to_v, *to_affine = _like(v), *(None if x is None else empty(v, *x.shape) for x in (scale, shift))
         gradients = _of_results(grads, [ctx.wanted])
         packed = [0, *_projection(v, None, scale, shift, ctx.stats), *_results(gradients, [v.shape[1]])]
-        packed += [x.data_ptr() for x in (to_scale, to_shift, to_v)]
+        packed += map(_address, (*to_affine, to_v))
         _call_with_statistics("project_backward", v, ctx.training, packed)
-        return None, None, to_v, *(None if scale is None else to.to(v.dtype) for to in (to_scale, to_shift))
+        return None, None, to_v, *to_affine
 
 
 class _Pool(Function):
@@ -489,19 +503,18 @@ class _Pool(Function):
     def forward(ctx, x, is_max, stride):
         x = _channels_last(x)
         N, C, H, W = x.shape
-        ctx.problem, ctx.is_max = (N, C, H, W, stride), is_max
+        ctx.problem, ctx.is_max = (N, C, H, W, stride, is_max), is_max
         output = _image(x, C, -(-H // stride), -(-W // stride))
-        _call("pool", x, _numbers(ctx.problem), ctypes.c_int64(is_max), *_addresses(x, output))
+        _call("pool", x, [*ctx.problem, *map(_address, (x, output))])
         ctx.save_for_backward(*((x, output) if is_max else ()))
         return output
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         grad, to_x = _channels_last(grad), _image(grad, *ctx.problem[1:4])
         x, output = _saved(ctx) if ctx.is_max else (None, None)
-        arguments = _numbers(ctx.problem), ctypes.c_int64(ctx.is_max), *_addresses(x, output, grad, to_x)
-        _call("pool_backward", grad, *arguments)
+        _call("pool_backward", grad, [*ctx.problem, *map(_address, (x, output, grad, to_x))])
         return to_x, None, None
 
 
@@ -515,7 +528,7 @@ class _EverySecond(Function):
         return first, second
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx, *grads):
         grads = [_channels_last(grad) for grad in grads]
         to_x = _image(grads[0], grads[0].shape[1], *ctx.size)
@@ -525,8 +538,112 @@ class _EverySecond(Function):
 
 def _every_second(x, gather, first, second):
     N, C, H, W = x.shape
-    numbers = (ctypes.c_int64(number) for number in (N, H, W, C, gather))
-    _call("every_second", x, *numbers, *_addresses(x, first, second))
+    _call("every_second", x, [N, H, W, C, gather, *map(_address, (x, first, second))])
+
+
+class _Average(Function):
+    @staticmethod
+    def forward(ctx, x, stride):
+        x, ctx.shape, ctx.stride = _channels_last(x), x.shape, stride
+        output = _image(x, x.shape[1], *(-(-size // stride) for size in x.shape[2:]))
+        _call("average", x, [*x.shape, stride, False, *map(_address, (x, output))])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad, to_x = _channels_last(grad), _image(grad, *ctx.shape[1:])
+        _call("average", grad, [*ctx.shape, ctx.stride, True, *map(_address, (to_x, grad))])
+        return to_x, None
+
+
+class _SideBySide(Function):
+    @staticmethod
+    def forward(ctx, *images):
+        images, ctx.shapes = [_channels_last(x) for x in images], [x.shape for x in images]
+        check_sizes([(len(x), *x.shape[2:]) for x in images])
+        whole = _image(images[0], sum(x.shape[1] for x in images))
+        _side_by_side(whole, _pixels(whole), False, map(_address, images), [x.shape[1] for x in images])
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad, grads = _channels_last(grad), [_image(grad, shape[1]) for shape in ctx.shapes]
+        _side_by_side(grad, _pixels(grad), True, map(_address, grads), [shape[1] for shape in ctx.shapes])
+        return tuple(grads)
+
+
+class _Diagonal(Function):
+    @staticmethod
+    def forward(ctx, like, *weights):
+        weights, ctx.shapes = [w.contiguous() for w in weights], [w.shape for w in weights]
+        whole = empty(like, *map(sum, zip(*(shape[:2] for shape in ctx.shapes), strict=True)), 1, 1)
+        _copy_diagonal(whole, False, weights, ctx.shapes)
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad, grads = grad.contiguous(), [empty(grad, *shape) for shape in ctx.shapes]
+        _copy_diagonal(grad, True, grads, ctx.shapes)
+        return None, *grads
+
+
+def _copy_diagonal(whole, from_whole, parts, shapes):
+    """Of a matrix, the first rows begin with one part, the others end with the other one."""
+    (rows, K), (more, L) = (shape[:2] for shape in shapes)
+    first, second = map(_address, parts)
+    _call("side_by_side", whole, [rows, from_whole, _address(whole), 2, first, K, 0, L])
+    _call("side_by_side", whole, [more, from_whole, _element(whole, rows * (K + L)), 2, 0, K, second, L])
+
+
+def _side_by_side(whole, rows, from_whole, addresses, widths):
+    """Copy parts (rows, width) each to where they lie side by side in the rows of `whole`, or from there; 0 is zeros."""
+    numbers = (number for pair in zip(addresses, widths, strict=True) for number in pair)
+    _call("side_by_side", whole, [rows, from_whole, _address(whole), len(widths), *numbers])
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(ctx, like, weights, places, shape):
+        weights, chosen = weights.contiguous(), empty(like, *shape)
+        ctx.places, ctx.shape = places, weights.shape
+        _side_by_side(chosen, 1, False, *_elements(weights, places))
+        return chosen
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad, to_weights = grad.contiguous(), empty(grad, *ctx.shape)
+        _side_by_side(to_weights, 1, False, [0], [ctx.shape.numel()])
+        _side_by_side(grad, 1, True, *_elements(to_weights, ctx.places))
+        return None, to_weights, None, None
+
+
+def _elements(weights, places):
+    """The addresses of numbers of a matrix, and their widths."""
+    return [_element(weights, row * weights.shape[1] + column) for row, column in places], [1] * len(places)
+
+
+class _Scale(Function):
+    @staticmethod
+    def forward(ctx, x, factors):
+        x = _channels_last(x)
+        ctx.save_for_backward(factors)
+        return _times(x, factors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (factors,) = _saved(ctx)
+        return _times(_channels_last(grad), factors), None
+
+
+def _times(x, factors):
+    y = _image(x, x.shape[1])
+    _call("scale", x, [len(x), x.numel() // len(x), *map(_address, (x, factors, y))])
+    return y
 
 
 def _of_results(grads, wanted):
@@ -551,17 +668,17 @@ def _projection(v, weight, scale, shift, stats):
 
 def _heads(x, weights, scales, shifts, norms):
     """[relu(norm_k(weight_k * x))]; and what backward needs: parameters side by side, and statistics."""
-    weight, affine, training = torch.cat(weights), (_side_by_side(scales), _side_by_side(shifts)), norms[0].training
+    weight, affine, training = _joined(x, weights), (_joined(x, scales), _joined(x, shifts)), norms[0].training
     check_widths(x.shape[1], weight, norms)
     C, K = weight.shape[:2]
     if _are_projected(weights, training):
-        stats = _statistics(norms, 1, C, 0)
+        stats = _statistics(x, norms, 1, C, 0)
         hidden, _ = _project_heads(x, weights, affine, stats, training)
     else:
-        hidden, stats = [_image(x, w.shape[0]) for w in weights], _statistics(norms, 1, C, K)
+        hidden, stats = [_image(x, w.shape[0]) for w in weights], _statistics(x, norms, 1, C, K)
         packed = [True, *_parts(hidden), 0, 0, 1, *_candidate(x, None, weight, *affine, stats, 0)]
         _call_with_statistics("mix", x, training, packed)
-    _track(norms, stats, C)
+    _track(x, norms, stats, C)
     return hidden, affine, stats
 
 
@@ -577,7 +694,7 @@ def _kept(hidden, weights, training):
 
 def _project_heads(x, weights, affine, stats, training=False):
     """(heads, v): in backward the same bit for bit as in forward, whose statistics are given then."""
-    hidden, weight = [_image(x, w.shape[0]) for w in weights], torch.cat(weights)
+    hidden, weight = [_image(x, w.shape[0]) for w in weights], _joined(x, weights)
     v = _image(x, weight.shape[0])
     packed = [*_operands([x]), *_projection(v, weight, *affine, stats)]
     packed += _results([(None, h) for h in hidden], [h.shape[1] for h in hidden])
@@ -587,37 +704,33 @@ def _project_heads(x, weights, affine, stats, training=False):
 
 def _heads_backward(grads, x, weights, hidden, v, affine, stats, training, more=()):
     """The gradient of x, plus all images in `more`; those of the weights, scales and shifts. v: of projected heads."""
-    weight, grads, more = torch.cat(weights), [_channels_last(g) for g in grads], [_channels_last(g) for g in more]
-    to_x, to_weight, widths = torch.empty_like(x), torch.empty_like(weight), [w.shape[0] for w in weights]
+    weight, grads, more = _joined(x, weights), [_channels_last(g) for g in grads], [_channels_last(g) for g in more]
+    to_x, to_weight, widths = _like(x), empty(x, *weight.shape), [w.shape[0] for w in weights]
+    to_affine = [None if each is None else empty(x, *each.shape) for each in affine]
     if v is not None:
-        to_affine = torch.empty(2, weight.shape[0], dtype=torch.float64).unbind()
         packed = [*_operands([x]), *_projection(v, weight, *affine, stats)]
         packed += _results([(None, grad) for grad in grads], widths)
         packed += [*map(_address, (*to_affine, to_weight, to_x)), False, len(more), *map(_address, more)]
         _call_with_statistics("project_backward", x, training, packed)
     else:
-        to_affine = [_double_like(a) for a in affine]
         packed = [*_parts(grads, hidden), 0, 1, *_candidate(x, None, weight, *affine, stats, 0)]
-        packed += [*map(_address, to_affine), to_weight.data_ptr(), to_x.data_ptr(), *_operands(more)]
+        packed += [*map(_address, (*to_affine, to_weight, to_x)), *_operands(more)]
         _call_with_statistics("mix_backward", x, training, packed)
-    to_affine = [each for to, a in zip(to_affine, affine, strict=True) for each in _split_affine(to, a, widths, x)]
-    return to_x, *to_weight.split(widths), *to_affine
+    return to_x, *_split(to_weight, widths), *(each for to in to_affine for each in _split(to, widths))
 
 
 def _rms_norm(hidden, eps):
     """Divide images by the root of (mean square over channels + eps), in place; returns the factors."""
     scales = [_image(h, 1) for h in hidden]
     for h, scale in zip(hidden, scales, strict=True):
-        numbers = ctypes.c_int64(_pixels(h)), ctypes.c_int64(h.shape[1]), ctypes.c_double(eps)
-        _call("rms_norm", h, *numbers, *_addresses(h, scale))
+        _call("rms_norm", h, [_pixels(h), h.shape[1], bits(eps), *map(_address, (h, scale))])
     return scales
 
 
 def _rms_norm_backward(grads, hidden, scales):
     """From gradients of the scaled images `hidden` make those of the images before, in place."""
     for grad, h, scale in zip(grads, hidden, scales, strict=True):
-        numbers = ctypes.c_int64(_pixels(h)), ctypes.c_int64(h.shape[1])
-        _call("rms_norm_backward", h, *numbers, *_addresses(grad, h, scale))
+        _call("rms_norm_backward", h, [_pixels(h), h.shape[1], *map(_address, (grad, h, scale))])
 
 
 # ------------------------------------------------------------------------------- parameters and statistics of norms
@@ -637,48 +750,53 @@ def check_sizes(sizes):
         raise ValueError(f"images side by side must be of one size, got {', '.join(map(str, sizes))}")
 
 
-def _side_by_side(parameters):
-    """Scales or shifts of batch norms as one; None where the norms have none."""
-    return None if parameters[0] is None else torch.cat(parameters)
+def _joined(like, tensors):
+    """Weights, scales or shifts one after the other; None where batch norms have none."""
+    if tensors[0] is None:
+        return None
+    tensors = [x.contiguous() for x in tensors]
+    if len(tensors) == 1:
+        return tensors[0]
+    if len({x.shape[1:] for x in tensors}) > 1:
+        raise ValueError(f"convolutions of one image must read all its channels, got weights {[tuple(x.shape) for x in tensors]}")
+    whole = empty(like, sum(map(len, tensors)), *tensors[0].shape[1:])
+    _side_by_side(whole, 1, False, map(_address, tensors), [x.numel() for x in tensors])
+    return whole
 
 
-def _split_affine(gradient, affine, widths, like):
-    """The gradient of `_side_by_side`."""
-    return [None] * len(widths) if affine is None else list(gradient.to(like.dtype).split(widths))
+def _split(gradient, widths):
+    """The gradients of what `_joined` has joined."""
+    return [None] * len(widths) if gradient is None else list(gradient.split(widths))
 
 
-def _double_like(x):
-    return None if x is None else torch.empty_like(x, dtype=torch.float64)
-
-
-def _statistics(norms, candidates, C, K):
+def _statistics(like, norms, candidates, C, K):
     """Room for the statistics of candidates with weights (C, K): mean v, var v, s (C each), m (K), W S (C, K).
 
     In evaluation mean and s are those of the running statistics; else C++ fills in all, var the unbiased one.
     """
-    stats = torch.empty(candidates, 3 * C + K + C * K, dtype=torch.float64)
+    stats = empty(like, candidates, 3 * C + K + C * K, dtype=torch.float64)
     if not norms[0].training:
+        if type(like) is Place:
+            raise Unsupported
         stats[:, :C] = torch.cat([norm.running_mean for norm in norms]).view(candidates, C)
         var = torch.cat([norm.running_var for norm in norms]).view(candidates, C)
         stats[:, 2 * C : 3 * C] = (var.double() + EPS).rsqrt()
     return stats
 
 
-def _track(norms, stats, C):
-    """Update the running statistics by those that mix has filled in."""
+def _track(like, norms, stats, C, step=None):
+    """Update the running statistics by those that C++ has filled in; from one norm's to the next one's it is a step."""
     if not norms[0].training:
         return
-    if stats.shape[0] == 1:  # where they lie one after the other
-        packed = [stats.data_ptr(), stats.data_ptr() + C * stats.element_size(), len(norms)]
-    else:
-        mean, var = stats[:, :C].contiguous(), stats[:, C : 2 * C].contiguous()
-        packed = [mean.data_ptr(), var.data_ptr(), len(norms)]
+    packed, element = [len(norms)], 0
     for norm in norms:
         buffers = norm._buffers
-        running = buffers["running_mean"]
-        packed.append(running.shape[0])
-        packed += [running.data_ptr(), buffers["running_var"].data_ptr(), buffers["num_batches_tracked"].data_ptr()]
-    _call("track", norms[0]._buffers["running_mean"], ctypes.c_double(MOMENTUM), _numbers(packed))
+        running, width = buffers["running_mean"], norm.num_features
+        packed += [width, _element(stats, element), running.data_ptr()]
+        packed += [_element(stats, element + C), buffers["running_var"].data_ptr()]
+        packed.append(buffers["num_batches_tracked"].data_ptr())
+        element += width if step is None else step
+    _call("track", like, packed, again=False)
 
 
 # ------------------------------------------------------------------------------------------------------ C++ calls
@@ -704,7 +822,19 @@ def _image(x, C, H=None, W=None):
     """
     N, _, *size = x.shape
     H, W = H or size[0], W or size[1]
+    if type(x) is Place:
+        return empty_image(x, N, C, H, W)
     return torch.empty(N * C * H * W + _ROOM, dtype=x.dtype).as_strided_((N, C, H, W), (C * H * W, 1, W * C, C))
+
+
+def _like(x):
+    return empty_image(x, *x.shape)
+
+
+def _zeros(x, H, W):
+    if type(x) is Place:
+        raise Unsupported
+    return _image(x, x.shape[1], H, W).zero_()
 
 
 def _parts(images, masks=()):
@@ -732,22 +862,15 @@ def _address(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _addresses(*tensors):
-    return (ctypes.c_void_p(_address(tensor)) for tensor in tensors)
-
-
-def _numbers(values):
-    return (ctypes.c_int64 * len(values))(*values)
+def _element(tensor, k):
+    """The address of the k-th number of a contiguous tensor."""
+    return tensor.data_ptr() + k * tensor.element_size()
 
 
 def _call_with_statistics(name, image, training, packed):
     if training and _pixels(image) == 1:
         raise ValueError(f"batch norm needs more than one value of each channel in training, got {tuple(image.shape)}")
-    _call(name, image, ctypes.c_int64(_pixels(image)), ctypes.c_int64(training), _numbers(packed))
-
-
-def _call_on_pixels(name, image, packed):
-    _call(name, image, ctypes.c_int64(_pixels(image)), _numbers(packed))
+    _call(name, image, [_pixels(image), training, *packed])
 
 
 def _pixels(image):
@@ -759,6 +882,5 @@ def _function(name):
     return getattr(library(), f"fast_cell_{name}")
 
 
-def _call(name, like, *arguments):
-    if _function(name)(ctypes.c_int64(like.dtype == torch.float64), *arguments):
-        raise MemoryError(f"fast_cell_{name} could not allocate its scratch memory")
+def _call(name, like, packed, again=True):
+    call(_function(name), like.dtype == torch.float64, like, packed, again)

@@ -67,9 +67,14 @@ def average(x, pooling):
     return pooling(x)
 
 
-def made(make):
-    """make(), a weight that is made of parameters."""
-    return make()
+def diagonal(like, *weights):
+    """The weight (C_1 + C_2, K_1 + K_2, 1, 1) of two 1x1 convolutions side by side, each of which reads its own channels.
+
+    like: an image; its backend makes the weight.
+    """
+    first, second = weights
+    first, second = F.pad(first, (0, 0, 0, 0, 0, second.shape[1])), F.pad(second, (0, 0, 0, 0, first.shape[1], 0))
+    return torch.cat([first, second])
 
 
 def spread(images, alphas):
@@ -78,7 +83,7 @@ def spread(images, alphas):
 
 
 def mix(parts, linear, linear_alphas, factors):
-    """A node: the sum of its parts (N, C, H, W), + sum_k factor_k alpha_k norm_k(weight_k * z_k).
+    """A node, as the only result: the sum of its parts (N, C, H, W), + sum_k factor_k alpha_k norm_k(weight_k * z_k).
 
     Args:
         linear: groups of terms whose inputs z_k (N, K, H, W) are equally wide; linear_alphas: (terms,) of each group.
@@ -97,7 +102,14 @@ def mix(parts, linear, linear_alphas, factors):
         if of_terms[0] is not None:
             weighted = weighted * torch.stack(of_terms, dim=1)
         node = node + weighted.sum(1)
-    return node
+    return (node,)
+
+
+def normalized(x, norms):
+    """x (N, C, H, W) normalised by its own statistics, which all of the norms, none with parameters, then follow."""
+    normalized, mean, var = batch_norm(x)
+    track(norms, [mean] * len(norms), [var] * len(norms))
+    return normalized
 
 
 def batch_norm(x, weight=None):

@@ -19,17 +19,12 @@
 #include <vector>
 
 #include "depthwise.h"
+#include "packed.h"
 #include "products.h"
 
 namespace {
 
 constexpr double kEps = 1e-5;  // of batch norm
-
-// The entry points of the other libraries that passes are left to
-using FastCellPool = int (*)(int64_t, const int64_t*, int64_t, const void*, void*);
-using FastCellEverySecond = int (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, void*, void*, void*);
-using FastCellRmsNorm = int (*)(int64_t, int64_t, int64_t, double, void*, void*);
-using InvolutionFusedForward = int (*)(const int64_t*, int64_t, const int64_t*);
 
 inline void check(int failed) {
   if (failed) throw std::bad_alloc();
@@ -85,12 +80,8 @@ class Network {  // the passes of one thread
     switch (reader.number()) {
       case 0: return passes.push_back(sum());
       case 1: return passes.push_back(depthwise_convolution());
-      case 2: return passes.push_back(pooling());
-      case 3: return passes.push_back(every_second());
-      case 4: return passes.push_back(rms_norm());
-      case 5: return passes.push_back(involution());
-      case 6: return passes.push_back(average());
-      case 7: return passes.push_back(normalize());
+      case 2: return passes.push_back(other());
+      case 3: return passes.push_back(normalize());
       default: return passes.push_back(hand_on());
     }
   }
@@ -131,8 +122,7 @@ class Network {  // the passes of one thread
   }
 
   Pass depthwise_convolution() {
-    Depthwise p{1,           reader.number(), reader.number(), reader.number(), reader.number(), reader.number(),
-                reader.number()};
+    const Depthwise p(reader);
     const auto taps = turned_taps(reader.address<const A>(), p, round_up(p.C, kLanes<A>), false);
     A *x = map(), *y = map();
     return [=](int64_t, int64_t count) {
@@ -142,70 +132,19 @@ class Network {  // the passes of one thread
     };
   }
 
-  Pass pooling() {
-    const auto pool = (FastCellPool)reader.number();
-    const int64_t C = reader.number(), H = reader.number(), W = reader.number(), stride = reader.number();
-    const int64_t is_max = reader.number();
-    A *x = map(), *y = map();
+  // What is left to an entry point of another library. Its first number is that of images, or of so many pixels in each
+  Pass other() {
+    const auto entry = (Entry)reader.number();
+    const int64_t dtype = reader.number(), each = reader.number();
+    std::vector<int64_t> packed{0};
+    for (int64_t n = reader.number(); n > 0; --n) {
+      const bool is_map = reader.number();
+      packed.push_back(is_map ? int64_t(map()) : reader.number());
+    }
     return [=](int64_t, int64_t count) {
-      const int64_t problem[] = {count, C, H, W, stride};
-      check(pool(sizeof(A) == 8, problem, is_max, x, y));
-    };
-  }
-
-  Pass every_second() {
-    const auto every_second = (FastCellEverySecond)reader.number();
-    const int64_t C = reader.number(), H = reader.number(), W = reader.number();
-    A *x = map(), *first = map(), *second = map();
-    return [=](int64_t, int64_t count) { check(every_second(sizeof(A) == 8, count, H, W, C, 1, x, first, second)); };
-  }
-
-  Pass rms_norm() {
-    const auto rms_norm = (FastCellRmsNorm)reader.number();
-    const int64_t C = reader.number(), pixels = reader.number();
-    const double eps = *reader.address<const double>();
-    A *x = map(), *scales = map();
-    return [=](int64_t, int64_t count) { check(rms_norm(sizeof(A) == 8, count * pixels, C, eps, x, scales)); };
-  }
-
-  Pass involution() {
-    const auto involution = (InvolutionFusedForward)reader.number();
-    std::vector<int64_t> problem(9, 1);  // N, C, H, W, groups, kernel size, stride, dilation, hidden channels
-    for (size_t k = 1; k < problem.size(); ++k) problem[k] = reader.number();
-    const int64_t C = problem[1], H = problem[2], W = problem[3], stride = problem[6], hidden = problem[8];
-    const int64_t Ho = (H + stride - 1) / stride, Wo = (W + stride - 1) / stride;
-    const int64_t span = reader.number(), bias = reader.number();
-    const std::vector<int64_t> tensors = {
-        int64_t(map()), H * W * C, 1, W * C, C, 0, int64_t(map()), Ho * Wo * hidden, 1, Wo * hidden, hidden, 0,
-        span, hidden, 1, 1, 1, 0, bias, 1, 0, 0, 0, 0, int64_t(map()), Ho * Wo * C, 1, Wo * C, C, 0};
-    return [=](int64_t, int64_t count) {
-      auto of_all = problem;
-      of_all[0] = count;
-      check(involution(of_all.data(), sizeof(A) == 8 ? 2 : 0, tensors.data()));
-    };
-  }
-
-  // Of windows of stride x stride pixels, those past the edge left out
-  Pass average() {
-    const int64_t C = reader.number(), H = reader.number(), W = reader.number(), stride = reader.number();
-    const int64_t Ho = (H + stride - 1) / stride, Wo = (W + stride - 1) / stride;
-    A *x = map(), *y = map();
-    return [=](int64_t, int64_t count) {
-      at::parallel_for(0, count * Ho, std::max<int64_t>(1, 8192 / (Wo * C)), [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row)
-          for (int64_t wo = 0; wo < Wo; ++wo) {
-            const int64_t h0 = row % Ho * stride, w0 = wo * stride;
-            const int64_t h1 = std::min(H, h0 + stride), w1 = std::min(W, w0 + stride);
-            const A *image = x + row / Ho * H * W * C, share = A((h1 - h0) * (w1 - w0));
-            for_columns<kLanes<A>>(0, C, [&](int64_t c, auto n) {
-              using V = Lanes<A, n>;
-              V sum{};
-              for (int64_t h = h0; h < h1; ++h)
-                for (int64_t w = w0; w < w1; ++w) sum += read<V>(image + (h * W + w) * C + c);
-              store(y + (row * Wo + wo) * C + c, V(sum / share));
-            });
-          }
-      });
+      auto of_all = packed;
+      of_all[0] = count * each;
+      check(entry(dtype, of_all.data()));
     };
   }
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from . import build, fast_cell_cpu, involution_cpu
-from .fast_cell_cpu import check_widths
+from . import build, fast_cell_cpu, fast_cell_torch, involution_cpu
+from .fast_cell_cpu import check_widths, is_usual_average
+from .recorded import bits
 
 CACHE = 1 << 19  # bytes of feature maps that are computed together: half of a second-level cache of today
-_SUM, _DEPTHWISE, _POOL, _EVERY_SECOND, _RMS_NORM, _INVOLUTION, _AVERAGE, _NORMALIZE, _HAND_ON = range(9)
+_SUM, _DEPTHWISE, _OTHER, _NORMALIZE, _HAND_ON = range(5)
 _NOTHING = -1  # in place of a map
 
 
@@ -74,9 +75,8 @@ class Recording:
     def _involution(self, x, hidden, layer, rms_eps):
         (_, C, H, W), span = x.shape, layer.conv2.conv
         if rms_eps is not None:
-            eps, scales = torch.tensor(rms_eps, dtype=torch.float64), self._map(hidden, 1)
-            numbers = _entry(fast_cell_cpu, "fast_cell_rms_norm"), hidden.shape[1], _pixels(hidden), eps
-            self._pass(_RMS_NORM, *numbers, _only(hidden), _only(scales))
+            maps = hidden, self._map(hidden, 1)
+            self._other(_pixels(hidden), fast_cell_cpu, "fast_cell_rms_norm", hidden.shape[1], bits(rms_eps), *maps)
         groups, taps = len(span.weight) // layer.kernel_size**2, layer.kernel_size**2
         size = -(-H // layer.stride), -(-W // layer.stride)
         fits = groups > 0 and C % groups == 0 and hidden.size == size and len(span.bias) == groups * taps
@@ -84,42 +84,39 @@ class Recording:
             raise Unsupported  # what fast_cell_cpu will say of it
         result = self._map(x, C, *hidden.size)
         problem = C, H, W, groups, layer.kernel_size, layer.stride, layer.dilation, hidden.shape[1]
-        span = self._contiguous(span.weight), self._contiguous(span.bias)
-        maps = _only(x), _only(hidden)
-        self._pass(
-            _INVOLUTION, _entry(involution_cpu, "involution_fused_forward"), *problem, *span, *maps, _only(result)
-        )
+        numbers = [*problem, *_argument(x), *_argument(hidden)]
+        for tensor, strides in ((span.weight, (hidden.shape[1], 1, 1, 1, 0)), (span.bias, (1, 0, 0, 0, 0))):
+            numbers += [self._contiguous(tensor), *strides]
+        self._other(1, involution_cpu, "involution_fused_forward", *numbers, *_argument(result))
         return result
 
     def depthwise(self, x, weight, stride, dilation):
         (_, C, H, W), K = x.shape, weight.shape[-1]
         check_widths(C, weight.transpose(0, 1))
         result = self._map(x, C, -(-H // stride), -(-W // stride))
-        self._pass(_DEPTHWISE, C, H, W, K, stride, dilation, self._contiguous(weight), _only(x), _only(result))
+        self._pass(_DEPTHWISE, 1, C, H, W, K, stride, dilation, self._contiguous(weight), _only(x), _only(result))
         return result
 
     def pool(self, x, is_max, stride):
         _, C, H, W = x.shape
         result = self._map(x, C, -(-H // stride), -(-W // stride))
-        self._pass(_POOL, _entry(fast_cell_cpu, "fast_cell_pool"), C, H, W, stride, is_max, _only(x), _only(result))
+        self._other(1, fast_cell_cpu, "fast_cell_pool", C, H, W, stride, is_max, x, result)
         return result
 
     def every_second(self, x):
         _, C, H, W = x.shape
         results = [self._map(x, C, -(-H // 2), -(-W // 2)) for _ in range(2)]
-        entry = _entry(fast_cell_cpu, "fast_cell_every_second")
-        self._pass(_EVERY_SECOND, entry, C, H, W, _only(x), *map(_only, results))
+        self._other(1, fast_cell_cpu, "fast_cell_every_second", H, W, C, True, x, *results)
         return results
 
     def average(self, x, pooling):
         if type(pooling) is nn.Identity:
             return x
-        stride, (_, C, H, W) = pooling.stride, x.shape
-        border = pooling.padding, pooling.ceil_mode, pooling.count_include_pad, pooling.divisor_override
-        if (pooling.kernel_size, *border) != (stride, 0, True, True, None):
+        if not is_usual_average(pooling):
             raise Unsupported
+        stride, (_, C, H, W) = pooling.stride, x.shape
         result = self._map(x, C, -(-H // stride), -(-W // stride))
-        self._pass(_AVERAGE, C, H, W, stride, _only(x), _only(result))
+        self._other(1, fast_cell_cpu, "fast_cell_average", C, H, W, stride, False, x, result)
         return result
 
     def side_by_side(self, maps):
@@ -127,7 +124,10 @@ class Recording:
             raise Unsupported  # what fast_cell_cpu, or PyTorch, will say of it
         return Map(maps[0].dtype, *maps[0].size, [block for each in maps for block in each.blocks])
 
-    def made(self, make):
+    def diagonal(self, like, *weights):
+        return self._made(functools.partial(fast_cell_torch.diagonal, like, *weights))
+
+    def _made(self, make):
         tensor = make()
         self.made_of.append((tensor, make))
         return tensor
@@ -196,7 +196,14 @@ class Recording:
     def _contiguous(self, tensor):
         if tensor.dtype != self.inputs[0].dtype:
             raise Unsupported
-        return tensor if tensor.is_contiguous() else self.made(tensor.contiguous)
+        return tensor if tensor.is_contiguous() else self._made(tensor.contiguous)
+
+    def _other(self, each, module, name, *numbers):
+        """A pass by `name` of another library, for whose first number each image counts so many; Maps are its tensors."""
+        is_double = self.inputs[0].dtype == torch.float64
+        dtype = involution_cpu.DTYPES[self.inputs[0].dtype] if module is involution_cpu else is_double
+        items = [item for x in numbers for item in ((True, _only(x)) if isinstance(x, Map) else (False, x))]
+        self._pass(_OTHER, _entry(module, name), dtype, each, len(numbers), *items)
 
     def _pass(self, *numbers):
         for block in numbers:
@@ -215,6 +222,12 @@ def _only(x):
         return _NOTHING
     ((block, _),) = x.blocks
     return block
+
+
+def _argument(x):
+    """A map as involution_cpu.cpp reads it: its strides behind it."""
+    _, C, H, W = x.shape
+    return x, H * W * C, 1, W * C, C, 0
 
 
 def _check_each(x, weights, norms):

@@ -1157,14 +1157,16 @@ void fused_backward(const Problem& p, const Image<T>& grad_output, const Image<T
 // ---------------------------------------------------------------------------------------------- plain C interface
 
 template <class F>
-int with_dtype(int64_t dtype, const F& f) {
+int with_dtype(int64_t dtype, const int64_t* packed, const F& f) {
+  const auto& problem = *(const Problem*)packed;
+  const auto tensors = (const Argument*)(packed + sizeof(Problem) / sizeof(int64_t));
   try {
     if (dtype == 0)
-      f(float());
+      f(float(), problem, tensors);
     else if (dtype == 1)
-      f(BFloat16());
+      f(BFloat16(), problem, tensors);
     else
-      f(double());
+      f(double(), problem, tensors);
     return 0;
   } catch (const std::exception&) {  // std::length_error too: sizes past any memory
     return 1;
@@ -1173,41 +1175,43 @@ int with_dtype(int64_t dtype, const F& f) {
 
 }  // namespace
 
-// Each function takes the nine numbers of Problem, a dtype (0 float32, 1 bfloat16, 2 float64) and its tensors in the
-// order of the names below. Span weight and bias and their gradients are contiguous. A gradient that is not wanted is
+// `packed`: the nine numbers of Problem, then tensors in the order of the names below. A dtype is 0 for float32, 1 for
+// bfloat16, 2 for float64. Span weight and bias and their gradients are contiguous. A gradient that is not wanted is
 // null, with any strides. Returns 0, or 1 when out of memory.
 extern "C" {
 
 // input, weight, output
-int involution_forward(const Problem* p, int64_t dtype, const Argument* t) {
-  return with_dtype(dtype, [&](auto zero) {
+int involution_forward(int64_t dtype, const int64_t* packed) {
+  return with_dtype(dtype, packed, [&](auto zero, const Problem& p, const Argument* t) {
     using T = decltype(zero);
-    const GivenKernels<typename AccumulatorOf<T>::type, T> source{*p, t[1]};
-    forward<T>(*p, Image<T>(t[0]), source, Image<T>(t[2]));
+    const GivenKernels<typename AccumulatorOf<T>::type, T> source{p, t[1]};
+    forward<T>(p, Image<T>(t[0]), source, Image<T>(t[2]));
   });
 }
 
 // grad_output, input, weight, grad_input, grad_weight
-int involution_backward(const Problem* p, int64_t dtype, const Argument* t) {
-  return with_dtype(dtype, [&](auto zero) { backward<decltype(zero)>(*p, t[0], t[1], t[2], t[3], t[4]); });
+int involution_backward(int64_t dtype, const int64_t* packed) {
+  return with_dtype(dtype, packed, [&](auto zero, const Problem& p, const Argument* t) {
+    backward<decltype(zero)>(p, t[0], t[1], t[2], t[3], t[4]);
+  });
 }
 
 // input, hidden, span_weight, span_bias, output
-int involution_fused_forward(const Problem* p, int64_t dtype, const Argument* t) {
-  return with_dtype(dtype, [&](auto zero) {
+int involution_fused_forward(int64_t dtype, const int64_t* packed) {
+  return with_dtype(dtype, packed, [&](auto zero, const Problem& p, const Argument* t) {
     using T = decltype(zero);
-    const auto span = join_span<T>(*p, (const T*)t[2].data, (const T*)t[3].data);
-    const SpannedKernels<typename AccumulatorOf<T>::type, T> source{*p, t[1], span.data()};
-    forward<T>(*p, Image<T>(t[0]), source, Image<T>(t[4]));
+    const auto span = join_span<T>(p, (const T*)t[2].data, (const T*)t[3].data);
+    const SpannedKernels<typename AccumulatorOf<T>::type, T> source{p, t[1], span.data()};
+    forward<T>(p, Image<T>(t[0]), source, Image<T>(t[4]));
   });
 }
 
 // grad_output, input, hidden, span_weight, span_bias, grad_input, grad_hidden, grad_span_weight, grad_span_bias
-int involution_fused_backward(const Problem* p, int64_t dtype, const Argument* t) {
-  return with_dtype(dtype, [&](auto zero) {
+int involution_fused_backward(int64_t dtype, const int64_t* packed) {
+  return with_dtype(dtype, packed, [&](auto zero, const Problem& p, const Argument* t) {
     using T = decltype(zero);
-    const auto span = join_span<T>(*p, (const T*)t[3].data, (const T*)t[4].data);
-    fused_backward<T>(*p, t[0], t[1], t[2], span, t[5], t[6], (T*)t[7].data, (T*)t[8].data);
+    const auto span = join_span<T>(p, (const T*)t[3].data, (const T*)t[4].data);
+    fused_backward<T>(p, t[0], t[1], t[2], span, t[5], t[6], (T*)t[7].data, (T*)t[8].data);
   });
 }
 }

@@ -3,7 +3,6 @@
 They have the names and arguments of those in involution_triton.py; `backward` is one more.
 """
 
-import ctypes
 import functools
 import math
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from . import build
 from .involution_arguments import memory_format
+from .recorded import Place, call, empty, empty_image
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 NO_TENSOR = (0,) * 6  # its address and five strides
@@ -68,8 +68,8 @@ def fused_backward(grad_output, input, hidden, span_weight, span_bias, kernel_si
     gradients = (
         _empty_like(input, *input.shape),
         _empty_like(hidden, *hidden.shape),
-        torch.empty(span_weight.shape, dtype=input.dtype),
-        torch.empty(span_bias.shape, dtype=input.dtype),
+        empty(input, *span_weight.shape),
+        empty(input, *span_bias.shape),
     )
     problem = _fused_problem(input, span_weight, kernel_size, stride, dilation)
     span = span_weight.contiguous(), span_bias.contiguous()
@@ -83,6 +83,8 @@ def _fused_problem(input, span_weight, K, stride, dilation):
 
 def _empty_like(image, *shape):
     """An uninitialised tensor of `image`'s dtype that is channels-last where `image` is."""
+    if type(image) is Place:
+        return empty_image(image, *shape)
     return torch.empty(shape, dtype=image.dtype, memory_format=memory_format(image))
 
 
@@ -101,14 +103,12 @@ def _function(name):
 
 def _call(name, problem, *tensors):
     """Call involution_NAME of the library; None is a tensor not wanted."""
-    arguments = []  # six numbers a tensor, as one array: what costs time in ctypes is every object
+    packed = [*problem]
     for tensor in tensors:
         if tensor is None:
-            arguments += NO_TENSOR
+            packed += NO_TENSOR
         else:
-            arguments.append(tensor.data_ptr())
-            arguments += tensor.stride()
-            arguments += NO_TENSOR[tensor.dim() + 1 :]
-    numbers = (ctypes.c_int64 * 9)(*problem), ctypes.c_int64(DTYPES[tensors[0].dtype])
-    if _function(name)(*numbers, (ctypes.c_int64 * len(arguments))(*arguments)):
-        raise MemoryError(f"involution_{name} could not allocate its scratch memory")
+            packed.append(tensor.data_ptr())
+            packed += tensor.stride()
+            packed += NO_TENSOR[tensor.dim() + 1 :]
+    call(_function(name), DTYPES[tensors[0].dtype], tensors[0], packed)

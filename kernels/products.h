@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "packed.h"
 #include "vectors.h"
 
 namespace {
@@ -31,19 +32,6 @@ constexpr int kSumsOfOne = kVectorBytes == 64 ? 16 : 12;
 constexpr int kOuterSums = kVectorBytes == 64 ? 16 : 8;  // and of `multiply`
 
 // ------------------------------------------------------------------------------------------------------- operands
-
-class Reader {  // of the numbers and addresses that the caller packs into one array
- public:
-  explicit Reader(const int64_t* next) : next(next) {}
-  int64_t number() { return *next++; }
-  template <class T>
-  T* address() {
-    return (T*)*next++;
-  }
-
- private:
-  const int64_t* next;
-};
 
 template <class V>
 inline V positive(V value) {  // what is not a number passes

@@ -42,8 +42,8 @@ def assert_equal_to_plain(net, input=None):
 
 def programs(net):
     """Those that were recorded of a network, or None where it cannot be recorded."""
-    ((_, found),) = fast_cell._known[net.cells].by_dtype.values()
-    return None if found is None else list(found.values())
+    (found,) = fast_cell._known[net.cells][0].by_dtype.values()
+    return None if found.evaluations is None else list(found.evaluations.values())
 
 
 @pytest.mark.parametrize("kind, size", [(NetworkCIFAR, 8), (NetworkImageNet, 41)])
@@ -211,10 +211,11 @@ def test_maps_in_use_at_a_time_do_not_overlap():
     net = make(NAMED["NASNet"])
     logits(net, images())
     recording = inference_cpu.Recording(fast_cell._before_norms(net._stems(), images()))
-    ((plans, _),) = fast_cell._known[net.cells].by_dtype.values()
+    (known,) = fast_cell._known[net.cells][0].by_dtype.values()
     stem = [lambda x, wanted, backend: fast_cell._recorded_stem(recording.inputs[0], net.stem[1], x, wanted, backend)]
     with torch.no_grad():
-        for _, nodes in fast_cell._cells(stem, plans, None, 0.0, {2}, recording):
+        inputs = fast_cell._inputs(stem, known.plans, None, recording)
+        for _, nodes in fast_cell._cells(inputs, known.plans, fast_cell._Given(0.0, None), {2}, recording):
             recording.hand_on([node.plain for node in nodes])
     most = inference_cpu.Program(recording).bytes
     blocks = {x for numbers in recording.passes for x in numbers if isinstance(x, inference_cpu._Block)}

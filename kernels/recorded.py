@@ -1,0 +1,411 @@
+"""C functions, called now or recorded: a training pass becomes one list of calls, with no Python between them.
+
+A step of a network with few channels calls C++ hundreds of times for a fraction of a millisecond. What Python and
+autograd do in between, all threads but one wait for. All functions of this folder have one form, a dtype and an array
+of numbers and addresses, and what calls them does nothing else with a tensor's values. So, given a `Place` in place of
+a tensor, it does all but compute: a `Recording` keeps the calls, and a tape of the `Function`s, whose derivatives are
+recorded too. What is spoken of first and last in which call says when a tensor is needed: all get their places in one
+block of memory, where one lies as soon as another's is free. A `Program` then makes the calls, for the addresses of
+that pass. The calls are those that would be made without it, in the same order: results are equal bit for bit.
+"""
+
+import ctypes
+import functools
+import struct
+from bisect import insort
+from collections import defaultdict
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+from torch.autograd import Function
+
+from . import build
+
+_LINE = 64  # bytes, to which all places are aligned
+_ARENA, _GRADIENTS = range(2)  # regions of memory; behind them those of single images
+
+
+class Unsupported(Exception):
+    """What cannot be recorded."""
+
+
+def library():
+    """Return the loaded library, building it first where there is none. Raises build.BuildError."""
+    return build.library(Path(__file__).with_suffix(".cpp"))
+
+
+# ------------------------------------------------------------------------------- what makes no difference to a caller
+
+
+def call(function, dtype, like, packed, again=True):
+    """Call a C function, now or, where `like` is a Place, when the program runs. Raises MemoryError.
+
+    again: whether it is to be called again where forward is computed a second time for another backward.
+    """
+    if type(like) is Place:
+        like.recording.calls.append((function, dtype, packed, again))
+    elif function(ctypes.c_int64(dtype), (ctypes.c_int64 * len(packed))(*packed)):
+        raise MemoryError(f"{function.__name__} could not allocate its scratch memory")
+
+
+def apply(function, like, *arguments):
+    """function.apply(*arguments), of an autograd.Function."""
+    return like.recording.apply(function, arguments) if type(like) is Place else function.apply(*arguments)
+
+
+def empty(like, *shape, dtype=None):
+    """An uninitialised, contiguous tensor, of the dtype of `like` unless another is given."""
+    dtype = dtype or like.dtype
+    return like.recording.place(shape, dtype) if type(like) is Place else torch.empty(shape, dtype=dtype)
+
+
+def empty_image(like, *shape):
+    """An uninitialised channels-last one of shape (N, C, H, W)."""
+    if type(like) is Place:
+        return like.recording.place(shape, like.dtype, is_image=True)
+    return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
+
+
+def bits(value):
+    """A real number as packed numbers hold it."""
+    return struct.unpack("q", struct.pack("d", value))[0]
+
+
+def once_differentiable(backward):
+    """Refuse create_graph=True: PyTorch's decorator of this name lets through what reaches no inner input."""
+
+    @functools.wraps(backward)
+    def once(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the fast cells can be differentiated once only on the CPU; set network.fast = False")
+        if all(grad is None for grad in grads):  # as behind a function of the user's that hands on no gradient
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *grads)
+
+    return once
+
+
+# ---------------------------------------------------------------------------------------------------------- places
+
+
+class _Block:
+    """Memory that is used from the call `first` to the call `last`, in one of the regions."""
+
+    def __init__(self, size, region=_ARENA):
+        self.size, self.region, self.offset, self.first, self.last = size, region, 0, None, None
+
+
+class Address:
+    """So many bytes behind the beginning of a block."""
+
+    __slots__ = ("block", "offset")
+
+    def __init__(self, block, offset):
+        self.block, self.offset = block, offset
+
+    def __add__(self, count):
+        return Address(self.block, self.offset + count)
+
+
+class Place:
+    """A tensor to be, contiguous or a channels-last image: all of a tensor that is known before a pass."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, recording, block, shape, dtype, is_image=False, offset=0):
+        self.recording, self.block, self.offset = recording, block, offset
+        self.shape, self.dtype, self.is_image = torch.Size(shape), dtype, is_image
+        self.requires_grad = True
+
+    def __len__(self):
+        return self.shape[0]
+
+    def dim(self):
+        return len(self.shape)
+
+    def numel(self):
+        return self.shape.numel()
+
+    def element_size(self):
+        return self.dtype.itemsize
+
+    def is_floating_point(self):
+        return self.dtype.is_floating_point
+
+    def contiguous(self, memory_format=None):
+        return self
+
+    def stride(self):
+        strides = [1]
+        for size in reversed(self.shape[1:]):
+            strides.insert(0, size * strides[0])
+        if not self.is_image:
+            return tuple(strides)
+        _, C, _, W = self.shape
+        return strides[0], 1, W * C, C
+
+    def data_ptr(self):
+        return Address(self.block, self.offset)
+
+    def split(self, sizes):
+        """Along the first dimension, of a contiguous one."""
+        parts, offset, row = [], self.offset, self.stride()[0] * self.element_size()
+        for size in sizes:
+            shape = size, *self.shape[1:]
+            parts.append(Place(self.recording, self.block, shape, self.dtype, offset=offset))
+            offset += size * row
+        return parts
+
+
+# ------------------------------------------------------------------------------------------------------- recording
+
+
+class _Context:
+    """What an autograd.Function has for its `ctx`."""
+
+    def __init__(self, arguments):
+        self.needs_input_grad = tuple(isinstance(x, (torch.Tensor, Place)) and x.requires_grad for x in arguments)
+        self.materializes, self.saved_tensors = True, ()
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value):
+        self.materializes = value
+
+
+class Recording:
+    """The calls of a pass, in their order, and what is needed to differentiate it."""
+
+    def __init__(self):
+        self.calls, self.regions, self._tape = [], 2, []
+
+    def clear(self):
+        self.calls = self._tape = None
+
+    def place(self, shape, dtype, is_image=False, region=_ARENA):
+        size = torch.Size(shape).numel() * dtype.itemsize
+        return Place(self, _Block(-(-size // _LINE) * _LINE, region), shape, dtype, is_image)
+
+    def outside(self, shape, dtype, requires_grad=True):
+        """The place of an image or a matrix that the program is given."""
+        place = self.place(shape, dtype, len(shape) == 4, self.regions)
+        place.requires_grad, self.regions = requires_grad, self.regions + 1
+        return place
+
+    def apply(self, function, arguments):
+        ctx = _Context(arguments)
+        results = function.forward(ctx, *arguments)
+        self._tape.append((function, ctx, arguments, _as_tuple(results)))
+        return results
+
+    def differentiate(self, results, gradients):
+        """{id of a tensor or place: (itself, the place of its gradient)}, given those of the results.
+
+        Functions go in the order in which autograd takes them, and gradients are added in that order too.
+        """
+        found = defaultdict(list)
+        for result, gradient in zip(results, gradients, strict=True):
+            found[id(result)] += [gradient] * (gradient is not None)
+        reached = {}
+        for function, ctx, arguments, of_function in reversed(self._tape):
+            grads = [self.total(found.pop(id(result), [])) for result in of_function]
+            missing = [grad is None for grad in grads]
+            if all(missing):
+                continue
+            if ctx.materializes and any(missing):
+                raise Unsupported
+            to_arguments = _as_tuple(function.backward(ctx, *grads))
+            for x, needs, grad in zip(arguments, ctx.needs_input_grad, to_arguments, strict=True):
+                if needs and grad is not None:
+                    found[id(x)].append(grad)
+                    reached[id(x)] = x
+        return {key: (reached[key], self.total(grads)) for key, grads in found.items() if key in reached}
+
+    def total(self, places):
+        """Their sum; None of none."""
+        if len(places) < 2:
+            return places[0] if places else None
+        from . import fast_cell_cpu
+
+        return fast_cell_cpu.add(places)
+
+    def hand_on(self, place):
+        """The place of an image for the world outside: this one, or a copy where it is not by itself."""
+        if place.block.region != _ARENA:
+            from . import fast_cell_cpu
+
+            place = fast_cell_cpu.add([place])
+        place.block.region, self.regions = self.regions, self.regions + 1
+        return place
+
+
+def _as_tuple(results):
+    return results if isinstance(results, tuple) else (results,)
+
+
+class _Calls:
+    """Recorded calls as C++ reads them, all blocks having their offsets."""
+
+    def __init__(self, calls):
+        heads, numbers, slots, begin = [], [], [], 3 * len(calls)
+        for function, dtype, packed, _ in calls:
+            heads += [ctypes.cast(function, ctypes.c_void_p).value, dtype, begin + len(numbers)]
+            for x in packed:
+                if type(x) is Address:
+                    slots += [begin + len(numbers), x.block.region]
+                    x = x.block.offset + x.offset
+                numbers.append(int(x))
+        self.calls, numbers = len(calls), heads + numbers
+        self.numbers, self.slots = (ctypes.c_int64 * len(numbers))(*numbers), (ctypes.c_int64 * len(slots))(*slots)
+
+    def __call__(self, bases):
+        count, of_slots = ctypes.c_int64(len(self.numbers)), ctypes.c_int64(len(self.slots) // 2)
+        bases = (ctypes.c_int64 * len(bases))(*bases)
+        if library().recorded_run(ctypes.c_int64(self.calls), self.numbers, count, self.slots, of_slots, bases):
+            raise MemoryError("a recorded pass could not allocate its scratch memory")
+
+
+class Program:
+    """A pass and its derivative.
+
+    Args:
+        record: a function of a Recording, which returns the places of what the pass is given and of its results.
+        arenas: the list of memory that is free, which programs that do not run at one time have in common.
+        given: of each result, whether there is a gradient; by default of all.
+
+    Raises:
+        Unsupported: something in it cannot be recorded.
+    """
+
+    def __init__(self, record, arenas, given=None):
+        self._record, self._arenas, self._others = record, arenas, {}
+        recording = Recording()
+        with torch.no_grad():
+            self.inputs, self.results = record(recording)
+            self.given = given or (True,) * len(self.results)
+            calls = len(recording.calls)
+            self.to_results = [
+                recording.outside(y.shape, y.dtype) if each else None for y, each in zip(self.results, self.given, strict=True)
+            ]
+            found = recording.differentiate(self.results, self.to_results)
+            self.to_inputs = [recording.hand_on(found[id(x)][1]) if id(x) in found else None for x in self.inputs]
+        of_weights = [pair for pair in found.values() if isinstance(pair[0], torch.Tensor)]
+        self.weights, self.to_weights = [w for w, _ in of_weights], [gradient for _, gradient in of_weights]
+        self.regions, self.gradient_bytes = recording.regions, _lay_out(self.to_weights)
+        self.bytes, self.dtype = _place(recording.calls), self.results[0].dtype
+        self.forward, self.backward = _Calls(recording.calls[:calls]), _Calls(recording.calls[calls:])
+        self.again = _Calls([each for each in recording.calls[:calls] if each[-1]])
+        recording.clear()  # places hold it
+
+    def __call__(self, inputs):
+        """The results, for tensors in place of the inputs."""
+        return _Pass.apply(self, len(inputs), *inputs, *self.weights)
+
+    def for_gradients(self, given):
+        """The program for these gradients of results, whose forward places what it keeps elsewhere."""
+        if given == self.given:
+            return self
+        if given not in self._others:
+            self._others[given] = Program(self._record, self._arenas, given)
+        return self._others[given]
+
+    def arena(self):
+        """Memory for a pass, until it is given back."""
+        arena = self._arenas.pop() if self._arenas else None
+        if arena is None or len(arena) < self.bytes:
+            arena = None  # before another one is made
+            arena = torch.empty(self.bytes, dtype=torch.uint8)
+        return arena
+
+    def give_back(self, arena):
+        if not self._arenas:
+            self._arenas.append(arena)
+
+    def run(self, calls, arena, outside, gradients=0):
+        """outside: (places, tensors) each, None for what is not there; gradients: an address for those of weights."""
+        bases = [arena.data_ptr(), gradients] + [0] * (self.regions - 2)
+        for places, tensors in outside:
+            for each, tensor in zip(places, tensors, strict=True):
+                if each is not None:
+                    bases[each.block.region] = tensor.data_ptr()
+        calls(bases)
+
+
+class _Pass(Function):
+    """Arguments: a Program, how many of the tensors are its inputs, those, its weights."""
+
+    @staticmethod
+    def forward(ctx, program, n, *tensors):
+        inputs = [_laid_out(x) for x in tensors[:n]]
+        results = [_like(y) for y in program.results]
+        ctx.program, ctx.arena, ctx.inputs = program, program.arena(), n
+        program.run(program.forward, ctx.arena, [(program.inputs, inputs), (program.results, results)])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *tensors[n:])  # weights too, so that it is seen if they have changed
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        program = ctx.program.for_gradients(tuple(grad is not None for grad in grads))
+        outside = [(program.inputs, [_laid_out(x) for x in ctx.saved_tensors[: ctx.inputs]])]
+        arena, ctx.arena = ctx.arena, None
+        if arena is None or program is not ctx.program:  # what was kept is no more, or lies elsewhere
+            arena, results = program.arena(), [_like(y) for y in program.results]
+            program.run(program.again, arena, [*outside, (program.results, results)])
+        grads = [None if grad is None else _laid_out(grad) for grad in grads]
+        to_inputs = [None if place is None else _like(place) for place in program.to_inputs]
+        flat = torch.empty(program.gradient_bytes // program.dtype.itemsize, dtype=program.dtype)
+        outside += [(program.to_results, grads), (program.to_inputs, to_inputs)]
+        program.run(program.backward, arena, outside, flat.data_ptr())
+        program.give_back(arena)
+        to_weights = {id(w): _part(flat, place) for w, place in zip(program.weights, program.to_weights, strict=True)}
+        return None, None, *to_inputs, *(to_weights.get(id(w)) for w in ctx.program.weights)
+
+
+def _laid_out(x):
+    """Channels-last images, contiguous matrices."""
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
+
+
+def _like(place):
+    return torch.empty_strided(place.shape, place.stride(), dtype=place.dtype)
+
+
+def _part(flat, place):
+    """A weight's gradient, of all of them one after the other."""
+    return flat.as_strided(place.shape, place.stride(), (place.block.offset + place.offset) // flat.element_size())
+
+
+def _lay_out(places):
+    """Give the blocks of gradients that last offsets, one after the other; returns the bytes of all."""
+    size = 0
+    for block in {place.block: None for place in places}:
+        block.region, block.offset = _GRADIENTS, size
+        size += block.size
+    return size
+
+
+def _place(calls):
+    """Give each block of the arena its offset, so that those in use at one time do not overlap; returns the bytes."""
+    begins, live, most = defaultdict(list), [], 0
+    for k, (_, _, packed, _) in enumerate(calls):
+        for x in packed:
+            if type(x) is Address and x.block.region == _ARENA:
+                block = x.block
+                if block.first is None:
+                    block.first = k
+                    begins[k].append(block)
+                block.last = k
+    for k in range(len(calls)):
+        for block in begins[k]:
+            for other in live:  # in the order of their offsets: the first gap that is large enough
+                if block.offset + block.size <= other.offset:
+                    break
+                block.offset = other.offset + other.size
+            insort(live, block, key=attrgetter("offset"))
+            most = max(most, block.offset + block.size)
+        live = [block for block in live if block.last > k]
+    return most
