@@ -15,18 +15,20 @@ computes it from them with the work shared that the edges have in common:
     - the plain terms of a state (itself, its pooled images) are weighted and summed for all nodes in one sweep.
 
 `derived` does the same for the cells of a genotype, `model.Cell`, on a CPU: what a state's edges share is computed
-once, and a node is made in one go, with the factors of drop path. Besides,
+once, and a node is made in one go, with the factors of drop path. Besides, as in `mixed` for the cells of a supernet,
 
     - a feature map is handed on as the nodes that it consists of. The preprocessing blocks that read it, those of the
       next two cells, are one 1x1 convolution of all of them.
     - ReLU is no pass of its own: whatever makes a state writes its positive part too, where an edge reads that.
-    - in evaluation without gradients the same functions are recorded once, by kernels/inference_cpu.py, and done in C++
+    - the pass of all cells, and its derivative, are recorded once by kernels/recorded.py, and from then on they are done
+      in C++ as one list of calls, bit for bit the same.
+    - in evaluation without gradients another program, of kernels/inference_cpu.py, does all passes of a genotype's cells
       for a few images after the other, whose feature maps stay in the cache.
 
 An operation of another class than those of operations.py, one with hooks, or one whose layers are not as `OPS` makes
-them is a plain term: its own forward is called. Two backends do the work: kernels/fast_cell_torch.py, and
-kernels/fast_cell_cpu.py, which cannot be differentiated twice and alone has what `derived` needs besides (`node`,
-`project`, `normalize`); elsewhere derived cells are plain ones.
+them is a plain term: its own forward is called, and nothing is recorded. Two backends do the work:
+kernels/fast_cell_torch.py, and kernels/fast_cell_cpu.py, which cannot be differentiated twice and alone has what
+`derived` and `mixed` need besides (`node`, `project`, `normalize`); elsewhere derived cells are plain ones.
 """
 
 import functools
@@ -117,7 +119,7 @@ def _cpu_backend():
     from kernels import fast_cell_cpu
 
     try:
-        fast_cell_cpu.library()
+        fast_cell_cpu.library(), recorded.library()
     except build.BuildError as error:
         logger.warning("cells: no C++ backend (%s); plain PyTorch is used, which is slower", error)
         return fast_cell_torch
@@ -510,12 +512,12 @@ def _what_is_known(stems, cells, dtype, plan=_plan):
     known = next((each for each in kept if each.holds(roots)), None)
     if known is None:
         known = _Known(roots)
-        if known.lasts():
-            known.hesitates = len(kept) == _KEPT and kept[-1].passes < 2
-            _known[cells] = [known, *kept[: _KEPT - 1]]
-        else:
-            _known.pop(cells, None)
+        known.hesitates = len(kept) == _KEPT and kept[-1].passes < 2
     known.passes += 1
+    if known.lasts():
+        _known[cells] = [known, *(each for each in kept if each is not known)][:_KEPT]
+    else:
+        _known.pop(cells, None)
     return known.of_dtype(stems, cells, dtype, plan)
 
 
@@ -592,12 +594,9 @@ def _can_be_trained(plans):
 
 
 def _train(known, inputs, given, wanted):
-    """{k: the output of cell k}, by a program that is recorded the first time; None where other code is to do it.
-
-    Hooks on saved tensors are left to the other code: they would see next to nothing of what a program keeps.
-    """
+    """{k: the output of cell k}, by a program that is recorded the first time; None where other code is to do it."""
     programs = known.trainings
-    if programs is None or not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True):
+    if programs is None or not torch.is_grad_enabled() or _somebody_looks():
         return None
     of_inputs, tensors = _inputs_wanted(known.plans, len(inputs)), []
     for state, (plain, positive) in zip(inputs, of_inputs, strict=True):
@@ -615,14 +614,19 @@ def _train(known, inputs, given, wanted):
     return dict(zip(sorted(wanted), programs[key]([*tensors, *factors]), strict=True))
 
 
+def _somebody_looks():
+    """Whether hooks on saved tensors, a profiler or a search for NaN wait for operations, of which a program is one."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None or torch.autograd._profiler_enabled() or torch.is_anomaly_enabled()
+
+
 def _record_training(known, of_inputs, forms, given, wanted):
     """The recorded.Program of the cells; None where there is none, or where other code is to raise an error."""
     mixed = given.weights is not None
     try:
-        recorded.library()
         record = functools.partial(_record_cells, known.plans, of_inputs, forms, given.drop_prob, mixed, wanted)
         return recorded.Program(record, known.arenas)
-    except (recorded.Unsupported, ValueError, build.BuildError):
+    except (recorded.Unsupported, ValueError):
         return None
 
 

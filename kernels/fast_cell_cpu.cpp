@@ -813,34 +813,7 @@ void average(Reader reader) {
   });
 }
 
-// ------------------------------------------------------------------------------------- sums, products, and copies
-
-// f(first element, vector) for whole vectors of elements, and for what is left one at a time, shared by the threads
-template <class A, class F>
-void for_elements(int64_t count, const F& f) {
-  constexpr int64_t L = kLanes<A>, kPiece = 4096;
-  at::parallel_for(0, (count + kPiece - 1) / kPiece, 8, [&](int64_t begin, int64_t end) {
-    int64_t e = begin * kPiece;
-    const int64_t last = std::min(count, end * kPiece);
-    for (; e + L <= last; e += L) f(e, Vec<A>{});
-    for (; e < last; ++e) f(e, A{});
-  });
-}
-
-// The sum of tensors, one after the other
-template <class A>
-void add(Reader reader) {
-  const int64_t count = reader.number();
-  A* sum = reader.address<A>();
-  std::vector<const A*> addends;
-  for (int64_t n = reader.number(); n > 0; --n) addends.push_back(reader.address<const A>());
-  for_elements<A>(count, [&](int64_t e, auto zero) {
-    using V = decltype(zero);
-    V total = read<V>(addends[0] + e);
-    for (size_t k = 1; k < addends.size(); ++k) total += read<V>(addends[k] + e);
-    store(sum + e, total);
-  });
-}
+// ------------------------------------------------------------------------------------------- products, and copies
 
 // Images of `size` elements, each times its factor
 template <class A>
@@ -920,7 +893,6 @@ ENTRY(rms_norm_backward)
 ENTRY(depthwise)
 ENTRY(depthwise_backward)
 ENTRY(average)
-ENTRY(add)
 ENTRY(scale)
 ENTRY(side_by_side)
 #undef ENTRY

@@ -1,4 +1,4 @@
-"""The functions of fast_cell.py on the CPU: float32 and float64, in C++, differentiable once.
+"""The functions of fast_cell.py on the CPU: float32 and float64, in C++, differentiable once; recorded.py records them.
 
 A candidate ends in a 1x1 convolution and a batch norm without parameters: v = W z, then (v - mean v) / sqrt(var v).
 v is linear in z, so that its statistics follow from the mean m and the covariance S of z's channels,
@@ -47,7 +47,7 @@ from torch.autograd import Function
 from . import build, involution_cpu
 from .fast_cell_torch import EPS
 from .involution_arguments import check_fused
-from .recorded import Place, Unsupported, apply, bits, call, empty, empty_image, once_differentiable
+from .recorded import Place, Unsupported, add, apply, bits, call, empty, empty_image, once_differentiable
 
 # elements behind an image, for many small objects; none where a sanitizer is to see what reads or writes past its end
 _ROOM = 0 if "-fsanitize" in os.environ.get("CXX", "") else 1024
@@ -176,14 +176,6 @@ def gather(like, weights, places, shape):
 def scale(x, factors):
     """x (N, C, H, W) times one number for every image, (N, 1, 1, 1)."""
     return apply(_Scale, x, x, factors)
-
-
-def add(tensors):
-    """The sum of tensors of one shape and layout; has no derivative."""
-    like = tensors[0]
-    total = _like(like) if like.dim() == 4 else empty(like, *like.shape)
-    _call("add", like, [like.numel(), _address(total), len(tensors), *map(_address, tensors)])
-    return total
 
 
 def _scales(norms):

@@ -1,7 +1,7 @@
 """Whether modules are still as they were, so that what was derived from them holds."""
 
 from itertools import chain
-from operator import eq, is_, methodcaller
+from operator import attrgetter, eq, is_
 
 import torch
 
@@ -52,8 +52,8 @@ def _hooks(m):
 
 
 def _contents(dictionaries):
-    return [*chain.from_iterable(map(methodcaller("values"), dictionaries))]
+    return [*chain.from_iterable(map(dict.values, dictionaries))]
 
 
 def _places(tensors):
-    return [(x.data_ptr(), x.dtype) for x in tensors]
+    return [*map(torch.Tensor.data_ptr, tensors), *map(attrgetter("dtype"), tensors)]
