@@ -514,7 +514,7 @@ void project_backward(Reader reader) {
   Projection<A> p(reader);
   const auto g = read_results<A>(reader);
   A *to_scales = reader.address<A>(), *to_shifts = reader.address<A>();
-  A* to_weight = reader.address<A>();  // or, where v is given, the gradient of v
+  A* to_weight = reader.address<A>();  // null where it is not wanted; or, where v is given, the gradient of v
   std::vector<ToImage<A>> to_z;
   for (size_t n = 0; n < p.z.size(); ++n) to_z.emplace_back(reader);
   const int64_t C = p.C, K = p.K, chunks = chunks_of(pixels);
@@ -542,7 +542,7 @@ void project_backward(Reader reader) {
     for (size_t n = 0; p.weight && n < to_z.size(); k0 += p.z[n++].width) {
       const int64_t width = p.z[n].width;
       const A* z = p.z[n].tile(p0, rows, z_copy);
-      multiply_tile(to_v, C, true, z, width, rows, products.data() + chunk * C * K + k0, K);
+      if (to_weight) multiply_tile(to_v, C, true, z, width, rows, products.data() + chunk * C * K + k0, K);
       if (!to_z[n].to) continue;
       more.clear();
       for (const A* x : to_z[n].more) more.push_back({x + p0 * width, A(1)});
@@ -551,7 +551,7 @@ void project_backward(Reader reader) {
       combine_tile(&input, 1, {zeros.data(), 0, more}, target, rows);
     }
   });
-  if (!p.weight) return;
+  if (!p.weight || !to_weight) return;
   products = total_of(products, C * K);
   for (int64_t e = 0; e < C * K; ++e) to_weight[e] = A(products[e]);
 }

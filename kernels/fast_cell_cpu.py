@@ -201,7 +201,8 @@ class _Heads(Function):
         x, *saved = _saved(ctx)
         weights, hidden = saved[: len(grads)], saved[len(grads) :]
         hidden, v = (hidden, None) if hidden else _project_heads(x, weights, ctx.affine, ctx.stats)
-        return None, *_heads_backward(grads, x, weights, hidden, v, ctx.affine, ctx.stats, ctx.training)
+        trains = any(ctx.needs_input_grad[2 : 2 + len(weights)])
+        return None, *_heads_backward(grads, x, weights, hidden, v, ctx.affine, ctx.stats, ctx.training, trains)
 
 
 class _Involutions(Function):
@@ -242,9 +243,10 @@ class _Involutions(Function):
             scales = None if ctx.rms_eps is None else _rms_norm(hidden, ctx.rms_eps)
         used = [grad is not None for grad in grads]
         grads = [_zeros(x, *h.shape[2:]) if g is None else g for g, h in zip(grads, hidden, strict=True)]
+        heads_train, *spans_train = (any(ctx.needs_input_grad[5 + k * n : 5 + (k + 1) * n]) for k in range(3))
         to_x, to_hidden, to_span, to_bias = zip(
             *(
-                involution_cpu.fused_backward(_channels_last(grad), x, h, span, bias, *place)
+                involution_cpu.fused_backward(_channels_last(grad), x, h, span, bias, *place, any(spans_train))
                 for grad, h, (_, span, bias), place in zip(grads, hidden, _by_layer(weights), ctx.geometry, strict=True)
             ),
             strict=True,
@@ -253,7 +255,7 @@ class _Involutions(Function):
             _rms_norm_backward(to_hidden, hidden, scales)
         more = () if ctx.is_pooled else to_x
         to_pooled, *to_heads = _heads_backward(
-            to_hidden, pooled, weights[:n], hidden, v, ctx.affine, ctx.stats, ctx.training, more
+            to_hidden, pooled, weights[:n], hidden, v, ctx.affine, ctx.stats, ctx.training, heads_train, more
         )
         to_x = add(to_x) if ctx.is_pooled else to_pooled
         to_pooled = to_pooled if ctx.is_pooled else None
@@ -444,7 +446,8 @@ class _Project(Function):
         gradients = _of_results(grads, ctx.wanted)
         to_images = [_like(x) if n else None for x, n in zip(images, ctx.needs_input_grad[4:], strict=False)]
         to_scale, to_shift = (None if x is None else empty(v, *x.shape) for x in (scale, shift))
-        to_weight = empty(v, *weight.shape)
+        trains = any(ctx.needs_input_grad[4 + ctx.n : 4 + ctx.n + len(ctx.widths)])
+        to_weight = empty(v, *weight.shape) if trains else None
         packed = [*_operands(images), *_projection(v, weight, scale, shift, ctx.stats)]
         packed += _results(gradients, ctx.widths)
         packed += map(_address, (to_scale, to_shift, to_weight))
@@ -452,8 +455,7 @@ class _Project(Function):
             packed += [_address(to_image), True, 0]
         _call_with_statistics("project_backward", v, ctx.training, packed)
         per_norm = (
-            to_weight.split(ctx.widths),
-            *(_split(to, ctx.widths) for to in (to_scale, to_shift)),
+            *(_split(to, ctx.widths) for to in (to_weight, to_scale, to_shift)),
         )
         used = [any(image is not None for image in pair) for pair in gradients]
         per_norm = [to if each else None for tos in per_norm for to, each in zip(tos, used, strict=True)]
@@ -694,10 +696,13 @@ def _project_heads(x, weights, affine, stats, training=False):
     return hidden, v
 
 
-def _heads_backward(grads, x, weights, hidden, v, affine, stats, training, more=()):
-    """The gradient of x, plus all images in `more`; those of the weights, scales and shifts. v: of projected heads."""
+def _heads_backward(grads, x, weights, hidden, v, affine, stats, training, trains, more=()):
+    """The gradient of x, plus all images in `more`; those of the weights, if they train, of the scales and the shifts.
+
+    v: of projected heads.
+    """
     weight, grads, more = _joined(x, weights), [_channels_last(g) for g in grads], [_channels_last(g) for g in more]
-    to_x, to_weight, widths = _like(x), empty(x, *weight.shape), [w.shape[0] for w in weights]
+    to_weight, to_x, widths = empty(x, *weight.shape) if trains else None, _like(x), [w.shape[0] for w in weights]
     to_affine = [None if each is None else empty(x, *each.shape) for each in affine]
     if v is not None:
         packed = [*_operands([x]), *_projection(v, weight, *affine, stats)]

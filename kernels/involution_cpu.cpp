@@ -1093,6 +1093,7 @@ void backward(const Problem& p, const Image<T>& grad_output, const Image<T>& inp
   });
 }
 
+// The gradients of the span are left out where their addresses are null
 template <class T, class A = typename AccumulatorOf<T>::type>
 void fused_backward(const Problem& p, const Image<T>& grad_output, const Image<T>& input, const Image<T>& hidden,
                     const std::vector<A>& span, const Image<T>& grad_input, const Image<T>& grad_hidden,
@@ -1124,8 +1125,10 @@ void fused_backward(const Problem& p, const Image<T>& grad_output, const Image<T
           to_input.start(n, g, y0, y1);
           to_weight.run(n, g, y0, y1, [&](const Tile& t, const A* gw) {
             if (t.x0 == 0) to_input.advance(t.y + t.rows);
-            source.prepare(features, t, n);
-            accumulate_outer(gw, features, sums + g * p.KK() * depth * L, p.KK(), depth);
+            if (grad_span_weight) {
+              source.prepare(features, t, n);
+              accumulate_outer(gw, features, sums + g * p.KK() * depth * L, p.KK(), depth);
+            }
             multiply(group_span, 1, depth, gw, next, p.hidden, p.KK(), g > 0);
             if (g == p.G - 1)
               for (int64_t r = 0; r < t.rows; ++r)
@@ -1143,6 +1146,7 @@ void fused_backward(const Problem& p, const Image<T>& grad_output, const Image<T
       }
     }
   });
+  if (!grad_span_weight) return;
   for (int64_t k = 0; k < p.G * p.KK(); ++k)
     for (int64_t d = 0; d < depth; ++d) {
       A sum = 0;

@@ -64,12 +64,13 @@ def fused_forward(input, hidden, span_weight, span_bias, kernel_size, stride, di
     return output
 
 
-def fused_backward(grad_output, input, hidden, span_weight, span_bias, kernel_size, stride, dilation):
+def fused_backward(grad_output, input, hidden, span_weight, span_bias, kernel_size, stride, dilation, to_span=True):
+    """The gradients; of span weight and bias only where they are wanted."""
     gradients = (
         _empty_like(input, *input.shape),
         _empty_like(hidden, *hidden.shape),
-        empty(input, *span_weight.shape),
-        empty(input, *span_bias.shape),
+        empty(input, *span_weight.shape) if to_span else None,
+        empty(input, *span_bias.shape) if to_span else None,
     )
     problem = _fused_problem(input, span_weight, kernel_size, stride, dilation)
     span = span_weight.contiguous(), span_bias.contiguous()

@@ -301,6 +301,7 @@ class Program:
         self.weights, self.to_weights = [w for w, _ in of_weights], [gradient for _, gradient in of_weights]
         self.regions, self.gradient_bytes = recording.regions, _lay_out(self.to_weights)
         self.bytes, self.dtype = _place(recording.calls), self.results[0].dtype
+        self.parts = [_part(place) for place in self.to_weights]
         self.forward, self.backward = _Calls(recording.calls[:calls]), _Calls(recording.calls[calls:])
         self.again = _Calls([each for each in recording.calls[:calls] if each[-1]])
         recording.clear()  # places hold it
@@ -367,8 +368,11 @@ class _Pass(Function):
         outside += [(program.to_results, grads), (program.to_inputs, to_inputs)]
         program.run(program.backward, arena, outside, flat.data_ptr())
         program.give_back(arena)
-        to_weights = {id(w): _part(flat, place) for w, place in zip(program.weights, program.to_weights, strict=True)}
-        return None, None, *to_inputs, *(to_weights.get(id(w)) for w in ctx.program.weights)
+        to_weights = [flat.as_strided(*part) for part in program.parts]
+        if program is not ctx.program:
+            found = dict(zip(map(id, program.weights), to_weights, strict=True))
+            to_weights = [found.get(id(w)) for w in ctx.program.weights]
+        return None, None, *to_inputs, *to_weights
 
 
 def _laid_out(x):
@@ -380,9 +384,9 @@ def _like(place):
     return torch.empty_strided(place.shape, place.stride(), dtype=place.dtype)
 
 
-def _part(flat, place):
-    """A weight's gradient, of all of them one after the other."""
-    return flat.as_strided(place.shape, place.stride(), (place.block.offset + place.offset) // flat.element_size())
+def _part(place):
+    """Sizes, strides and offset of a weight's gradient, of all of them one after the other."""
+    return place.shape, place.stride(), (place.block.offset + place.offset) // place.element_size()
 
 
 def _lay_out(places):
