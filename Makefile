@@ -42,7 +42,7 @@ sanitize: .venv/installed
 	CXX="g++ -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" INVOLUTION_CACHE=.venv/sanitized \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q -p no:cacheprovider \
-	tests/test_involution.py tests/test_fast_cell.py tests/test_model.py tests/test_inference.py \
+	tests/test_involution.py tests/test_fast_cell.py tests/test_model.py tests/test_inference.py tests/test_recorded.py \
 	-k "not compile and not export and not start_at_once and not out_of_memory"
 
 # its threads are those of tests/openmp_of_pthreads.cpp; a race ends the tests with a report and exit code 66
@@ -51,7 +51,8 @@ races: .venv/installed
 	INVOLUTION_CACHE=.venv/races LD_PRELOAD="$$(g++ -print-file-name=libtsan.so)" \
 	TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" OMP_NUM_THREADS=1 \
 	setarch -R $(BIN)/python -m pytest -q -s -p no:cacheprovider tests/test_involution.py tests/test_fast_cell.py \
-	tests/test_model.py tests/test_inference.py -k "not compile and not export and not start_at_once and not out_of_memory"
+	tests/test_model.py tests/test_inference.py tests/test_recorded.py \
+	-k "not compile and not export and not start_at_once and not out_of_memory"
 
 torture: .venv/installed
 	$(MAKE) sanitize

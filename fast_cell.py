@@ -20,10 +20,10 @@ once, and a node is made in one go, with the factors of drop path. Besides, as i
     - a feature map is handed on as the nodes that it consists of. The preprocessing blocks that read it, those of the
       next two cells, are one 1x1 convolution of all of them.
     - ReLU is no pass of its own: whatever makes a state writes its positive part too, where an edge reads that.
-    - the pass of all cells, and its derivative, are recorded once by kernels/recorded.py, and from then on they are done
-      in C++ as one list of calls, bit for bit the same.
-    - in evaluation without gradients another program, of kernels/inference_cpu.py, does all passes of a genotype's cells
-      for a few images after the other, whose feature maps stay in the cache.
+    - a training pass of all cells, and its derivative, are recorded once by kernels/recorded.py. From then on C++ does
+      them as one list of calls, bit for bit the same.
+    - in evaluation without gradients a program of kernels/inference_cpu.py does all passes of a genotype's cells for a
+      few images after the other, whose feature maps stay in the cache.
 
 An operation of another class than those of operations.py, one with hooks, or one whose layers are not as `OPS` makes
 them is a plain term: its own forward is called, and nothing is recorded. Two backends do the work:
@@ -430,7 +430,7 @@ def _mixed_nodes(plan, states, given, of_map, backend):
 
 
 def _leaving(plan, j, state, expected, backend):
-    """(edge, Term) of all that reads state j; expected: shape and dtype of each node, and the operation they are from."""
+    """(edge, Term) of all that reads state j; expected: of each node shape and dtype, and the operation they are from."""
     leaving = [(edge, edge.op, edge.kind) for edge in plan.edges if edge.source == j]
     for edge, term in _expand(state.plain, state.relu, leaving, backend):
         _check(term, edge.op, expected.setdefault(edge.node, (*_form(term), edge.op)))
@@ -473,7 +473,7 @@ _PREPROCESS = {"project": _project, "reduce": _project_every_second}
 
 
 class _Known(Unchanged):
-    """The plans of a network's cells and its programs, by the dtype of images, for as long as its modules stay the same."""
+    """The plans of a network's cells and its programs, by the dtype of images, as long as its modules stay as they are."""
 
     def __init__(self, roots):
         super().__init__(roots)
@@ -526,7 +526,9 @@ def _what_is_known(stems, cells, dtype, plan=_plan):
 
 def _kinds(plans):
     """Of all that cells do; `any` is an own forward."""
-    kinds = {kind[0] for plan in plans if plan.edges for kind in (*plan.preprocess, *(edge.kind for edge in plan.edges))}
+    kinds = {
+        kind[0] for plan in plans if plan.edges for kind in (*plan.preprocess, *(edge.kind for edge in plan.edges))
+    }
     return kinds | {"any" for plan in plans if plan.edges is None}
 
 
@@ -631,7 +633,7 @@ def _record_training(known, of_inputs, forms, given, wanted):
 
 
 def _record_cells(plans, of_inputs, forms, drop_prob, mixed, wanted, recording):
-    """The places of what the cells are given, as tensors of these forms and factors of drop path, and of their outputs."""
+    """The places of what cells are given, tensors of these forms and then factors of drop path, and of their outputs."""
     from kernels import fast_cell_cpu
 
     places, ((N, *_), dtype, _) = [recording.outside(*form) for form in forms], forms[0]

@@ -5,7 +5,7 @@ involution_arguments.py checks what users hand to involution's functions; involu
                         PyTorch, chooses a backend, and differentiates.
 involution_*.py         its backends: cpu (C++), triton (CUDA), torch (everywhere), with functions of the same names.
 fast_cell_*.py          the backends of the cells of fast_cell.py: cpu (C++, with the headers) and torch (everywhere).
-recorded.*              a training pass of all cells: its calls of C++, recorded once, as one list without Python between.
+recorded.*              a training pass of all cells: its calls of C++, recorded once, with no Python between them.
 inference_cpu.*         a derived network in evaluation: all its passes for a few images at a time.
 unchanged.py            whether a network's modules are still those of which a program was made.
 

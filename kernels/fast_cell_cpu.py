@@ -118,7 +118,9 @@ def project(images, weights, norms, wanted):
     every result y, `wanted` says for (y, relu(y)) whether it is needed; what is not is left out.
     """
     keep = torch.is_grad_enabled()
-    return apply(_Project, images[0], norms, wanted, keep, len(images), *images, *weights, *_scales(norms), *_shifts(norms))
+    return apply(
+        _Project, images[0], norms, wanted, keep, len(images), *images, *weights, *_scales(norms), *_shifts(norms)
+    )
 
 
 def normalize(v, norm, wanted):
@@ -454,9 +456,7 @@ class _Project(Function):
         for to_image in to_images:
             packed += [_address(to_image), True, 0]
         _call_with_statistics("project_backward", v, ctx.training, packed)
-        per_norm = (
-            *(_split(to, ctx.widths) for to in (to_weight, to_scale, to_shift)),
-        )
+        per_norm = (*(_split(to, ctx.widths) for to in (to_weight, to_scale, to_shift)),)
         used = [any(image is not None for image in pair) for pair in gradients]
         per_norm = [to if each else None for tos in per_norm for to, each in zip(tos, used, strict=True)]
         return None, None, None, None, *to_images, *per_norm
@@ -469,7 +469,9 @@ class _Normalize(Function):
     def forward(ctx, norms, wanted, v, scale, shift):
         v, norm = _channels_last(v), norms[0]
         if any(each.num_features != v.shape[1] for each in norms):
-            raise ValueError(f"a batch norm must fit its images, got one of {norm.num_features} for {v.shape[1]} channels")
+            raise ValueError(
+                f"a batch norm must fit its images, got one of {norm.num_features} for {v.shape[1]} channels"
+            )
         stats = _statistics(v, norms[:1], 1, norm.num_features, 0)
         plain, positive = (_like(v) if each else None for each in wanted)
         packed = [0, *_projection(v, None, scale, shift, stats), *_results([(plain, positive)], [v.shape[1]])]
@@ -593,7 +595,7 @@ def _copy_diagonal(whole, from_whole, parts, shapes):
 
 
 def _side_by_side(whole, rows, from_whole, addresses, widths):
-    """Copy parts (rows, width) each to where they lie side by side in the rows of `whole`, or from there; 0 is zeros."""
+    """Copy parts (rows, width) to where they lie side by side in the rows of `whole`, or from there; 0 is for zeros."""
     numbers = (number for pair in zip(addresses, widths, strict=True) for number in pair)
     _call("side_by_side", whole, [rows, from_whole, _address(whole), len(widths), *numbers])
 
@@ -755,7 +757,9 @@ def _joined(like, tensors):
     if len(tensors) == 1:
         return tensors[0]
     if len({x.shape[1:] for x in tensors}) > 1:
-        raise ValueError(f"convolutions of one image must read all its channels, got weights {[tuple(x.shape) for x in tensors]}")
+        raise ValueError(
+            f"convolutions of one image must read all its channels, got weights {[tuple(x.shape) for x in tensors]}"
+        )
     whole = empty(like, sum(map(len, tensors)), *tensors[0].shape[1:])
     _side_by_side(whole, 1, False, map(_address, tensors), [x.numel() for x in tensors])
     return whole

@@ -68,7 +68,7 @@ def average(x, pooling):
 
 
 def diagonal(like, *weights):
-    """The weight (C_1 + C_2, K_1 + K_2, 1, 1) of two 1x1 convolutions side by side, each of which reads its own channels.
+    """The weight (C_1 + C_2, K_1 + K_2, 1, 1) of two 1x1 convolutions side by side, each reading its own channels.
 
     like: an image; its backend makes the weight.
     """

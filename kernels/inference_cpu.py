@@ -199,7 +199,7 @@ class Recording:
         return tensor if tensor.is_contiguous() else self._made(tensor.contiguous)
 
     def _other(self, each, module, name, *numbers):
-        """A pass by `name` of another library, for whose first number each image counts so many; Maps are its tensors."""
+        """A pass by `name` of another library, in whose first number an image counts so much; Maps are its tensors."""
         is_double = self.inputs[0].dtype == torch.float64
         dtype = involution_cpu.DTYPES[self.inputs[0].dtype] if module is involution_cpu else is_double
         items = [item for x in numbers for item in ((True, _only(x)) if isinstance(x, Map) else (False, x))]

@@ -482,3 +482,70 @@ def test_pooling_passes_on_what_is_not_a_number():
     x[0, 0, 2, 2] = torch.nan
     expected, actual = (backend.pool(x, True, 1) for backend in (fast_cell_torch, fast_cell.choose_backend(x)))
     assert torch.equal(expected.isnan(), actual.isnan())
+
+
+def small_functions(x, y, weights, factors, matrix):
+    """{name: (in C++, by PyTorch)} of functions of a cell that are copies, sums or products."""
+    from kernels import fast_cell_cpu as cpu
+
+    pooling, other = (nn.AvgPool2d(2, 2, ceil_mode=ceil_mode) for ceil_mode in (True, False))
+    norms = [nn.BatchNorm2d(x.shape[1], affine=False).double() for _ in range(4)]
+    places, rows, columns = [(2, 1), (0, 0), (1, 3), (0, 0)], [2, 0, 1, 0], [1, 0, 3, 0]
+    return {
+        "average": (lambda: cpu.average(x, pooling), lambda: pooling(x)),
+        "another pooling": (lambda: cpu.average(x, other), lambda: other(x)),
+        "scale": (lambda: cpu.scale(x, factors), lambda: x * factors),
+        "side by side": (lambda: cpu.side_by_side([x, y, x]), lambda: torch.cat([x, y, x], 1)),
+        "diagonal": (lambda: cpu.diagonal(x, *weights), lambda: fast_cell_torch.diagonal(x, *weights)),
+        "gather": (lambda: cpu.gather(x, matrix, places, (2, 2)), lambda: matrix[rows, columns].view(2, 2)),
+        "normalized": (
+            lambda: torch.cat([cpu.normalized(x, norms[:2]), *statistics(norms[:2], x)]),
+            lambda: torch.cat([norms[2](x), *statistics([norms[2], norms[2]], x)]),
+        ),
+    }
+
+
+def statistics(norms, like):
+    """Running statistics as images."""
+    return [b.double().view(1, -1, 1, 1).expand_as(like) for norm in norms for b in norm.buffers() if b.dim()]
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8, 8), (3, 37, 5, 7), (2, 4, 1, 6)])
+@pytest.mark.parametrize(
+    "name", ["average", "another pooling", "scale", "side by side", "diagonal", "gather", "normalized"]
+)
+def test_small_functions_against_autograd(name, shape):
+    if fast_cell.choose_backend(torch.zeros(1)) is fast_cell_torch:
+        pytest.skip("no C++ compiler here")
+    if name == "another pooling" and shape[2] == 1:
+        pytest.skip("leaves nothing")
+    torch.manual_seed(0)
+    N, C, H, W = shape
+    shapes = [shape, (N, 3, H, W), (4, 3, 1, 1), (2, C, 1, 1), (N, 1, 1, 1), (3, 4)]
+    inputs = [torch.randn(each).double().requires_grad_() for each in shapes]
+    x, y, first, second, factors, matrix = inputs
+    factors.requires_grad_(False)
+    results = []
+    for function in small_functions(x, y, (first, second), factors, matrix)[name]:
+        result = function()
+        torch.manual_seed(1)
+        loss = (result * torch.randn(result.shape).double()).sum()
+        wanted = [each for each in inputs if each.requires_grad]
+        results.append([result, *torch.autograd.grad(loss, wanted, allow_unused=True)])
+    for actual, expected in zip(*results, strict=True):
+        assert (actual is None) == (expected is None)
+        assert actual is None or torch.allclose(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_what_lies_side_by_side_must_fit():
+    if fast_cell.choose_backend(torch.zeros(1)) is fast_cell_torch:
+        pytest.skip("no C++ compiler here")
+    from kernels import fast_cell_cpu
+
+    x = torch.randn(2, 4, 6, 6)
+    with pytest.raises(ValueError, match="of one size"):
+        fast_cell_cpu.side_by_side([x, x[:, :, :5]])
+    with pytest.raises(ValueError, match="read all its channels"):
+        fast_cell_cpu.heads(x, [torch.randn(2, 4, 1, 1), torch.randn(2, 5, 1, 1)], [nn.BatchNorm2d(2)] * 2)
+    with pytest.raises(ValueError, match="batch norm must fit"):
+        fast_cell_cpu.normalized(x, [nn.BatchNorm2d(5, affine=False)])
