@@ -430,7 +430,7 @@ def _mixed_nodes(plan, states, given, of_map, backend):
 
 
 def _leaving(plan, j, state, expected, backend):
-    """(edge, Term) of all that reads state j; expected: of each node shape and dtype, and the operation they are from."""
+    """(edge, Term) of all that reads state j; expected: of each node shape, dtype, and which operation they are of."""
     leaving = [(edge, edge.op, edge.kind) for edge in plan.edges if edge.source == j]
     for edge, term in _expand(state.plain, state.relu, leaving, backend):
         _check(term, edge.op, expected.setdefault(edge.node, (*_form(term), edge.op)))
@@ -473,7 +473,7 @@ _PREPROCESS = {"project": _project, "reduce": _project_every_second}
 
 
 class _Known(Unchanged):
-    """The plans of a network's cells and its programs, by the dtype of images, as long as its modules stay as they are."""
+    """The plans of a network's cells and its programs, by the dtype of images, while its modules stay as they are."""
 
     def __init__(self, roots):
         super().__init__(roots)
@@ -633,7 +633,7 @@ def _record_training(known, of_inputs, forms, given, wanted):
 
 
 def _record_cells(plans, of_inputs, forms, drop_prob, mixed, wanted, recording):
-    """The places of what cells are given, tensors of these forms and then factors of drop path, and of their outputs."""
+    """The places of what cells are given, tensors of these forms, then factors of drop path, and of their outputs."""
     from kernels import fast_cell_cpu
 
     places, ((N, *_), dtype, _) = [recording.outside(*form) for form in forms], forms[0]

@@ -9,8 +9,8 @@ import torch
 class Unchanged:
     """Modules and all below them, as they are now.
 
-    To look whether they have changed takes little, by lists of what may: the classes and attributes of all modules, what
-    is in the dictionaries and lists among them, hooks, and where tensors lie (`data` may be replaced). It does not last
+    To look whether they have changed takes little, by lists of what may: classes and attributes of all modules, what is
+    in the dictionaries and lists among them, hooks, and where tensors lie (`data` may be replaced). It does not last
     where there are hooks, which may hold a network, or tensors without an address (sparse ones).
     """
 
