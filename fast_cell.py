@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 _KEPT = 2  # states of a network of which something is kept
 _MOST_PROGRAMS = 32  # of its training: as many sizes of images, or of batches
+_NEVER, _ONCE = object(), object()  # seen before, and recorded not yet
 
 
 class Term(NamedTuple):
@@ -234,15 +235,15 @@ def derived(stems, cells, x, drop_prob, wanted):
 
 
 def mixed(stem, cells, x, weights, drop_prob):
-    """The output of a supernet's cells, `model_search.Cell`, from images x (N, 3, H, W), as one program.
+    """The output of a supernet's cells, `model_search.Cell`, in training, from images x (N, 3, H, W).
 
-    None where there is none: then each cell is to be computed for itself, by `forward`.
+    None where a program could not compute it: then each cell is to be computed for itself, by `forward`.
 
     Args:
         weights: of the normal and of the reduction cells, (edges, primitives) each.
     """
     known = _what_is_known([stem], cells, x.dtype, _mixed_plan) if torch.is_grad_enabled() else None
-    if known is None or known.trainings is None:
+    if known is None or not known.trains:
         return None
     last, draw = len(cells) - 1, functools.partial(_draw, x.float(), drop_prob, dtype=x.dtype)
     given = _Given(drop_prob, draw, tuple(w.to(x.dtype) for w in weights))
@@ -484,7 +485,7 @@ class _Known(Unchanged):
             plans = [plan(cell, dtype) for cell in cells]
             evaluations = {} if _can_be_evaluated(stems, plans, dtype) else None
             trainings = {} if self.lasts() and _can_be_trained(plans) else None
-            self.by_dtype[dtype] = _OfDtype(plans, self.tensors, evaluations, trainings, [])
+            self.by_dtype[dtype] = _OfDtype(plans, self.tensors, evaluations, trainings, trainings is not None, [])
         found = self.by_dtype[dtype]
         return found._replace(trainings=None) if self.hesitates and self.passes < 2 else found
 
@@ -496,6 +497,7 @@ class _OfDtype(NamedTuple):
     tensors: list
     evaluations: dict | None
     trainings: dict | None
+    trains: bool  # whether there can be such, though perhaps not yet
     arenas: list  # memory of the latter
 
 
@@ -526,10 +528,9 @@ def _what_is_known(stems, cells, dtype, plan=_plan):
 
 def _kinds(plans):
     """Of all that cells do; `any` is an own forward."""
-    kinds = {
-        kind[0] for plan in plans if plan.edges for kind in (*plan.preprocess, *(edge.kind for edge in plan.edges))
-    }
-    return kinds | {"any" for plan in plans if plan.edges is None}
+    known = [plan for plan in plans if plan.edges is not None]
+    kinds = {kind[0] for plan in known for kind in (*plan.preprocess, *(edge.kind for edge in plan.edges))}
+    return kinds | ({"any"} if len(known) < len(plans) else set())
 
 
 def _can_be_evaluated(stems, plans, dtype):
@@ -596,7 +597,10 @@ def _can_be_trained(plans):
 
 
 def _train(known, inputs, given, wanted):
-    """{k: the output of cell k}, by a program that is recorded the first time; None where other code is to do it."""
+    """{k: the output of cell k}, by a program that is recorded the first time; None where other code is to do it.
+
+    Once there are many, a new one is recorded the second time: sizes may be others with every pass.
+    """
     programs = known.trainings
     if programs is None or not torch.is_grad_enabled() or _somebody_looks():
         return None
@@ -605,21 +609,24 @@ def _train(known, inputs, given, wanted):
         tensors += [state.plain] * plain + ([state.relu()] if positive else [])
     tensors += given.weights or ()
     forms = tuple((x.shape, x.dtype, x.requires_grad) for x in tensors)
-    key = *sorted(wanted), given.drop_prob > 0, forms, *map(attrgetter("requires_grad"), known.tensors)
-    if key not in programs:
-        if len(programs) == _MOST_PROGRAMS:
-            programs.pop(next(iter(programs)))
-        programs[key] = _record_training(known, of_inputs, forms, given, wanted)
-    if programs[key] is None:
+    key = *sorted(wanted), bool(given.drop_prob > 0), forms, *map(attrgetter("requires_grad"), known.tensors)
+    program = programs.pop(key, _NEVER)
+    if program is _ONCE or (program is _NEVER and len(programs) < _MOST_PROGRAMS):
+        program = _record_training(known, of_inputs, forms, given, wanted)
+    programs[key] = _ONCE if program is _NEVER else program  # at the end: the first one is that of longest ago
+    if len(programs) > _MOST_PROGRAMS:
+        programs.pop(next(iter(programs)))
+    if not isinstance(program, recorded.Program):
         return None
-    factors = [torch.cat(given.draw(len(place) // len(tensors[0]))) for place in programs[key].inputs[len(tensors) :]]
-    return dict(zip(sorted(wanted), programs[key]([*tensors, *factors]), strict=True))
+    factors = [torch.cat(given.draw(len(place) // len(tensors[0]))) for place in program.inputs[len(tensors) :]]
+    return dict(zip(sorted(wanted), program([*tensors, *factors]), strict=True))
 
 
 def _somebody_looks():
     """Whether hooks on saved tensors, a profiler or a search for NaN wait for operations, of which a program is one."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None or torch.autograd._profiler_enabled() or torch.is_anomaly_enabled()
+    top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # from PyTorch 2.8 on
+    hooked = top_hooks is None or top_hooks(True) is not None
+    return hooked or torch.autograd._profiler_enabled() or torch.is_anomaly_enabled()
 
 
 def _record_training(known, of_inputs, forms, given, wanted):
@@ -750,7 +757,8 @@ def _is_usual_norm(norm, training, affine, dtype):
     *statistics, count = norm._buffers.values()
     tensors = [*norm._parameters.values(), *statistics] if norm.affine else statistics
     # C++ reads and writes them where they lie
-    usual = all(x is not None and x.dtype == dtype and x.is_contiguous() for x in tensors)
+    size = (norm.num_features,)
+    usual = all(x is not None and x.shape == size and x.dtype == dtype and x.is_contiguous() for x in tensors)
     return usual and count is not None and count.dtype == torch.int64
 
 

@@ -157,7 +157,8 @@ def average(x, pooling):
 def is_usual_average(pooling):
     """Whether it is one of windows that do not overlap, as involutions have."""
     border = pooling.padding, pooling.ceil_mode, pooling.count_include_pad, pooling.divisor_override
-    return (pooling.kernel_size, *border) == (pooling.stride, 0, True, True, None)
+    is_usual = (pooling.kernel_size, *border) == (pooling.stride, 0, True, True, None)
+    return is_usual and isinstance(pooling.stride, int)
 
 
 def side_by_side(images):
@@ -192,19 +193,19 @@ class _Heads(Function):
     @staticmethod
     def forward(ctx, norms, x, *tensors):
         x, (weights, scales, shifts) = _channels_last(x), _thirds(tensors)
-        hidden, ctx.affine, ctx.stats = _heads(x, weights, scales, shifts, norms)
+        hidden, affine, ctx.stats = _heads(x, weights, scales, shifts, norms)
         ctx.training = norms[0].training
-        ctx.save_for_backward(x, *weights, *_kept(hidden, weights, ctx.training))
+        ctx.save_for_backward(x, *affine, *weights, *_kept(hidden, weights, ctx.training))
         return tuple(hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        x, *saved = _saved(ctx)
-        weights, hidden = saved[: len(grads)], saved[len(grads) :]
-        hidden, v = (hidden, None) if hidden else _project_heads(x, weights, ctx.affine, ctx.stats)
+        x, scale, shift, *saved = _saved(ctx)
+        affine, weights, hidden = (scale, shift), saved[: len(grads)], saved[len(grads) :]
+        hidden, v = (hidden, None) if hidden else _project_heads(x, weights, affine, ctx.stats)
         trains = any(ctx.needs_input_grad[2 : 2 + len(weights)])
-        return None, *_heads_backward(grads, x, weights, hidden, v, ctx.affine, ctx.stats, ctx.training, trains)
+        return None, *_heads_backward(grads, x, weights, hidden, v, affine, ctx.stats, ctx.training, trains)
 
 
 class _Involutions(Function):
@@ -215,7 +216,7 @@ class _Involutions(Function):
         ctx.is_pooled, x, pooled = pooled is not x, _channels_last(x), _channels_last(pooled)
         affine, weights = weights[3 * len(norms) :], weights[: 3 * len(norms)]
         layers = _by_layer(weights)
-        hidden, ctx.affine, ctx.stats = _heads(
+        hidden, affine, ctx.stats = _heads(
             pooled, weights[: len(layers)], affine[: len(norms)], affine[len(norms) :], norms
         )
         scales = None if rms_eps is None else _rms_norm(hidden, rms_eps)
@@ -231,17 +232,17 @@ class _Involutions(Function):
         kept = _kept(hidden, weights[: len(layers)], ctx.training)
         ctx.scales = scales if kept else None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, pooled, *weights, *kept)
+        ctx.save_for_backward(x, pooled, *affine, *weights, *kept)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         n = len(grads)
-        x, pooled, *saved = _saved(ctx)
-        weights, hidden, v, scales = saved[: 3 * n], saved[3 * n :], None, ctx.scales
+        x, pooled, scale, shift, *saved = _saved(ctx)
+        affine, weights, hidden, v, scales = (scale, shift), saved[: 3 * n], saved[3 * n :], None, ctx.scales
         if not hidden:
-            hidden, v = _project_heads(pooled, weights[:n], ctx.affine, ctx.stats)
+            hidden, v = _project_heads(pooled, weights[:n], affine, ctx.stats)
             scales = None if ctx.rms_eps is None else _rms_norm(hidden, ctx.rms_eps)
         used = [grad is not None for grad in grads]
         grads = [_zeros(x, *h.shape[2:]) if g is None else g for g, h in zip(grads, hidden, strict=True)]
@@ -257,7 +258,7 @@ class _Involutions(Function):
             _rms_norm_backward(to_hidden, hidden, scales)
         more = () if ctx.is_pooled else to_x
         to_pooled, *to_heads = _heads_backward(
-            to_hidden, pooled, weights[:n], hidden, v, ctx.affine, ctx.stats, ctx.training, heads_train, more
+            to_hidden, pooled, weights[:n], hidden, v, affine, ctx.stats, ctx.training, heads_train, more
         )
         to_x = add(to_x) if ctx.is_pooled else to_pooled
         to_pooled = to_pooled if ctx.is_pooled else None
@@ -603,6 +604,8 @@ def _side_by_side(whole, rows, from_whole, addresses, widths):
 class _Gather(Function):
     @staticmethod
     def forward(ctx, like, weights, places, shape):
+        if any(row >= weights.shape[0] or column >= weights.shape[1] for row, column in places):
+            raise ValueError(f"a cell reads alphas for more edges or primitives than {tuple(weights.shape)}")
         weights, chosen = weights.contiguous(), empty(like, *shape)
         ctx.places, ctx.shape = places, weights.shape
         _side_by_side(chosen, 1, False, *_elements(weights, places))

@@ -15,15 +15,11 @@ import torch.nn as nn
 
 from . import build, fast_cell_cpu, fast_cell_torch, involution_cpu
 from .fast_cell_cpu import check_widths, is_usual_average
-from .recorded import bits
+from .recorded import Block, Unsupported, arrange, bits
 
 CACHE = 1 << 19  # bytes of feature maps that are computed together: half of a second-level cache of today
 _SUM, _DEPTHWISE, _OTHER, _NORMALIZE, _HAND_ON = range(5)
 _NOTHING = -1  # in place of a map
-
-
-class Unsupported(Exception):
-    """What cannot be recorded."""
 
 
 def library():
@@ -31,18 +27,11 @@ def library():
     return build.library(Path(__file__).with_suffix(".cpp"))
 
 
-class _Block:
-    """The memory of a map, used from the pass `first` to the pass `last`."""
-
-    def __init__(self, size):
-        self.size, self.offset, self.first, self.last = -(-size // 64) * 64, None, None, None
-
-
 class Map:
     """A feature map to be: (C, H, W) of every image, blocks of channels side by side."""
 
     def __init__(self, dtype, H, W, blocks):
-        self.dtype, self.size, self.blocks = dtype, (H, W), blocks  # of the latter: (_Block, its channels)
+        self.dtype, self.size, self.blocks = dtype, (H, W), blocks  # of the latter: (Block, its channels)
 
     @property
     def shape(self):
@@ -207,13 +196,13 @@ class Recording:
 
     def _pass(self, *numbers):
         for block in numbers:
-            if isinstance(block, _Block):
-                block.first, block.last = len(self.passes) if block.first is None else block.first, len(self.passes)
+            if isinstance(block, Block):
+                block.use(len(self.passes))
         self.passes.append(numbers)
 
 
 def _map(dtype, C, H, W):
-    return Map(dtype, H, W, [(_Block(C * H * W * dtype.itemsize), C)])
+    return Map(dtype, H, W, [(Block(C * H * W * dtype.itemsize), C)])
 
 
 def _only(x):
@@ -248,7 +237,8 @@ class Program:
     """The passes of a Recording as C++ reads them, and the memory that its maps need."""
 
     def __init__(self, recording):
-        self.made_of, self.outputs, self.bytes = recording.made_of, recording.outputs, _place(recording.passes)
+        self.made_of, self.outputs = recording.made_of, recording.outputs
+        self.bytes = arrange({x: None for numbers in recording.passes for x in numbers if isinstance(x, Block)})
         self.dtype = recording.inputs[0].dtype
         self.tensors = [x for numbers in recording.passes for x in numbers if isinstance(x, torch.Tensor)]
         numbers = [len(recording.passes), *(_number(x) for numbers in recording.passes for x in numbers)]
@@ -271,26 +261,8 @@ class Program:
         return outputs
 
 
-def _place(passes):
-    """Give each block its offset, so that those in use at one time do not overlap; returns the bytes of all."""
-    live, most = [], 0
-    for k, numbers in enumerate(passes):
-        for block in numbers:
-            if isinstance(block, _Block) and block.offset is None:
-                block.offset = 0
-                for other in live:  # in the order of their offsets: the first gap that is large enough
-                    if block.offset + block.size <= other.offset:
-                        break
-                    block.offset = other.offset + other.size
-                live.append(block)
-                live.sort(key=lambda each: each.offset)
-                most = max(most, block.offset + block.size)
-        live = [block for block in live if block.last > k]
-    return most
-
-
 def _number(x):
-    if isinstance(x, _Block):
+    if isinstance(x, Block):
         return x.offset
     if isinstance(x, torch.Tensor):
         return x.data_ptr()

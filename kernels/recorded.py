@@ -98,11 +98,31 @@ def once_differentiable(backward):
 # ---------------------------------------------------------------------------------------------------------- places
 
 
-class _Block:
-    """Memory that is used from the call `first` to the call `last`, in one of the regions."""
+class Block:
+    """Memory that is used from the step `first` to the step `last`, in one of the regions."""
 
     def __init__(self, size, region=_ARENA):
-        self.size, self.region, self.offset, self.first, self.last = size, region, 0, None, None
+        self.size, self.region, self.offset = -(-size // _LINE) * _LINE, region, 0
+        self.first = self.last = None
+
+    def use(self, step):
+        """In the order of steps."""
+        self.first, self.last = step if self.first is None else self.first, step
+
+
+def arrange(blocks):
+    """Give blocks offsets, so that those in use at one time do not overlap; returns the bytes of all."""
+    live, most = [], 0
+    for block in sorted(blocks, key=attrgetter("first")):
+        live = [other for other in live if other.last >= block.first]
+        block.offset = 0
+        for other in live:  # in the order of their offsets: the first gap that is large enough
+            if block.offset + block.size <= other.offset:
+                break
+            block.offset = other.offset + other.size
+        insort(live, block, key=attrgetter("offset"))
+        most = max(most, block.offset + block.size)
+    return most
 
 
 class Address:
@@ -174,7 +194,7 @@ class _Context:
     """What an autograd.Function has for its `ctx`."""
 
     def __init__(self, arguments):
-        self.needs_input_grad = tuple(isinstance(x, (torch.Tensor, Place)) and x.requires_grad for x in arguments)
+        self.needs_input_grad = tuple(isinstance(x, torch.Tensor | Place) and x.requires_grad for x in arguments)
         self.materializes, self.saved_tensors = True, ()
 
     def save_for_backward(self, *tensors):
@@ -185,17 +205,17 @@ class _Context:
 
 
 class Recording:
-    """The calls of a pass, in their order, and what is needed to differentiate it."""
+    """The calls of a pass, in their order, what is needed to differentiate it, and the tensors that it reads."""
 
     def __init__(self):
-        self.calls, self.regions, self._tape = [], 2, []
+        self.calls, self.regions, self.weights, self._tape = [], 2, {}, []
 
     def clear(self):
-        self.calls = self._tape = None
+        self.calls = self.weights = self._tape = None
 
     def place(self, shape, dtype, is_image=False, region=_ARENA):
         size = torch.Size(shape).numel() * dtype.itemsize
-        return Place(self, _Block(-(-size // _LINE) * _LINE, region), shape, dtype, is_image)
+        return Place(self, Block(size, region), shape, dtype, is_image)
 
     def outside(self, shape, dtype, requires_grad=True):
         """The place of an image or a matrix that the program is given."""
@@ -205,19 +225,23 @@ class Recording:
 
     def apply(self, function, arguments):
         ctx = _Context(arguments)
+        self.weights.update((id(x), x) for x in arguments if isinstance(x, torch.Tensor))
         results = function.forward(ctx, *arguments)
-        self._tape.append((function, ctx, arguments, _as_tuple(results)))
+        for result in _as_tuple(results):
+            result.requires_grad = any(ctx.needs_input_grad)
+        if any(ctx.needs_input_grad):
+            self._tape.append((function, ctx, arguments, _as_tuple(results)))
         return results
 
     def differentiate(self, results, gradients):
-        """{id of a tensor or place: (itself, the place of its gradient)}, given those of the results.
+        """{id of a tensor or place: the place of its gradient}, given those of the results.
 
         Functions go in the order in which autograd takes them, and gradients are added in that order too.
         """
         found = defaultdict(list)
         for result, gradient in zip(results, gradients, strict=True):
             found[id(result)] += [gradient] * (gradient is not None)
-        reached = {}
+        reached = set()
         for function, ctx, arguments, of_function in reversed(self._tape):
             grads = [self.total(found.pop(id(result), [])) for result in of_function]
             missing = [grad is None for grad in grads]
@@ -229,8 +253,8 @@ class Recording:
             for x, needs, grad in zip(arguments, ctx.needs_input_grad, to_arguments, strict=True):
                 if needs and grad is not None:
                     found[id(x)].append(grad)
-                    reached[id(x)] = x
-        return {key: (reached[key], self.total(grads)) for key, grads in found.items() if key in reached}
+                    reached.add(id(x))
+        return {key: self.total(grads) for key, grads in found.items() if key in reached}
 
     def total(self, places):
         """Their sum; None of none."""
@@ -285,7 +309,7 @@ class Program:
     """
 
     def __init__(self, record, arenas, given=None):
-        self._record, self._arenas, self._others = record, arenas, {}
+        self._record, self._arenas, self._others, self._usual = record, arenas, {}, self
         recording = Recording()
         with torch.no_grad():
             self.inputs, self.results = record(recording)
@@ -296,27 +320,35 @@ class Program:
                 for y, each in zip(self.results, self.given, strict=True)
             ]
             found = recording.differentiate(self.results, self.to_results)
-            self.to_inputs = [recording.hand_on(found[id(x)][1]) if id(x) in found else None for x in self.inputs]
-        of_weights = [pair for pair in found.values() if isinstance(pair[0], torch.Tensor)]
-        self.weights, self.to_weights = [w for w, _ in of_weights], [gradient for _, gradient in of_weights]
-        self.regions, self.gradient_bytes = recording.regions, _lay_out(self.to_weights)
-        self.bytes, self.dtype = _place(recording.calls), self.results[0].dtype
-        self.parts = [_part(place) for place in self.to_weights]
+            self.to_inputs = [recording.hand_on(found[id(x)]) if id(x) in found else None for x in self.inputs]
+        self.weights = [*recording.weights.values()]
+        self.addresses, self.flags = _addresses(self.weights), [w.requires_grad for w in self.weights]
+        to_weights = [found.get(id(w)) for w in self.weights]
+        self.regions, self.dtype = recording.regions, self.results[0].dtype
+        self.gradient_bytes = _lay_out(to_weights)
+        self.bytes = _place(recording.calls)
+        self.parts = [None if place is None else _part(place) for place in to_weights]
         self.forward, self.backward = _Calls(recording.calls[:calls]), _Calls(recording.calls[calls:])
         self.again = _Calls([each for each in recording.calls[:calls] if each[-1]])
         recording.clear()  # places hold it
 
     def __call__(self, inputs):
         """The results, for tensors in place of the inputs."""
-        return _Pass.apply(self, len(inputs), *inputs, *self.weights)
+        return _Pass.apply(self, self._usual, len(inputs), *inputs, *self.weights)
 
     def for_gradients(self, given):
-        """The program for these gradients of results, whose forward places what it keeps elsewhere."""
-        if given == self.given:
-            return self
-        if given not in self._others:
-            self._others[given] = Program(self._record, self._arenas, given)
-        return self._others[given]
+        """The program for these gradients of results, whose forward places what it keeps elsewhere.
+
+        Raises:
+            RuntimeError: the network is no longer the one that was recorded.
+        """
+        if given != self.given and given not in self._others:
+            try:
+                self._others[given] = Program(self._record, self._arenas, given)
+            except Unsupported:
+                raise _changed() from None
+        self._usual = self._others.get(given, self)
+        return self._usual
 
     def arena(self):
         """Memory for a pass, until it is given back."""
@@ -327,7 +359,7 @@ class Program:
         return arena
 
     def give_back(self, arena):
-        if not self._arenas:
+        if arena is not None and not self._arenas:
             self._arenas.append(arena)
 
     def run(self, calls, arena, outside, gradients=0):
@@ -340,15 +372,26 @@ class Program:
         calls(bases)
 
 
+def _addresses(weights):
+    return [*map(torch.Tensor.data_ptr, weights)]
+
+
+def _changed():
+    return RuntimeError("a network of fast cells was changed between forward and backward; set network.fast = False")
+
+
 class _Pass(Function):
-    """Arguments: a Program, how many of the tensors are its inputs, those, its weights."""
+    """Arguments: a Program, that one or another for fewer gradients, the number of its inputs, those, its weights."""
 
     @staticmethod
-    def forward(ctx, program, n, *tensors):
-        inputs = [_laid_out(x) for x in tensors[:n]]
-        results = [_like(y) for y in program.results]
-        ctx.program, ctx.arena, ctx.inputs = program, program.arena(), n
-        program.run(program.forward, ctx.arena, [(program.inputs, inputs), (program.results, results)])
+    def forward(ctx, program, usual, n, *tensors):
+        inputs, results = [_laid_out(x) for x in tensors[:n]], [_like(y) for y in usual.results]
+        ctx.program, ctx.usual, ctx.n, ctx.arena = program, usual, n, usual.arena()
+        usual.run(usual.forward, ctx.arena, [(usual.inputs, inputs), (usual.results, results)])
+        if not any(ctx.needs_input_grad):
+            usual.give_back(ctx.arena)
+        of_results = zip(results, usual.results, strict=True)
+        ctx.mark_non_differentiable(*(y for y, place in of_results if not place.requires_grad))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, *tensors[n:])  # weights too, so that it is seen if they have changed
         return tuple(results)
@@ -356,10 +399,13 @@ class _Pass(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
+        tensors, arena, ctx.arena = ctx.saved_tensors, ctx.arena, None
         program = ctx.program.for_gradients(tuple(grad is not None for grad in grads))
-        outside = [(program.inputs, [_laid_out(x) for x in ctx.saved_tensors[: ctx.inputs]])]
-        arena, ctx.arena = ctx.arena, None
-        if arena is None or program is not ctx.program:  # what was kept is no more, or lies elsewhere
+        if _addresses(tensors[ctx.n :]) != program.addresses or program.flags != ctx.program.flags:
+            raise _changed()  # C++ would read what is no longer there
+        outside = [(program.inputs, [_laid_out(x) for x in tensors[: ctx.n]])]
+        if arena is None or program is not ctx.usual:  # what was kept is no more, or lies elsewhere
+            program.give_back(arena)
             arena, results = program.arena(), [_like(y) for y in program.results]
             program.run(program.again, arena, [*outside, (program.results, results)])
         grads = [None if grad is None else _laid_out(grad) for grad in grads]
@@ -368,11 +414,11 @@ class _Pass(Function):
         outside += [(program.to_results, grads), (program.to_inputs, to_inputs)]
         program.run(program.backward, arena, outside, flat.data_ptr())
         program.give_back(arena)
-        to_weights = [flat.as_strided(*part) for part in program.parts]
-        if program is not ctx.program:
-            found = dict(zip(map(id, program.weights), to_weights, strict=True))
-            to_weights = [found.get(id(w)) for w in ctx.program.weights]
-        return None, None, *to_inputs, *to_weights
+        storage = flat.untyped_storage()  # no views, which may not all be changed in place
+        to_weights = (
+            None if part is None else torch.empty(0, dtype=flat.dtype).set_(storage, *part) for part in program.parts
+        )
+        return None, None, None, *to_inputs, *to_weights
 
 
 def _laid_out(x):
@@ -385,37 +431,25 @@ def _like(place):
 
 
 def _part(place):
-    """Sizes, strides and offset of a weight's gradient, of all of them one after the other."""
-    return place.shape, place.stride(), (place.block.offset + place.offset) // place.element_size()
+    """Offset, sizes and strides of a weight's gradient, of all of them one after the other."""
+    return (place.block.offset + place.offset) // place.element_size(), place.shape, place.stride()
 
 
 def _lay_out(places):
     """Give the blocks of gradients that last offsets, one after the other; returns the bytes of all."""
     size = 0
-    for block in {place.block: None for place in places}:
+    for block in {place.block: None for place in places if place is not None}:
         block.region, block.offset = _GRADIENTS, size
         size += block.size
     return size
 
 
 def _place(calls):
-    """Give each block of the arena its offset, so that those in use at one time do not overlap; returns the bytes."""
-    begins, live, most = defaultdict(list), [], 0
+    """Arrange the blocks of the arena; returns its bytes."""
+    blocks = {}
     for k, (_, _, packed, _) in enumerate(calls):
         for x in packed:
             if type(x) is Address and x.block.region == _ARENA:
-                block = x.block
-                if block.first is None:
-                    block.first = k
-                    begins[k].append(block)
-                block.last = k
-    for k in range(len(calls)):
-        for block in begins[k]:
-            for other in live:  # in the order of their offsets: the first gap that is large enough
-                if block.offset + block.size <= other.offset:
-                    break
-                block.offset = other.offset + other.size
-            insort(live, block, key=attrgetter("offset"))
-            most = max(most, block.offset + block.size)
-        live = [block for block in live if block.last > k]
-    return most
+                x.block.use(k)
+                blocks[x.block] = None
+    return arrange(blocks)

@@ -10,8 +10,8 @@ class Unchanged:
     """Modules and all below them, as they are now.
 
     To look whether they have changed takes little, by lists of what may: classes and attributes of all modules, what is
-    in the dictionaries and lists among them, hooks, and where tensors lie (`data` may be replaced). It does not last
-    where there are hooks, which may hold a network, or tensors without an address (sparse ones).
+    in the dictionaries and lists among them, hooks, and where and how tensors lie (`data` may be replaced). It does not
+    last where there are hooks, which may hold a network, or tensors without an address (sparse ones).
     """
 
     def __init__(self, roots):
@@ -56,4 +56,5 @@ def _contents(dictionaries):
 
 
 def _places(tensors):
-    return [*map(torch.Tensor.data_ptr, tensors), *map(attrgetter("dtype"), tensors)]
+    where = map(torch.Tensor.data_ptr, tensors), map(torch.Tensor.stride, tensors)
+    return [*chain(*where, map(attrgetter("shape", "dtype"), tensors))]

@@ -490,7 +490,7 @@ def small_functions(x, y, weights, factors, matrix):
 
     pooling, other = (nn.AvgPool2d(2, 2, ceil_mode=ceil_mode) for ceil_mode in (True, False))
     norms = [nn.BatchNorm2d(x.shape[1], affine=False).double() for _ in range(4)]
-    places, rows, columns = [(2, 1), (0, 0), (1, 3), (0, 0)], [2, 0, 1, 0], [1, 0, 3, 0]
+    places, rows, columns = [(2, 1), (0, 0), (1, 3), (0, 2)], [2, 0, 1, 0], [1, 0, 3, 2]
     return {
         "average": (lambda: cpu.average(x, pooling), lambda: pooling(x)),
         "another pooling": (lambda: cpu.average(x, other), lambda: other(x)),
@@ -549,3 +549,19 @@ def test_what_lies_side_by_side_must_fit():
         fast_cell_cpu.heads(x, [torch.randn(2, 4, 1, 1), torch.randn(2, 5, 1, 1)], [nn.BatchNorm2d(2)] * 2)
     with pytest.raises(ValueError, match="batch norm must fit"):
         fast_cell_cpu.normalized(x, [nn.BatchNorm2d(5, affine=False)])
+
+
+def test_a_scale_that_changes_before_backward_is_noticed():
+    if fast_cell.choose_backend(torch.zeros(1)) is fast_cell_torch:
+        pytest.skip("no C++ compiler here")
+    from kernels import fast_cell_cpu
+
+    x, norm, layer = torch.randn(2, 8, 6, 6), nn.BatchNorm2d(4), Involution2d(8, 3, 1)
+    (head,) = fast_cell_cpu.heads(x, [torch.randn(4, 8, 1, 1)], [norm])
+    (output,) = fast_cell_cpu.involutions(x, x, [layer], 1e-5)
+    with torch.no_grad():
+        norm.weight.mul_(2)
+        layer.conv1.bn.weight.mul_(2)
+    for result in (head, output):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            result.sum().backward()

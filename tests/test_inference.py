@@ -218,7 +218,7 @@ def test_maps_in_use_at_a_time_do_not_overlap():
         for _, nodes in fast_cell._cells(inputs, known.plans, fast_cell._Given(0.0, None), {2}, recording):
             recording.hand_on([node.plain for node in nodes])
     most = inference_cpu.Program(recording).bytes
-    blocks = {x for numbers in recording.passes for x in numbers if isinstance(x, inference_cpu._Block)}
+    blocks = {x for numbers in recording.passes for x in numbers if isinstance(x, inference_cpu.Block)}
     for one in blocks:
         assert 0 <= one.offset and one.offset + one.size <= most
         for other in blocks - {one}:

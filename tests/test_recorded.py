@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 def make(name="DARTS", kind=NetworkCIFAR, auxiliary=False, drop_path_prob=0.0):
     torch.manual_seed(0)
-    net = vary_kernels(kind(4, 5, 3, auxiliary, NAMED[name]).double())
+    net = vary_kernels(kind(4, 5, 4 if auxiliary else 3, auxiliary, NAMED[name]).double())
     net.drop_path_prob = drop_path_prob
     return net.to(memory_format=torch.channels_last)
 
@@ -199,6 +199,46 @@ def test_a_gradient_of_one_output_alone(place):
     assert any(grad is None for grad in result)  # of the other head
 
 
+def test_nothing_is_read_before_it_is_written(monkeypatch):
+    make_arena = recorded.Program.arena
+    monkeypatch.setattr(recorded.Program, "arena", lambda program: make_arena(program).fill_(0xFF))  # not a number
+    for net in (make("NASNet", drop_path_prob=0.3), make_supernet()):
+        assert_recorded_as_unrecorded(net)
+
+
+def test_below_frozen_cells_nothing_is_differentiated():
+    def of_the_last(net):
+        for w in (*net.stem.parameters(), *net.cells[:2].parameters()):
+            w.requires_grad_(False)
+        loss_of(net, *batch()).backward()
+        return tensors_of(net)
+
+    net, whole = make(), make()
+    assert_same(of_the_last(net), unrecorded(of_the_last, make()))
+    loss_of(whole, *batch()).backward()
+    assert programs(net)[0].backward.calls < 0.5 * programs(whole)[0].backward.calls
+
+
+def test_frozen_cells_leave_their_memory():
+    net = make()
+    for w in (*net.stem.parameters(), *net.cells.parameters()):
+        w.requires_grad_(False)
+    for _ in range(2):
+        loss_of(net, *batch()).backward()
+    assert net.classifier.weight.grad is not None
+    (found,) = fast_cell._known[net.cells][0].by_dtype.values()
+    assert len(found.arenas) == 1
+
+
+def test_gradients_may_be_changed_in_place():
+    net = make()
+    weights = [*net.cells.parameters()]
+    for grad, w in zip(torch.autograd.grad(loss_of(net, *batch()), weights), weights, strict=True):
+        before = grad.clone()
+        grad += 0.1 * w
+        assert torch.equal(grad, before + 0.1 * w)
+
+
 # ------------------------------------------------------------------------------------------------------- as autograd
 
 
@@ -225,13 +265,66 @@ def test_passes_between_forward_and_backward():
     assert_same(of_both(make()), unrecorded(of_both, make()))
 
 
-def test_weights_that_change_before_backward_are_noticed():
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize(
+    "place, record",
+    [("op.2.weight", True), ("op.2.weight", False), ("op.1.conv1.bn.weight", True)],  # unrecorded, it is copied
+)
+def test_weights_that_change_before_backward_are_noticed(place, record, trains):
     net = make()
-    loss = loss_of(net, *batch())
+    weight = net.get_parameter(f"cells.0._ops.0.{place}").requires_grad_(trains)
+    loss = loss_of(net, *batch()) if record else unrecorded(loss_of, net, *batch())
     with torch.no_grad():
-        net.cells[0]._ops[0].op[2].weight.mul_(2)
+        weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_weights_that_are_replaced_before_backward_are_noticed(trains):
+    net = make()
+    weight = net.cells[0]._ops[0].op[2].weight.requires_grad_(trains)
+    loss = loss_of(net, *batch())
+    weight.data = weight.data.clone() * 2
+    with pytest.raises(RuntimeError, match="changed between forward and backward"):
+        loss.backward()
+
+
+CHANGED = {
+    "eval": lambda net: net.eval(),
+    "frozen": lambda net: net.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
+def test_a_network_that_is_another_when_one_output_is_differentiated(change):
+    net = make(auxiliary=True)
+    logits, _ = net(batch(size=32)[0])
+    change(net)
+    with pytest.raises(RuntimeError, match="changed between forward and backward"):
+        logits.sum().backward()
+
+
+def test_the_gradient_of_one_output_is_expected_the_next_time():
+    net, runs = make(auxiliary=True), []
+    for _ in range(3):
+        net.zero_grad()
+        logits, _ = net(batch(size=32)[0])
+        (program,) = programs(net)
+        runs.append(program._usual)
+        logits.sum().backward()
+        logits, _ = net(batch(size=32)[0])
+        logits.sum().backward(retain_graph=True)
+        logits.sum().backward()
+    assert runs[0] is program and runs[1] is runs[2] is program._others[False, True]
+    other = make(auxiliary=True)
+    for _ in range(3):
+        other.zero_grad()
+        for _ in range(3):
+            unrecorded(lambda: other(batch(size=32)[0])[0].sum().backward())
+    for one, two in zip(net.parameters(), other.parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None)
+        assert one.grad is None or torch.allclose(one.grad, two.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_a_second_derivative_is_refused():
@@ -269,6 +362,72 @@ def test_out_of_memory(monkeypatch):
         loss_of(net, *batch())
 
 
+# ------------------------------------------------------------------------------------------------ never out of date
+
+
+def weight_of(net):
+    return net.cells[0]._ops[0].op[2].weight
+
+
+@torch.no_grad()
+def transpose_in_place(net):
+    weight_of(net).transpose_(0, 1)
+
+
+CHANGES = {
+    "a step": lambda net: [w.data.mul_(1.1) for w in net.parameters()],
+    "load_state_dict": lambda net: net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()}),
+    "assigned": lambda net: net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()}, assign=True),
+    "data": lambda net: setattr(weight_of(net), "data", weight_of(net).data * 1.1),
+    "strides": lambda net: setattr(weight_of(net), "data", weight_of(net).data.transpose(0, 1)),
+    "in-place strides": transpose_in_place,
+    "a layer": lambda net: net.cells[0]._ops[0].op.register_module("3", nn.BatchNorm2d(4, momentum=0.5).double()),
+    "a cell": lambda net: net.cells.register_module("1", make("DARTS_V2").cells[1]),
+    "edges": lambda net: net.cells[0]._indices.sort(),
+    "dilation": lambda net: setattr(net.cells[0]._ops[0].op[1], "dilation", 3),
+    "kernel_norm": lambda net: setattr(net.cells[0]._ops[0].op[1], "kernel_norm", "none"),
+    "one in evaluation": lambda net: net.cells[0]._ops[0].op[3].eval(),
+    "a hook": lambda net: net.cells[0]._ops[0].op[3].register_forward_hook(lambda m, args, output: 2 * output),
+    "a forward": lambda net: setattr(net.cells[0], "forward", lambda s0, s1, p: torch.cat([s1[:, :4]] * 4, 1)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout")
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_after_a_pass_was_recorded_is_seen(change):
+    net = make()
+    steps(net)
+    assert programs(net)
+    change(net)
+    net.zero_grad()
+    plain = copy.deepcopy(net)
+    plain.fast = False
+    for one, other in zip(steps(net, 1), steps(plain, 1), strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.allclose(one.double(), other.double(), rtol=1e-8, atol=1e-9)
+
+
+def test_alphas_of_another_form_are_refused():
+    net = make_supernet()
+    loss_of(net, *batch()).backward()
+    net.alphas_normal = nn.Parameter(torch.randn(3, 7).double())
+    with pytest.raises(ValueError, match="more edges or primitives"):
+        net(batch()[0])
+
+
+def test_a_statistic_of_another_size_is_refused():
+    net = make()
+    net.cells[0]._ops[0].op[3].running_mean = torch.zeros(2).double()
+    with pytest.raises(RuntimeError):
+        net(batch()[0])
+
+
+def test_a_probability_that_is_a_tensor():
+    net = make(drop_path_prob=torch.tensor(0.3))
+    assert_recorded_as_unrecorded(net)
+    assert len(programs(net)) == 1
+
+
 # ----------------------------------------------------------------------------------------------- programs, and memory
 
 
@@ -278,9 +437,15 @@ def test_one_for_each_size_and_not_too_many(monkeypatch):
     for N, size in ((3, 8), (2, 8), (3, 8), (3, 12)):
         loss_of(net, *batch(N, size)).backward()
     assert len(programs(net)) == 3
+    assert all(isinstance(program, recorded.Program) for program in programs(net))
     kept = programs(net)
+    loss_of(net, *batch(2, 8)).backward()
+    assert programs(net) == [*kept[1:], kept[0]] or programs(net) == [kept[1], kept[2], kept[0]]
+    kept = programs(net)
+    loss_of(net, *batch(5, 8)).backward()  # one too many: seen once, it is not recorded
+    assert programs(net) == [*kept[1:], fast_cell._ONCE]
     loss_of(net, *batch(5, 8)).backward()
-    assert programs(net)[:2] == kept[1:] and len(programs(net)) == 3
+    assert programs(net)[:2] == kept[1:] and isinstance(programs(net)[2], recorded.Program)
 
 
 def test_they_outlast_an_evaluation():
