@@ -14,30 +14,26 @@ computes it from them with the work shared that the edges have in common:
       where W_k z_k is the last 1x1 convolution of a candidate, which is never written to memory on the CPU.
     - the plain terms of a state (itself, its pooled images) are weighted and summed for all nodes in one sweep.
 
-`derived` does the same for the cells of a genotype, `model.Cell`, on a CPU: what a state's edges share is computed
-once, and a node is made in one go, with the factors of drop path. Besides, as in `mixed` for the cells of a supernet,
+`nodes_of_cells` does the same on a CPU for all cells of a network, those of a genotype (`model.Cell`) or of a supernet:
+what a state's edges share is computed once, and a node is made in one go, with the factors of drop path. Besides,
 
     - a feature map is handed on as the nodes that it consists of. The preprocessing blocks that read it, those of the
       next two cells, are one 1x1 convolution of all of them.
     - ReLU is no pass of its own: whatever makes a state writes its positive part too, where an edge reads that.
-    - a training pass of all cells, and its derivative, are recorded once by kernels/recorded.py. From then on C++ does
-      them as one list of calls, bit for bit the same.
-    - in evaluation without gradients a program of kernels/inference_cpu.py does all passes of a genotype's cells for a
-      few images after the other, whose feature maps stay in the cache.
+
+fast_network.py calls it, and makes programs of it.
 
 An operation of another class than those of operations.py, one with hooks, or one whose layers are not as `OPS` makes
 them is a plain term: its own forward is called, and nothing is recorded. Two backends do the work:
 kernels/fast_cell_torch.py, and kernels/fast_cell_cpu.py, which cannot be differentiated twice and alone has what
-`derived` and `mixed` need besides (`node`, `project`, `normalize`); elsewhere derived cells are plain ones.
+`nodes_of_cells` needs besides (`node`, `project`, `normalize`); elsewhere derived cells are plain ones.
 """
 
 import functools
 import logging
-import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import count
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -45,17 +41,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import involution
-from involution import RMS_EPS, all_are_watched, is_reference_forced, is_watched
+from involution import RMS_EPS, is_reference_forced, is_watched
 from kernels import build, fast_cell_torch, recorded
 from kernels.involution_ops import nobody_watches
-from kernels.unchanged import Unchanged
-from operations import DilConv, FactorizedReduce, Identity, InvoBN, ReLUConvBN, SepConv, drop_path_factors
+from operations import DilConv, FactorizedReduce, Identity, InvoBN, ReLUConvBN, SepConv
 
 logger = logging.getLogger(__name__)
-
-_KEPT = 2  # states of a network of which something is kept
-_MOST_PROGRAMS = 32  # of its training: as many sizes of images, or of batches
-_NEVER, _ONCE = object(), object()  # seen before, and recorded not yet
 
 
 class Term(NamedTuple):
@@ -175,7 +166,7 @@ def _arguments_of_mix(parts, linear, stack):
     return parts, terms, alphas, factors
 
 
-# ------------------------------------------------------------------------------------------- cells of a genotype
+# -------------------------------------------------------------------------------------------- cells of a network
 
 
 class State(NamedTuple):
@@ -204,60 +195,12 @@ class _Plan(NamedTuple):
     concat: range | None  # the states that it hands on
 
 
-class _Given(NamedTuple):
+class Given(NamedTuple):
     """What cells need besides images."""
 
     drop_prob: float
     draw: Callable  # makes the factors of drop path of a number of edges, (N, 1, 1, 1) each
     weights: tuple | None = None  # a supernet's, of its normal and its reduction cells: (edges, primitives)
-
-
-def serves(x):
-    """Whether `derived` can compute the cells of a network on this tensor."""
-    return choose_backend(x) is not fast_cell_torch and not all_are_watched()
-
-
-def derived(stems, cells, x, drop_prob, wanted):
-    """{k: the output of cell k, for k in wanted}, of a network's stems and cells, from images x (N, 3, H, W).
-
-    stems: the module whose output is both inputs of the first cell, or one for each, the second reading the first.
-    """
-    known = _what_is_known(stems, cells, x.dtype)
-    if not torch.is_grad_enabled():
-        results = _evaluate(stems, known, x, wanted)
-        if results:
-            return results
-    backend, plans = choose_backend(x), known.plans
-    inputs = _inputs([functools.partial(_stem, stem) for stem in stems], plans, x, backend)
-    given = _Given(drop_prob, functools.partial(_draw, x, drop_prob))
-    results = _train(known, inputs, given, wanted)
-    return results or {k: _as_one(nodes, backend) for k, nodes in _cells(inputs, plans, given, wanted, backend)}
-
-
-def mixed(stem, cells, x, weights, drop_prob):
-    """The output of a supernet's cells, `model_search.Cell`, in training, from images x (N, 3, H, W).
-
-    None where a program could not compute it: then each cell is to be computed for itself, by `forward`.
-
-    Args:
-        weights: of the normal and of the reduction cells, (edges, primitives) each.
-    """
-    known = _what_is_known([stem], cells, x.dtype, _mixed_plan) if torch.is_grad_enabled() else None
-    if known is None or not known.trains:
-        return None
-    last, draw = len(cells) - 1, functools.partial(_draw, x.float(), drop_prob, dtype=x.dtype)
-    given = _Given(drop_prob, draw, tuple(w.to(x.dtype) for w in weights))
-    backend = choose_backend(x)
-    inputs = _inputs([functools.partial(_stem, stem)], known.plans, x, backend)
-    results = _train(known, inputs, given, {last})
-    if results:
-        return results[last]
-    ((_, nodes),) = _cells(inputs, known.plans, given, {last}, backend)
-    return _as_one(nodes, backend)
-
-
-def _draw(like, drop_prob, count, dtype=None):
-    return drop_path_factors(like, drop_prob, count).to(dtype or like.dtype).unbind()
 
 
 def _readers(plans, inputs):
@@ -267,22 +210,22 @@ def _readers(plans, inputs):
     return [[(0, 0)], readers[0]] if inputs == 2 else [[(0, 0), *readers[0]]], readers[1:]
 
 
-def _inputs(stems, plans, x, backend):
+def states_of_inputs(stems, plans, x, backend):
     """States of the first cell's inputs; stems: functions (image, what is wanted of it, backend) -> State."""
     states = []
-    for stem, wanted in zip(stems, _inputs_wanted(plans, len(stems)), strict=True):
+    for stem, wanted in zip(stems, wanted_of_inputs(plans, len(stems)), strict=True):
         states.append(stem(x, wanted, backend))
         x = states[-1].plain
     return states
 
 
-def _inputs_wanted(plans, inputs):
+def wanted_of_inputs(plans, inputs):
     """Of each input of the first cell, as `_map_wanted`; the first of two stems is what the second one reads."""
     readers, _ = _readers(plans, inputs)
     return [_map_wanted(each, plans, each is not readers[-1]) for each in readers]
 
 
-def _cells(inputs, plans, given, wanted, backend):
+def nodes_of_cells(inputs, plans, given, wanted, backend):
     """(k, the nodes of cell k) for k in wanted; inputs: one State or two."""
     of_inputs, of_outputs = _readers(plans, len(inputs))
     states, (nodes0, nodes1) = {}, ([inputs[0]], [inputs[-1]])
@@ -290,7 +233,7 @@ def _cells(inputs, plans, given, wanted, backend):
         states.update(_preprocess([state], readers, plans, backend))
     for k, (plan, readers) in enumerate(zip(plans, of_outputs, strict=True)):
         if plan.edges is None:
-            nodes = [_own_state(plan.cell(_as_one(nodes0, backend), _as_one(nodes1, backend), given.drop_prob))]
+            nodes = [_own_state(plan.cell(as_one(nodes0, backend), as_one(nodes1, backend), given.drop_prob))]
         else:
             compute = _mixed_nodes if given.weights else _nodes
             of_map = _map_wanted(readers, plans, k in wanted)
@@ -301,7 +244,7 @@ def _cells(inputs, plans, given, wanted, backend):
         states.update(_preprocess(nodes, readers, plans, backend))
 
 
-def _plan(cell, dtype):
+def plan_of(cell, dtype):
     """The _Plan of a `model.Cell`."""
     if is_watched(cell):
         return _Plan(cell, None, None, None)
@@ -310,7 +253,7 @@ def _plan(cell, dtype):
     return _Plan(cell, edges, _preprocess_kinds(cell, dtype), cell._concat)
 
 
-def _mixed_plan(cell, dtype):
+def mixed_plan_of(cell, dtype):
     """The _Plan of a `model_search.Cell`."""
     if any(map(is_watched, (cell, *cell._ops))):
         return _Plan(cell, None, None, None)
@@ -333,17 +276,17 @@ def _map_wanted(readers, plans, is_output):
     return is_output or False in shared, True in shared
 
 
-def _stem(module, x, wanted, backend):
+def state_of_stem(module, x, wanted, backend):
     """The State of a stem, whose last layers are a convolution and a batch norm."""
-    if not _is_usual_stem(module, x.dtype):
+    if not is_usual_stem(module, x.dtype):
         return _own_state(module(x))
     *before, conv, norm = module
     for layer in before:
         x = layer(x)
-    return _state(iter(backend.normalize(conv(x), norm, wanted)), wanted)
+    return state_of(iter(backend.normalize(conv(x), norm, wanted)), wanted)
 
 
-def _is_usual_stem(module, dtype):
+def is_usual_stem(module, dtype):
     if type(module) is not nn.Sequential or tuple(map(type, module[-2:])) != (nn.Conv2d, nn.BatchNorm2d):
         return False
     *_, conv, norm = module
@@ -356,7 +299,7 @@ def _own_state(plain):
     return State(plain, functools.cache(functools.partial(F.relu, plain)))
 
 
-def _as_one(nodes, backend):
+def as_one(nodes, backend):
     """The feature map of nodes: their channels one after the other."""
     return nodes[0].plain if len(nodes) == 1 else backend.side_by_side([node.plain for node in nodes])
 
@@ -370,7 +313,7 @@ def _preprocess(nodes, readers, plans, backend):
             continue
         op, wanted = (cell.preprocess0, cell.preprocess1)[j], _wanted(plans[k], j)
         if preprocess[j][0] not in _PREPROCESS:
-            states[k, j] = _own_state(op(_as_one(nodes, backend)))
+            states[k, j] = _own_state(op(as_one(nodes, backend)))
         else:  # what nobody reads is by itself, so that its weights get no gradient
             groups[preprocess[j], cell.training, any(wanted) or (k, j)].append(((k, j), op, wanted))
     for (kind, *_), group in groups.items():
@@ -417,7 +360,7 @@ def _mixed_nodes(plan, states, given, of_map, backend):
         if j >= 2:
             arguments, wanted = _arguments_of_mix(parts.pop(j, []), linear.pop(j, []), stack), _wanted(plan, j, of_map)
             wanted = wanted if any(wanted) else (True, False)
-            states.append(_state(iter(backend.mix(*arguments, wanted)), wanted))
+            states.append(state_of(iter(backend.mix(*arguments, wanted)), wanted))
         plain, of_node = [], {}
         for edge, term in _leaving(plan, j, states[j], expected, backend):
             factor = of_node[edge.node] = factors[edge.place[0]]
@@ -441,10 +384,10 @@ def _leaving(plan, j, state, expected, backend):
 def _node(parts, linear, wanted, backend):
     wanted = wanted if any(wanted) else (True, False)
     terms, factors = zip(*linear, strict=True) if linear else ((), ())
-    return _state(iter(backend.node(parts, terms, factors, wanted)), wanted)
+    return state_of(iter(backend.node(parts, terms, factors, wanted)), wanted)
 
 
-def _state(results, wanted):
+def state_of(results, wanted):
     """The next State among results, of which those are there that are wanted."""
     plain, positive = (next(results) if each else None for each in wanted)
     return State(plain, lambda: positive)
@@ -464,197 +407,10 @@ def _project_every_second(images, ops, wanted, backend):
 def _projected(images, weights, norms, wanted, backend):
     wanted = [pair if any(pair) else (True, False) for pair in wanted]
     results = iter(backend.project(images, weights, norms, wanted))
-    return [_state(results, pair) for pair in wanted]
+    return [state_of(results, pair) for pair in wanted]
 
 
 _PREPROCESS = {"project": _project, "reduce": _project_every_second}
-
-
-# ------------------------------------------------------------------------------------------ what is known of a network
-
-
-class _Known(Unchanged):
-    """The plans of a network's cells and its programs, by the dtype of images, while its modules stay as they are."""
-
-    def __init__(self, roots):
-        super().__init__(roots)
-        self.by_dtype, self.passes, self.hesitates = {}, 0, False
-
-    def of_dtype(self, stems, cells, dtype, plan):
-        if dtype not in self.by_dtype:
-            plans = [plan(cell, dtype) for cell in cells]
-            evaluations = {} if _can_be_evaluated(stems, plans, dtype) else None
-            trainings = {} if self.lasts() and _can_be_trained(plans) else None
-            self.by_dtype[dtype] = _OfDtype(plans, self.tensors, evaluations, trainings, trainings is not None, [])
-        found = self.by_dtype[dtype]
-        return found._replace(trainings=None) if self.hesitates and self.passes < 2 else found
-
-
-class _OfDtype(NamedTuple):
-    """For images of one dtype. Programs are told apart by what they were recorded for; None: there can be none."""
-
-    plans: list
-    tensors: list
-    evaluations: dict | None
-    trainings: dict | None
-    trains: bool  # whether there can be such, though perhaps not yet
-    arenas: list  # memory of the latter
-
-
-_known = weakref.WeakKeyDictionary()  # by the list of cells, so that copies of a network and pickles know nothing
-
-
-def _what_is_known(stems, cells, dtype, plan=_plan):
-    """The _OfDtype of a network, whose cells `plan` plans.
-
-    Two are kept, as a network goes to and fro between training and evaluation. One that takes the place of another that
-    was of no use records only once it has been seen again: the network may change with every pass.
-    """
-    roots, kept = [*stems, *cells], _known.get(cells, [])
-    known = next((each for each in kept if each.holds(roots)), None)
-    if known is None:
-        known = _Known(roots)
-        known.hesitates = len(kept) == _KEPT and kept[-1].passes < 2
-    known.passes += 1
-    if known.lasts():
-        _known[cells] = [known, *(each for each in kept if each is not known)][:_KEPT]
-    else:
-        _known.pop(cells, None)
-    return known.of_dtype(stems, cells, dtype, plan)
-
-
-# ------------------------------------------------------------------------------------------------------- evaluation
-
-
-def _kinds(plans):
-    """Of all that cells do; `any` is an own forward."""
-    known = [plan for plan in plans if plan.edges is not None]
-    kinds = {kind[0] for plan in known for kind in (*plan.preprocess, *(edge.kind for edge in plan.edges))}
-    return kinds | ({"any"} if len(known) < len(plans) else set())
-
-
-def _can_be_evaluated(stems, plans, dtype):
-    """Whether nothing that a network does depends on more than one image, and all of it is known."""
-    if any(module.training for module in (*stems, *(plan.cell for plan in plans))):
-        return False
-    return not {"any", "pool"} & _kinds(plans) and all(_is_usual_stem(stem, dtype) for stem in stems)
-
-
-def _evaluate(stems, known, x, wanted):
-    """`derived`, by a program that is recorded the first time; None where other code is to do it."""
-    if known.evaluations is None:
-        return None
-    inputs, plans, programs = _before_norms(stems, x), known.plans, known.evaluations
-    key = (*sorted(wanted), *(v.shape[1:] for v in inputs))
-    if key not in programs:
-        programs[key] = _record(stems, plans, inputs, wanted)
-    if programs[key] is None:
-        return None
-    return dict(zip(sorted(wanted), programs[key].run(inputs), strict=True))
-
-
-def _before_norms(stems, x):
-    """The images that the last batch norms of the stems read."""
-    images = []
-    for stem in stems:
-        *before, norm = stem
-        for layer in before:
-            x = layer(x)
-        images.append(x)
-        x = norm(x) if stem is not stems[-1] else None
-    return images
-
-
-def _record(stems, plans, inputs, wanted):
-    """The inference_cpu.Program of the cells; None where there is none, or where other code is to raise an error."""
-    from kernels import inference_cpu
-
-    recording = inference_cpu.Recording(inputs)
-    recorded = [functools.partial(_recorded_stem, v, stem[-1]) for v, stem in zip(inputs, stems, strict=True)]
-    try:
-        inference_cpu.library()
-        states = _inputs(recorded, plans, None, recording)
-        for _, nodes in _cells(states, plans, _Given(0.0, None), wanted, recording):
-            recording.hand_on([node.plain for node in nodes])
-    except (inference_cpu.Unsupported, ValueError, build.BuildError):
-        return None
-    return inference_cpu.Program(recording)
-
-
-def _recorded_stem(v, norm, x, wanted, backend):
-    """The State of a stem, of which the program is given v, what its last layer reads."""
-    return _state(iter(backend.normalize(v, norm, wanted)), wanted)
-
-
-# --------------------------------------------------------------------------------------------------------- training
-
-
-def _can_be_trained(plans):
-    """Whether all of a network is known and trains, and no weight would have to be copied."""
-    modules = [module for plan in plans for module in plan.cell.modules()]
-    contiguous = all(w.is_contiguous() for plan in plans for w in plan.cell.parameters())
-    return contiguous and all(module.training for module in modules) and "any" not in _kinds(plans)
-
-
-def _train(known, inputs, given, wanted):
-    """{k: the output of cell k}, by a program that is recorded the first time; None where other code is to do it.
-
-    Once there are many, a new one is recorded the second time: sizes may be others with every pass.
-    """
-    programs = known.trainings
-    if programs is None or not torch.is_grad_enabled() or _somebody_looks():
-        return None
-    of_inputs, tensors = _inputs_wanted(known.plans, len(inputs)), []
-    for state, (plain, positive) in zip(inputs, of_inputs, strict=True):
-        tensors += [state.plain] * plain + ([state.relu()] if positive else [])
-    tensors += given.weights or ()
-    forms = tuple((x.shape, x.dtype, x.requires_grad) for x in tensors)
-    key = *sorted(wanted), bool(given.drop_prob > 0), forms, *map(attrgetter("requires_grad"), known.tensors)
-    program = programs.pop(key, _NEVER)
-    if program is _ONCE or (program is _NEVER and len(programs) < _MOST_PROGRAMS):
-        program = _record_training(known, of_inputs, forms, given, wanted)
-    programs[key] = _ONCE if program is _NEVER else program  # at the end: the first one is that of longest ago
-    if len(programs) > _MOST_PROGRAMS:
-        programs.pop(next(iter(programs)))
-    if not isinstance(program, recorded.Program):
-        return None
-    factors = [torch.cat(given.draw(len(place) // len(tensors[0]))) for place in program.inputs[len(tensors) :]]
-    return dict(zip(sorted(wanted), program([*tensors, *factors]), strict=True))
-
-
-def _somebody_looks():
-    """Whether hooks on saved tensors, a profiler or a search for NaN wait for operations, of which a program is one."""
-    top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # from PyTorch 2.8 on
-    hooked = top_hooks is None or top_hooks(True) is not None
-    return hooked or torch.autograd._profiler_enabled() or torch.is_anomaly_enabled()
-
-
-def _record_training(known, of_inputs, forms, given, wanted):
-    """The recorded.Program of the cells; None where there is none, or where other code is to raise an error."""
-    mixed = given.weights is not None
-    try:
-        record = functools.partial(_record_cells, known.plans, of_inputs, forms, given.drop_prob, mixed, wanted)
-        return recorded.Program(record, known.arenas)
-    except (recorded.Unsupported, ValueError):
-        return None
-
-
-def _record_cells(plans, of_inputs, forms, drop_prob, mixed, wanted, recording):
-    """The places of what cells are given, tensors of these forms, then factors of drop path, and of their outputs."""
-    from kernels import fast_cell_cpu
-
-    places, ((N, *_), dtype, _) = [recording.outside(*form) for form in forms], forms[0]
-    left = iter([*places])
-    states = [_state(left, pair) for pair in of_inputs]
-
-    def draw(count):
-        places.append(recording.outside((count * N, 1, 1, 1), dtype, False))
-        return places[-1].split([N] * count)
-
-    given = _Given(drop_prob, draw, tuple(left) if mixed else None)
-    cells = _cells(states, plans, given, wanted, fast_cell_cpu)
-    results = [fast_cell_cpu.side_by_side([node.plain for node in nodes]) for _, nodes in cells]
-    return places, [recording.hand_on(result) for result in results]
 
 
 # ------------------------------------------------------------------------------------- the terms of each primitive

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import fast_cell
+import fast_network
 from involution import set_kernel_norm
 from operations import (
     KERNEL_NORM,
@@ -169,8 +169,8 @@ class _Network(nn.Module):
         middle, last = 2 * self._layers // 3, self._layers - 1
         auxiliary = self._auxiliary and self.training
         wanted = {middle, last} if auxiliary else {last}
-        fast = self.fast and fast_cell.serves(input) and all(type(cell) is Cell for cell in self.cells)
-        compute = fast_cell.derived if fast else _module_by_module
+        fast = self.fast and fast_network.serves(input) and all(type(cell) is Cell for cell in self.cells)
+        compute = fast_network.derived if fast else _module_by_module
         maps = compute(self._stems(), self.cells, input, self.drop_path_prob, wanted)
         logits_aux = self.auxiliary_head(maps[middle]) if auxiliary else None
         return self.classifier(self.global_pooling(maps[last]).flatten(1)), logits_aux

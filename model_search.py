@@ -5,6 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import fast_cell
+import fast_network
 from genotypes import PRIMITIVES, Genotype, derive
 from involution import Involution2d, all_are_watched, is_watched, set_kernel_norm
 from operations import KERNEL_NORM, OPS, FactorizedReduce, ReLUConvBN, drop_path_factors, halving
@@ -150,8 +151,8 @@ class Network(nn.Module):
         """(N, 3, H, W) -> logits (N, num_classes)."""
         normal, reduce = F.softmax(self.alphas_normal, dim=-1), F.softmax(self.alphas_reduce, dim=-1)
         s1 = None
-        if self.fast and fast_cell.serves(input) and all(type(cell) is Cell for cell in self.cells):
-            s1 = fast_cell.mixed(self.stem, self.cells, input, (normal, reduce), self.drop_path_prob)
+        if self.fast and fast_network.serves(input) and all(type(cell) is Cell for cell in self.cells):
+            s1 = fast_network.mixed(self.stem, self.cells, input, (normal, reduce), self.drop_path_prob)
         if s1 is None:
             s1 = self._cell_by_cell(self.stem(input), normal, reduce)
         return self.classifier(self.global_pooling(s1).flatten(1))

@@ -1,4 +1,4 @@
-"""The evaluation of a derived network on the CPU: what fast_cell.py asks for is recorded, and done in C++.
+"""The evaluation of a derived network on the CPU: what fast_network.py asks for is recorded, and done in C++.
 
 A `Recording` has the functions of fast_cell_cpu.py, but what it is given and what it returns are `Map`s, places of
 feature maps that are computed later: `Program.run` does all passes for a few images, whose maps stay in the cache, then

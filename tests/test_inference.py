@@ -13,13 +13,14 @@ import torch
 import torch.nn as nn
 
 import fast_cell
+import fast_network
 from genotypes import NAMED
 from kernels import build, inference_cpu
 from model import NetworkCIFAR, NetworkImageNet
 from test_model import make
 
 pytestmark = pytest.mark.skipif(
-    not fast_cell.serves(torch.zeros(1)), reason="no C++ compiler here, or another backend is asked for"
+    not fast_network.serves(torch.zeros(1)), reason="no C++ compiler here, or another backend is asked for"
 )
 
 
@@ -42,7 +43,7 @@ def assert_equal_to_plain(net, input=None):
 
 def programs(net):
     """Those that were recorded of a network, or None where it cannot be recorded."""
-    (found,) = fast_cell._known[net.cells][0].by_dtype.values()
+    (found,) = fast_network._known[net.cells][0].by_dtype.values()
     return None if found.evaluations is None else list(found.evaluations.values())
 
 
@@ -50,7 +51,7 @@ def programs(net):
 @pytest.mark.parametrize("name", ["DARTS", "DARTS_V2"])
 def test_images_at_a_time_do_not_change_a_bit(name, kind, size):
     net, results = make(NAMED[name], kind=kind).eval(), []
-    inputs = fast_cell._before_norms(net._stems(), images(5, size))
+    inputs = fast_network._before_norms(net._stems(), images(5, size))
     with torch.no_grad():
         net(images(5, size))
         (program,) = programs(net)
@@ -145,7 +146,7 @@ def test_tensors_without_an_address():
     net = make(NAMED["DARTS"])
     net.cells[0].register_buffer("mask", torch.eye(3).to_sparse())
     assert_equal_to_plain(net)
-    assert net.cells not in fast_cell._known
+    assert net.cells not in fast_network._known
 
 
 def test_a_network_whose_hook_holds_it_is_freed():
@@ -171,7 +172,7 @@ def test_a_network_that_nobody_holds_is_freed_and_copies_stand_alone():
     net = make(NAMED["DARTS"])
     expected = logits(net, images())
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert other.cells not in fast_cell._known
+        assert other.cells not in fast_network._known
         assert torch.equal(logits(other, images()), expected)
     cells = weakref.ref(net.cells)
     del net
@@ -210,12 +211,14 @@ def test_without_a_compiler(monkeypatch):
 def test_maps_in_use_at_a_time_do_not_overlap():
     net = make(NAMED["NASNet"])
     logits(net, images())
-    recording = inference_cpu.Recording(fast_cell._before_norms(net._stems(), images()))
-    (known,) = fast_cell._known[net.cells][0].by_dtype.values()
-    stem = [lambda x, wanted, backend: fast_cell._recorded_stem(recording.inputs[0], net.stem[1], x, wanted, backend)]
+    recording = inference_cpu.Recording(fast_network._before_norms(net._stems(), images()))
+    (known,) = fast_network._known[net.cells][0].by_dtype.values()
+    stem = [
+        lambda x, wanted, backend: fast_network._recorded_stem(recording.inputs[0], net.stem[1], x, wanted, backend)
+    ]
     with torch.no_grad():
-        inputs = fast_cell._inputs(stem, known.plans, None, recording)
-        for _, nodes in fast_cell._cells(inputs, known.plans, fast_cell._Given(0.0, None), {2}, recording):
+        inputs = fast_cell.states_of_inputs(stem, known.plans, None, recording)
+        for _, nodes in fast_cell.nodes_of_cells(inputs, known.plans, fast_cell.Given(0.0, None), {2}, recording):
             recording.hand_on([node.plain for node in nodes])
     most = inference_cpu.Program(recording).bytes
     blocks = {x for numbers in recording.passes for x in numbers if isinstance(x, inference_cpu.Block)}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import fast_cell
+import fast_network
 from conftest import vary_kernels
 from genotypes import NAMED, SEARCH_SPACES
 from kernels import recorded
@@ -17,7 +17,7 @@ from model import NetworkCIFAR, NetworkImageNet
 from model_search import Network
 
 pytestmark = pytest.mark.skipif(
-    not fast_cell.serves(torch.zeros(1)), reason="no C++ compiler here, or another backend is asked for"
+    not fast_network.serves(torch.zeros(1)), reason="no C++ compiler here, or another backend is asked for"
 )
 
 
@@ -69,13 +69,13 @@ def assert_same(ones, others):
 def unrecorded(function, *args):
     """The function's result, computed by the same cells without programs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast_cell, "_train", lambda *args: None)
+        patch.setattr(fast_network, "_train", lambda *args: None)
         return function(*args)
 
 
 def programs(net):
     """Those of the state that the network was in last."""
-    (found,) = fast_cell._known[net.cells][0].by_dtype.values()
+    (found,) = fast_network._known[net.cells][0].by_dtype.values()
     return None if found.trainings is None else [*found.trainings.values()]
 
 
@@ -145,7 +145,7 @@ def test_a_supernet_as_cell_by_cell(of, monkeypatch):
 
     results = gradients(net)
     assert all(programs(net))
-    monkeypatch.setattr(fast_cell, "mixed", lambda *args: None)
+    monkeypatch.setattr(fast_network, "mixed", lambda *args: None)
     for result, expected in zip(results, gradients(net), strict=True):
         assert (result is None) == (expected is None)
         if expected is not None:
@@ -226,7 +226,7 @@ def test_frozen_cells_leave_their_memory():
     for _ in range(2):
         loss_of(net, *batch()).backward()
     assert net.classifier.weight.grad is not None
-    (found,) = fast_cell._known[net.cells][0].by_dtype.values()
+    (found,) = fast_network._known[net.cells][0].by_dtype.values()
     assert len(found.arenas) == 1
 
 
@@ -432,7 +432,7 @@ def test_a_probability_that_is_a_tensor():
 
 
 def test_one_for_each_size_and_not_too_many(monkeypatch):
-    monkeypatch.setattr(fast_cell, "_MOST_PROGRAMS", 3)
+    monkeypatch.setattr(fast_network, "_MOST_PROGRAMS", 3)
     net = make()
     for N, size in ((3, 8), (2, 8), (3, 8), (3, 12)):
         loss_of(net, *batch(N, size)).backward()
@@ -443,7 +443,7 @@ def test_one_for_each_size_and_not_too_many(monkeypatch):
     assert programs(net) == [*kept[1:], kept[0]] or programs(net) == [kept[1], kept[2], kept[0]]
     kept = programs(net)
     loss_of(net, *batch(5, 8)).backward()  # one too many: seen once, it is not recorded
-    assert programs(net) == [*kept[1:], fast_cell._ONCE]
+    assert programs(net) == [*kept[1:], fast_network._ONCE]
     loss_of(net, *batch(5, 8)).backward()
     assert programs(net)[:2] == kept[1:] and isinstance(programs(net)[2], recorded.Program)
 
@@ -511,6 +511,6 @@ def test_arenas_are_shared_and_grow():
     net = make()
     for N in (2, 5, 3):
         loss_of(net, *batch(N)).backward()
-    (found,) = fast_cell._known[net.cells][0].by_dtype.values()
+    (found,) = fast_network._known[net.cells][0].by_dtype.values()
     (arena,) = found.arenas
     assert len(arena) == max(program.bytes for program in programs(net))
