@@ -67,7 +67,7 @@ class Gradients:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             loss = self.model._criterion(logits, target)
             grads = _grad(loss, self._wanted(of))
-        if device == "cpu":  # autograd's own lie between freed activations, which these copies let malloc join
+        if device == "cpu":  # autograd's own lie between freed activations, or hold those of all weights; copies do not
             grads = [grad.clone() for grad in grads]
         return [loss.detach(), logits.detach(), *grads]
 
