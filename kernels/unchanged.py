@@ -56,5 +56,6 @@ def _contents(dictionaries):
 
 
 def _places(tensors):
-    where = map(torch.Tensor.data_ptr, tensors), map(torch.Tensor.stride, tensors)
-    return [*chain(*where, map(attrgetter("shape", "dtype"), tensors))]
+    """Where tensors lie and how; not by their shapes, which take ten times as long to compare."""
+    facts = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.numel, attrgetter("dtype")
+    return [*chain.from_iterable(map(fact, tensors) for fact in facts)]
