@@ -1,4 +1,4 @@
-// How the functions of this folder are called: a dtype, and numbers and addresses packed into one array.
+// How the functions that compute a pass are called: a dtype, and numbers and addresses packed into one array.
 
 #pragma once
 

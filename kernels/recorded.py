@@ -1,12 +1,13 @@
 """C functions, called now or recorded: a training pass becomes one list of calls, with no Python between them.
 
 A step of a network with few channels calls C++ hundreds of times for a fraction of a millisecond. What Python and
-autograd do in between, all threads but one wait for. All functions of this folder have one form, a dtype and an array
-of numbers and addresses, and what calls them does nothing else with a tensor's values. So, given a `Place` in place of
-a tensor, it does all but compute: a `Recording` keeps the calls, and a tape of the `Function`s, whose derivatives are
-recorded too. What is spoken of first and last in which call says when a tensor is needed: all get their places in one
-block of memory, where one lies as soon as another's is free. A `Program` then makes the calls, for the addresses of
-that pass. The calls are those that would be made without it, in the same order: results are equal bit for bit.
+autograd do in between, all threads but one wait for. All functions that compute a pass have one form, a dtype and an
+array of numbers and addresses, and in training what calls them does nothing else with a tensor's values. So, given a
+`Place` in place of a tensor, it does all but compute: a `Recording` keeps the calls, and a tape of the `Function`s,
+whose derivatives are recorded too. What is spoken of first and last in which call says when a tensor is needed: all get
+their places in one block of memory, where one lies as soon as another's is free. A `Program` then makes the calls, for
+the addresses of that pass. The calls are those that would be made without it, in the same order: results are equal bit
+for bit.
 """
 
 import ctypes

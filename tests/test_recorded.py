@@ -329,7 +329,7 @@ def test_the_gradient_of_one_output_is_expected_the_next_time():
 
 def test_a_second_derivative_is_refused():
     net = make()
-    with pytest.raises(RuntimeError, match="net"):
+    with pytest.raises(RuntimeError, match="network.fast = False"):
         torch.autograd.grad(loss_of(net, *batch()), net.parameters(), create_graph=True)
 
 
@@ -440,7 +440,7 @@ def test_one_for_each_size_and_not_too_many(monkeypatch):
     assert all(isinstance(program, recorded.Program) for program in programs(net))
     kept = programs(net)
     loss_of(net, *batch(2, 8)).backward()
-    assert programs(net) == [*kept[1:], kept[0]] or programs(net) == [kept[1], kept[2], kept[0]]
+    assert programs(net) == [*kept[1:], kept[0]]
     kept = programs(net)
     loss_of(net, *batch(5, 8)).backward()  # one too many: seen once, it is not recorded
     assert programs(net) == [*kept[1:], fast_network._ONCE]
@@ -471,9 +471,8 @@ def test_a_network_that_is_new_every_time_is_recorded_no_more():
     loss_of(net, *batch()).backward()  # as it was a pass ago: from now on it lasts
     assert programs(net)
     other = make()
-    for _ in found:
+    for _ in range(6):
         unrecorded(lambda: loss_of(other, *batch()).backward())
-    unrecorded(lambda: loss_of(other, *batch()).backward())
     assert_same(tensors_of(net), tensors_of(other))
 
 
