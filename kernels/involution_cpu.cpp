@@ -30,6 +30,7 @@ namespace {
 constexpr int kTile = 32;           // output pixels whose kernels are held at once
 constexpr int kPitch = kTile + 16;  // room for the last vector of a tile's last row
 constexpr int kRowUnit = 8;         // a tile's rows are padded to a multiple of this
+constexpr int kMostTaps = 7;        // in a row, of kernels that need no copies
 constexpr int kChunks = 32;         // partial sums of the span gradient: fixed, whatever the number of threads
 
 struct BFloat16 {
@@ -75,12 +76,12 @@ struct Problem {
   }
   int64_t padded_rows(int64_t rows) const { return (rows - 1) * stride + (K - 1) * dilation + 1; }
 
-  // Rows of one piece of work. Few images are cut, so that several threads have something to do; large ones, so that
-  // the scratch image stays in the second-level cache.
+  // Rows of one piece of work: whole tiles. Few images are cut, so that several threads have something to do; large
+  // ones, so that the scratch image stays in the second-level cache.
   int64_t block_rows(int64_t least = 16) const {
     int64_t pieces = N > 0 ? (least + N - 1) / N : 1;
     int64_t rows = std::min((Ho() + pieces - 1) / pieces, 4096 / std::max<int64_t>(Wo(), 1));
-    return std::max<int64_t>(1, std::min(std::max<int64_t>(rows, 8), Ho()));
+    return std::max<int64_t>(1, std::min(round_up(std::max<int64_t>(rows, 8), tile_rows()), Ho()));
   }
   int64_t blocks(int64_t least = 16) const { return (Ho() + block_rows(least) - 1) / block_rows(least); }
 };
@@ -422,27 +423,28 @@ inline void for_strips(int64_t width, const F& f) {
     for (int64_t phase = 0; phase < X; ++phase) f(x + phase);
 }
 
-// sum[s] += sum_{i,m} tap(i, m - s) * image[i][m]: P pixels' sums over tap rows [i_begin, i_end), V vectors of
+// sum[s] += sum_{i,m} taps(i)[place(m, s)] * image[i][m]: P pixels' sums over tap rows [i_begin, i_end), V vectors of
 // channels. Neighbouring sums share columns, so that each is loaded once for a strip. The columns before m_begin and
-// from m_end on, which lie outside the image, are left out; only the first and the last K / 2 can.
-template <class A, int K, int V, int P, class Taps>
-inline void gather_strip(const A* image, int64_t row, int64_t col, const Taps& tap, int i_begin, int i_end,
-                         int64_t m_begin, int64_t m_end, Vec<A> (&sum)[P][V]) {
+// from m_end on, which lie outside the image, are left out; only the first and the last K / 2 can. The last vector of a
+// pixel begins with channel `last`.
+template <class A, int K, int V, int P, class Taps, class Place>
+inline void gather_strip(const A* image, int64_t row, int64_t col, int64_t last, const Taps& taps, const Place& place,
+                         int64_t i_begin, int64_t i_end, int64_t m_begin, int64_t m_end, Vec<A> (&sum)[P][V]) {
   constexpr int L = kLanes<A>;
-  for (int i = i_begin; i < i_end; ++i) {
-    const A* line = image + i * row;
+  for (int64_t i = i_begin; i < i_end; ++i) {
+    const A *pixel = image + i * row, *tap = taps(i);
 #pragma GCC unroll 16
-    for (int m = 0; m < P + K - 1; ++m) {
+    for (int m = 0; m < P + K - 1; ++m, pixel += col, opaque(pixel)) {
       if ((m < K / 2 && m < m_begin) || (m >= P + K / 2 && m >= m_end)) continue;
       Vec<A> column[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) column[v] = load(line + m * col + v * L);
+      for (int v = 0; v < V; ++v) column[v] = load(pixel + (v + 1 < V ? v * L : last));
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) in_register(column[v]);
 #pragma GCC unroll 8
       for (int s = 0; s < P; ++s) {
         if (m - s < 0 || m - s >= K) continue;
-        const A value = tap(i, m, s);
+        const A value = tap[place(m, s)];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sum[s][v] += column[v] * value;
       }
@@ -457,8 +459,9 @@ void forward_row(const A* image, const A* w, A* out, int64_t out_pixel, int64_t 
   constexpr int L = kLanes<A>, P = kStrip<V, X>;
   for_strips<P, X>(width, [&](int64_t x) {
     Vec<A> sum[P][V] = {};
-    const auto tap = [&](int i, int m, int s) { return w[(i * K + m - s) * kPitch + x + s * X]; };
-    gather_strip<A, K, V, P>(image + x * steps.pixel, steps.row, steps.col, tap, 0, K, 0, P + K - 1, sum);
+    gather_strip<A, K, V, P>(
+        image + x * steps.pixel, steps.row, steps.col, (V - 1) * L, [&](int64_t i) { return w + i * K * kPitch + x; },
+        [](int m, int s) { return (m - s) * kPitch + s * X; }, 0, K, 0, P + K - 1, sum);
 #pragma GCC unroll 8
     for (int s = 0; s < P; ++s)
 #pragma GCC unroll 4
@@ -541,27 +544,38 @@ void scatter_row_any(A* image, const A* w, const A* grad, int64_t grad_pixel, in
   }
 }
 
-// One row of a tile: gw[i*K + j][x] = sum_c grad[c][x] * planes[i][c][offset[j] + x], I tap rows at a time
+// n pixels of a row of a tile: gw[i*K + j][x] = sum_c grad[c][x] * planes[i][c][offset[j] + x], I tap rows at a time
+template <class A, int K, int I, int n>
+inline void weight_block(const A* planes, const Planes& layout, int64_t tap_row, const int64_t* offset, const A* grad,
+                         A* gw, int64_t channels) {
+  using V = Lanes<A, n>;
+  for (int i = 0; i < K; i += I) {
+    V sum[I][K] = {};
+    const A* line = planes + i * tap_row;
+    for (int64_t c = 0; c < channels; ++c, line += layout.channel) {
+      const V g = read<V>(grad + c * kPitch);
+#pragma GCC unroll 8
+      for (int r = 0; r < I; ++r)
+#pragma GCC unroll 8
+        for (int j = 0; j < K; ++j) sum[r][j] += g * read<V>(line + r * tap_row + offset[j]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < I; ++r)
+#pragma GCC unroll 8
+      for (int j = 0; j < K; ++j) store(gw + ((i + r) * K + j) * kPitch, sum[r][j]);
+  }
+}
+
+// The whole row; its rest in half a vector, where that is enough
 template <class A, int K, int I>
 void weight_row(const A* planes, const Planes& layout, int64_t tap_row, const int64_t* offset, const A* grad, A* gw,
                 int64_t width, int64_t channels) {
   constexpr int L = kLanes<A>;
-  for (int64_t x = 0; x < width; x += L)
-    for (int i = 0; i < K; i += I) {
-      Vec<A> sum[I][K] = {};
-      const A* line = planes + i * tap_row + x;
-      for (int64_t c = 0; c < channels; ++c, line += layout.channel) {
-        const Vec<A> g = load(grad + c * kPitch + x);
-#pragma GCC unroll 8
-        for (int r = 0; r < I; ++r)
-#pragma GCC unroll 8
-          for (int j = 0; j < K; ++j) sum[r][j] += g * load(line + r * tap_row + offset[j]);
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < I; ++r)
-#pragma GCC unroll 8
-        for (int j = 0; j < K; ++j) store(gw + ((i + r) * K + j) * kPitch + x, sum[r][j]);
-    }
+  int64_t x = 0;
+  for (; x + L / 2 < width; x += L)
+    weight_block<A, K, I, L>(planes + x, layout, tap_row, offset, grad + x, gw + x, channels);
+  if (x < width)
+    weight_block<A, K, I, L / 2>(planes + x, layout, tap_row, offset, grad + x, gw + x, channels);
 }
 
 template <class A>
@@ -588,32 +602,62 @@ struct Row {  // of an image or of kernels: its pixel x lies at data + x * pixel
   int64_t row, pixel;
 };
 
-struct Extent {  // where a row lies in its image
-  int64_t y, H, W;
+struct Extent {  // where a row lies in its image, and which channel a pixel's last vector begins with
+  int64_t y, H, W, last = 0;
 };
 
-// out[x] = sum_{i,j} w[x][i, j] * image[(i, j) around x]; transposed, the taps with which the pixels around read x:
-// out[x] = sum_{i,j} w[(i, j) around x][K-1-i, K-1-j] * image[(i, j) around x]
-template <class A, int K, int V, bool kTransposed>
-void gather_in_place(const Row<A>& image, const Row<A>& w, const Row<A>& out, const Extent& e) {
-  constexpr int L = kLanes<A>, P = kStrip<V, 1>, R = K / 2;
-  const int i_begin = int(std::max<int64_t>(0, R - e.y)), i_end = int(std::min<int64_t>(K, e.H + R - e.y));
-  for (int64_t next = 0; next < e.W; next += P) {
-    const int64_t x = std::min(next, e.W - P);  // the last strip may repeat pixels of the one before
-    Vec<A> sum[P][V] = {};
-    const auto tap = [&](int i, int m, int s) {
-      if constexpr (kTransposed)
-        return w.data[(i - R) * w.row + (x + m - R) * w.pixel + (K - 1 - i) * K + K - 1 - (m - s)];
-      else
-        return w.data[(x + s) * w.pixel + i * K + m - s];
-    };
-    gather_strip<A, K, V, P>(image.data - R * image.row + (x - R) * image.pixel, image.row, image.pixel, tap, i_begin,
-                             i_end, R - x, e.W + R - x, sum);
+// out[x] = sum_{i,j} (the tap of x at i, j) * image[(i, j) around x], with X pixels from a tap to the next one; for taps
+// and place see gather_strip. A pixel's last vector may repeat channels of the one before.
+template <class A, int K, int V, int X, class Taps, class Place>
+void gather_in_place(const Row<A>& image, const Taps& taps, const Place& place, const Row<A>& out, const Extent& e) {
+  constexpr int L = kLanes<A>, P = kStrip<V, X>, R = K / 2;
+  const int64_t i_begin = std::max<int64_t>(0, R - e.y / X), i_end = std::min<int64_t>(K, R + (e.H - e.y + X - 1) / X);
+  const int64_t row = X * image.row, col = X * image.pixel;
+  for (int64_t phase = 0; phase < X; ++phase) {
+    const int64_t pixels = (e.W - phase + X - 1) / X;
+    for (int64_t next = 0; next < pixels; next += P) {
+      const int64_t x = phase + X * std::min(next, pixels - P);  // the last strip may repeat pixels of the one before
+      Vec<A> sum[P][V] = {};
+      const auto gather = [&](int64_t m_begin, int64_t m_end) {
+        gather_strip<A, K, V, P>(image.data - R * row + x * image.pixel - R * col, row, col, e.last,
+                                 [&](int64_t i) { return taps(x, i); }, place, i_begin, i_end, m_begin, m_end, sum);
+      };
+      const int64_t m_begin = R - x / X, m_end = R + (e.W - x + X - 1) / X;
+      m_begin > 0 || m_end < P + K - 1 ? gather(m_begin, m_end) : gather(0, P + K - 1);
 #pragma GCC unroll 8
-    for (int s = 0; s < P; ++s)
+      for (int s = 0; s < P; ++s)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store(out.data + (x + s) * out.pixel + v * L, sum[s][v]);
+        for (int v = 0; v < V; ++v)
+          store(out.data + (x + s * X) * out.pixel + (v + 1 < V ? v * L : e.last), sum[s][v]);
+    }
   }
+}
+
+// With given kernels w; transposed, the taps with which the pixels around x read it
+template <class A, int K, int V, bool kTransposed>
+void gather_given(const Row<A>& image, const Row<A>& w, const Row<A>& out, const Extent& e) {
+  constexpr int R = K / 2;
+  if constexpr (kTransposed)
+    gather_in_place<A, K, V, 1>(
+        image, [&](int64_t x, int64_t i) { return w.data + (i - R) * w.row + (x - R) * w.pixel + (K - 1 - i) * K; },
+        [pixel = w.pixel](int m, int s) { return m * pixel + K - 1 - (m - s); }, out, e);
+  else
+    gather_in_place<A, K, V, 1>(
+        image, [&](int64_t x, int64_t i) { return w.data + x * w.pixel + i * K; },
+        [pixel = w.pixel](int m, int s) { return s * pixel + m - s; }, out, e);
+}
+
+// With kernels (K*K, pixel) of rows as tiles hold them: of this row; transposed, of the K rows around it
+template <class A, int K, int V, int X, bool kTransposed>
+void gather_made(const Row<A>& image, const A* const* w, const Row<A>& out, const Extent& e) {
+  if constexpr (kTransposed)
+    gather_in_place<A, K, V, X>(
+        image, [&](int64_t x, int64_t i) { return w[i] + (K - 1 - i) * K * kPitch + x; },
+        [](int m, int s) { return (K - 1 - (m - s)) * kPitch + (m - K / 2) * X; }, out, e);
+  else
+    gather_in_place<A, K, V, X>(
+        image, [&](int64_t x, int64_t i) { return w[0] + i * K * kPitch + x; },
+        [](int m, int s) { return (m - s) * kPitch + s * X; }, out, e);
 }
 
 #if defined(INVOLUTION_SHUFFLES) && defined(__AVX__)
@@ -729,7 +773,7 @@ InPlaceLoops<A> choose_in_place(const Problem& p) {
     constexpr int L = kLanes<A>;
     const auto with = [&](auto K, auto V) -> InPlaceLoops<A> {
       if (p.W < std::max(kStrip<V, 1>, K())) return {};
-      return {gather_in_place<A, K, V, false>, gather_in_place<A, K, V, true>, weight_in_place<A, K, V>};
+      return {gather_given<A, K, V, false>, gather_given<A, K, V, true>, weight_in_place<A, K, V>};
     };
     const auto with_taps = [&](auto V) -> InPlaceLoops<A> {
       if (p.K == 3) return with(std::integral_constant<int, 3>(), V);
@@ -744,6 +788,43 @@ InPlaceLoops<A> choose_in_place(const Problem& p) {
     }
   }
 #endif
+  return {};
+}
+
+template <class A>
+using Gather = void (*)(const Row<A>&, const A* const*, const Row<A>&, const Extent&);
+
+template <class A>
+struct FusedLoops {  // null where copies are needed
+  Gather<A> forward = nullptr, grad_input = nullptr;
+};
+
+template <class A>
+FusedLoops<A> choose_fused(const Problem& p) {
+  if constexpr (std::is_same_v<A, float>) {
+    constexpr int L = kLanes<A>;
+    const auto with = [&](auto K, auto V, auto X) -> FusedLoops<A> {
+      if (p.W / X < kStrip<V, X>) return {};
+      return {gather_made<A, K, V, X, false>, gather_made<A, K, V, X, true>};
+    };
+    const auto with_taps = [&](auto V) -> FusedLoops<A> {
+      constexpr std::integral_constant<int, 1> one;
+      constexpr std::integral_constant<int, 2> two;
+      constexpr std::integral_constant<int, 3> three;
+      constexpr std::integral_constant<int, 5> five;
+      constexpr std::integral_constant<int, 7> seven;
+      if (p.K == 3 && p.dilation == 1) return with(three, V, one);
+      if (p.K == 5 && p.dilation == 1) return with(five, V, one);
+      if (p.K == 7 && p.dilation == 1) return with(seven, V, one);
+      if (p.K == 3 && p.dilation == 2) return with(three, V, two);
+      if (p.K == 5 && p.dilation == 2) return with(five, V, two);
+      return {};
+    };
+    if (p.stride > 1 || p.W > kTile || p.Cg() < L) return {};
+    if (p.Cg() == L) return with_taps(std::integral_constant<int, 1>());
+    if (p.Cg() <= 2 * L) return with_taps(std::integral_constant<int, 2>());
+    if (p.Cg() <= 3 * L) return with_taps(std::integral_constant<int, 3>());
+  }
   return {};
 }
 
@@ -822,6 +903,9 @@ struct SpannedKernels {
   void make(A* w, const A* features, const Tile&, int64_t, int64_t g) const {
     multiply(span + g * p.KK() * depth(), depth(), 1, features, w, p.KK(), depth(), false);
   }
+  void make_all(A* w, const A* features) const {  // the groups' one after the other
+    multiply(span, depth(), 1, features, w, p.G * p.KK(), depth(), false);
+  }
 };
 
 template <class T>
@@ -866,14 +950,44 @@ A* in_place(T* row, const Image<T>& image, const Block<A>& b, const Tile& t) {
   return nullptr;
 }
 
+template <class A>
+void forward_in_place(const Problem& p, const Image<A>& input, const SpannedKernels<A, A>& source,
+                      const Image<A>& output, Gather<A> gather) {
+  const int64_t pieces = at::in_parallel_region() || at::get_num_threads() == 1 ? 1 : 16;
+  const int64_t rows = p.block_rows(pieces), units = p.blocks(pieces);
+  at::parallel_for(0, p.N * units, 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(sizeof(A) * (p.G * p.KK() * kPitch + source.scratch()) + 128);
+    A* w = scratch.take<A>(p.G * p.KK() * kPitch);
+    A* features = scratch.take<A>(source.scratch());
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t n = unit / units, y0 = unit % units * rows;
+      for_tiles(p, y0, std::min(p.H, y0 + rows), [&](const Tile& t) {
+        source.prepare(features, t, n);
+        source.make_all(w, features);
+        for (int64_t r = 0; r < t.rows; ++r)
+          for (int64_t g = 0; g < p.G; ++g) {
+            const A* taps = w + g * p.KK() * kPitch + r * t.width;
+            const int64_t y = t.y + r;
+            gather(row_of(input, p, n, g, y), &taps, row_of(output, p, n, g, y), {y, p.H, p.W, p.Cg() - kLanes<A>});
+          }
+      });
+    }
+  });
+}
+
 template <class T, class Source, class A = typename AccumulatorOf<T>::type>
 void forward(const Problem& p, const Image<T>& input, const Source& source, const Image<T>& output) {
   if constexpr (std::is_same_v<Source, GivenKernels<A, T>> && std::is_same_v<T, A>) {
     const auto loop = choose_in_place<A>(p).forward;
     if (loop && input.c == 1 && source.weight.k == 1 && output.c == 1)
       return for_rows(p, [&](int64_t n, int64_t g, int64_t y) {
-        loop(row_of(input, p, n, g, y), row_of(source.weight, p, n, g, y), row_of(output, p, n, g, y), {y, p.H, p.W});
+        loop(row_of(input, p, n, g, y), row_of(source.weight, p, n, g, y), row_of(output, p, n, g, y),
+             {y, p.H, p.W, p.Cg() - kLanes<A>});
       });
+  }
+  if constexpr (std::is_same_v<Source, SpannedKernels<A, T>> && std::is_same_v<T, A>) {
+    const auto gather = choose_fused<A>(p).forward;
+    if (gather && input.c == 1 && output.c == 1) return forward_in_place(p, input, source, output, gather);
   }
   const auto blocks = channel_blocks<A>(p);
   const int64_t width = blocks.back().channel + blocks.back().width;
@@ -946,6 +1060,12 @@ class InputGradient {  // of one block of rows and one group at a time
     begun = done = h0;
   }
 
+  // What the kernels of a tile are made of
+  const A* features_of(const Tile& t) {
+    source.prepare(features, t, n);
+    return features;
+  }
+
   // As far as output row `until`
   void advance(int64_t until) {
     until = std::min(until, last + 1);
@@ -976,8 +1096,7 @@ class InputGradient {  // of one block of rows and one group at a time
   }
 
   void add_tile(const Tile& t) {
-    source.prepare(features, t, n);
-    source.make(w, features, t, n, g);
+    source.make(w, features_of(t), t, n, g);
     for (const auto& b : blocks) {
       const Steps steps{p.dilation * cols * b.width, p.dilation * b.width, p.stride * b.width, p.K};
       for (int64_t r = 0; r < t.rows; ++r) {
@@ -1005,6 +1124,65 @@ class InputGradient {  // of one block of rows and one group at a time
   const int64_t cols, image, width;
   A *padded, *w, *grad, *features;
   int64_t n, g, h0, h1, next, last, begun, done;  // of the block: output rows to come, input rows begun and put out
+};
+
+// The same without copies: a row of grad_input gathers what the rows of grad_output around it add to it. The kernels of
+// these are held in a ring of tiles, and what they are made of for all groups.
+template <class A>
+class GatheredInputGradient {
+ public:
+  GatheredInputGradient(const Problem& p, const Image<A>& grad_output, const SpannedKernels<A, A>& source,
+                        const Image<A>& grad_input, Gather<A> gather)
+      : p(p), grad_output(grad_output), grad_input(grad_input), source(source), gather(gather),
+        slots(2 * p.pad() / p.tile_rows() + 2) {}
+
+  int64_t scratch() const {
+    const int64_t tiles = (p.block_rows() + 2 * p.pad()) / p.tile_rows() + 2;
+    return slots * p.KK() * kPitch + tiles * source.scratch() + 32;
+  }
+
+  void begin(Scratch& scratch) {
+    w = scratch.take<A>(slots * p.KK() * kPitch);
+    prepared = scratch.take<A>(0);  // the rest
+  }
+
+  void start(int64_t image, int64_t group, int64_t y0, int64_t y1) {
+    n = image, g = group, next = y0, end = y1;
+    first = made = y0 - round_up(std::min(p.pad(), y0), p.tile_rows());
+    if (g > 0) return;
+    for (int64_t y = first; y < std::min(p.H, y1 + p.pad()); y += p.tile_rows()) source.prepare(features(y), tile(y), n);
+  }
+
+  // What the kernels of a tile are made of
+  const A* features_of(const Tile& t) const { return features(t.y); }
+
+  // As far as row `until`
+  void advance(int64_t until) {
+    for (; next < std::min(until, end); ++next) {
+      for (; made < std::min(p.H, next + p.pad() + 1); made += p.tile_rows())
+        source.make(slot(made), features(made), tile(made), n, g);
+      const A* rows[kMostTaps] = {};
+      for (int64_t i = 0; i < p.K; ++i) {
+        const int64_t y = next + (i - p.K / 2) * p.dilation;
+        if (y >= 0 && y < p.H) rows[i] = slot(y) + (y - first) % p.tile_rows() * p.tile_width();
+      }
+      gather(row_of(grad_output, p, n, g, next), rows, row_of(grad_input, p, n, g, next),
+             {next, p.H, p.W, p.Cg() - kLanes<A>});
+    }
+  }
+
+ private:
+  A* features(int64_t y) const { return prepared + (y - first) / p.tile_rows() * source.scratch(); }
+  Tile tile(int64_t y) const { return {y, std::min(p.tile_rows(), p.H - y), 0, p.W, p.tile_width()}; }
+  A* slot(int64_t y) const { return w + (y - first) / p.tile_rows() % slots * p.KK() * kPitch; }
+
+  const Problem& p;
+  const Image<A>&grad_output, &grad_input;
+  const SpannedKernels<A, A>& source;
+  const Gather<A> gather;
+  const int64_t slots;
+  A *w, *prepared;
+  int64_t n, g, first, next, end, made;  // of the block: the first tile's row, rows to come, and rows without kernels
 };
 
 template <class T, class A = typename AccumulatorOf<T>::type>
@@ -1060,7 +1238,7 @@ void backward(const Problem& p, const Image<T>& grad_output, const Image<T>& inp
     if (loops.forward && grad_output.c == 1 && input_ready && weight_ready)
       return for_rows(p, [&](int64_t n, int64_t g, int64_t y) {
         const Row<A> grad = row_of(grad_output, p, n, g, y);
-        const Extent extent{y, p.H, p.W};
+        const Extent extent{y, p.H, p.W, p.Cg() - kLanes<A>};
         if (grad_input.data)
           loops.grad_input(grad, row_of(weight, p, n, g, y), row_of(grad_input, p, n, g, y), extent);
         if (grad_weight.data)
@@ -1093,42 +1271,38 @@ void backward(const Problem& p, const Image<T>& grad_output, const Image<T>& inp
   });
 }
 
-// The gradients of the span are left out where their addresses are null
-template <class T, class A = typename AccumulatorOf<T>::type>
-void fused_backward(const Problem& p, const Image<T>& grad_output, const Image<T>& input, const Image<T>& hidden,
-                    const std::vector<A>& span, const Image<T>& grad_input, const Image<T>& grad_hidden,
+// The gradients of the span are left out where their addresses are null. of_input: an InputGradient.
+template <class T, class Gradient, class A = typename AccumulatorOf<T>::type>
+void fused_backward(const Problem& p, const Image<T>& grad_output, const Image<T>& input,
+                    const SpannedKernels<A, T>& source, const Gradient& of_input, const Image<T>& grad_hidden,
                     T* grad_span_weight, T* grad_span_bias) {
   constexpr int L = kLanes<A>;
-  const SpannedKernels<A, T> source{p, hidden, span.data()};
   const int64_t units = p.N * p.blocks(), chunks = std::min<int64_t>(units, kChunks);
   const int64_t depth = source.depth(), size = p.G * p.KK() * depth;
   const int64_t tiles = (p.block_rows() + p.tile_rows() - 1) / p.tile_rows() * (round_up(p.Wo(), kTile) / kTile);
   std::vector<A> partial(chunks * size);
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    InputGradient<T, SpannedKernels<A, T>> to_input(p, grad_output, source, grad_input);
+    Gradient to_input = of_input;
     WeightGradient<T> to_weight(p, grad_output, input);
     Scratch scratch(sizeof(A) * (to_input.scratch() + to_weight.scratch() + size * L + tiles * p.hidden * kPitch +
-                                 source.scratch()) + 256);
-    to_input.begin(scratch);
+                                 32) + 256);
     to_weight.begin(scratch);
     A* sums = scratch.take<A>(size * L);
     A* to_hidden = scratch.take<A>(tiles * p.hidden * kPitch);
-    A* features = scratch.take<A>(source.scratch());
+    to_input.begin(scratch);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       std::fill_n(sums, size * L, A(0));
       for (int64_t unit = units * chunk / chunks; unit < units * (chunk + 1) / chunks; ++unit) {
         const int64_t n = unit / p.blocks(), y0 = unit % p.blocks() * p.block_rows();
         const int64_t y1 = std::min(p.Ho(), y0 + p.block_rows());
         for (int64_t g = 0; g < p.G; ++g) {
-          const A* group_span = span.data() + g * p.KK() * depth;
+          const A* group_span = source.span + g * p.KK() * depth;
           A* next = to_hidden;
           to_input.start(n, g, y0, y1);
           to_weight.run(n, g, y0, y1, [&](const Tile& t, const A* gw) {
             if (t.x0 == 0) to_input.advance(t.y + t.rows);
-            if (grad_span_weight) {
-              source.prepare(features, t, n);
-              accumulate_outer(gw, features, sums + g * p.KK() * depth * L, p.KK(), depth);
-            }
+            if (grad_span_weight)
+              accumulate_outer(gw, to_input.features_of(t), sums + g * p.KK() * depth * L, p.KK(), depth);
             multiply(group_span, 1, depth, gw, next, p.hidden, p.KK(), g > 0);
             if (g == p.G - 1)
               for (int64_t r = 0; r < t.rows; ++r)
@@ -1214,8 +1388,19 @@ int involution_fused_forward(int64_t dtype, const int64_t* packed) {
 int involution_fused_backward(int64_t dtype, const int64_t* packed) {
   return with_dtype(dtype, packed, [&](auto zero, const Problem& p, const Argument* t) {
     using T = decltype(zero);
+    using A = typename AccumulatorOf<T>::type;
     const auto span = join_span<T>(p, (const T*)t[3].data, (const T*)t[4].data);
-    fused_backward<T>(p, t[0], t[1], t[2], span, t[5], t[6], (T*)t[7].data, (T*)t[8].data);
+    const SpannedKernels<A, T> source{p, t[2], span.data()};
+    const Image<T> grad_output(t[0]), grad_input(t[5]);
+    const auto run = [&](const auto& of_input) {
+      fused_backward<T>(p, grad_output, t[1], source, of_input, t[6], (T*)t[7].data, (T*)t[8].data);
+    };
+    if constexpr (std::is_same_v<T, A>) {
+      const auto gather = choose_fused<A>(p).grad_input;
+      if (gather && grad_output.c == 1 && grad_input.c == 1)
+        return run(GatheredInputGradient<A>(p, grad_output, source, grad_input, gather));
+    }
+    run(InputGradient<T, SpannedKernels<A, T>>(p, grad_output, source, grad_input));
   });
 }
 }

@@ -82,8 +82,11 @@ inline void fetch_to_write(const T* p) {
   __builtin_prefetch(p, 1, 3);
 }
 
-// A number of which the compiler knows nothing, so that it does not compute anew what follows from it
-inline void opaque(int64_t& number) { asm("" : "+r"(number)); }
+// A number or address of which the compiler knows nothing, so that it does not compute anew what follows from it
+template <class T>
+inline void opaque(T& value) {
+  asm("" : "+r"(value));
+}
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
