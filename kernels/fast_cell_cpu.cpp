@@ -572,14 +572,20 @@ void every_second(Reader reader) {
       A *of_first = first + row * Wo * C, *of_second = second + row * Wo * C;
       A* upper = x + (row / Ho * H + y) * W * C;
       A* lower = y + 1 < H ? upper + W * C : nullptr;
-      for (int64_t w = 0; w < W; ++w) {
-        A *above = upper + w * C, *below = lower ? lower + w * C : nullptr;
-        A* pixel = (w % 2 ? of_second : of_first) + w / 2 * C;
-        if (A* from = w % 2 ? below : above) gather ? std::copy_n(from, C, pixel) : std::copy_n(pixel, C, from);
-        if (A* between = w % 2 ? above : below; between && !gather) std::fill_n(between, C, A(0));
+      for (int64_t wo = 0; wo < Wo; ++wo, of_first += C, of_second += C, upper += 2 * C) {
+        const bool has_right = 2 * wo + 1 < W;
+        A* beyond = lower && has_right ? lower + C : nullptr;
+        if (gather) {
+          copy_run(of_first, upper, C);
+          beyond ? copy_run(of_second, beyond, C) : fill_run(of_second, C);
+        } else {
+          copy_run(upper, of_first, C);
+          if (has_right) fill_run(upper + C, C);
+          if (lower) fill_run(lower, C);
+          if (beyond) copy_run(beyond, of_second, C);
+        }
+        if (lower) lower += 2 * C;
       }
-      if (gather && !lower) std::fill_n(of_second, Wo * C, A(0));
-      if (gather && W % 2) std::fill_n(of_second + (Wo - 1) * C, C, A(0));
     }
   });
 }
@@ -845,9 +851,9 @@ void side_by_side(Reader reader) {
     for (int64_t row = begin; row < end; ++row) {
       A* place = whole + row * width;
       for (const auto& [part, columns] : parts) {
-        if (!part && !from_whole) std::fill_n(place, columns, A(0));
-        if (part) from_whole ? std::copy_n(place, columns, part + row * columns)
-                             : std::copy_n(part + row * columns, columns, place);
+        if (!part && !from_whole) fill_run(place, columns);
+        if (part) from_whole ? copy_run(part + row * columns, place, columns)
+                             : copy_run(place, part + row * columns, columns);
         place += columns;
       }
     }

@@ -222,15 +222,6 @@ inline void transpose_block(D* dst, int64_t dp, const S* src, int64_t sp, int64_
     for (int64_t c = 0; c < cols; ++c) dst[r * dp + c] = D(src[c * sp + r]);
 }
 
-// Most runs are a pixel's channels, which are copied sooner than a function is called
-template <class D>
-inline void copy_run(D* dst, const D* src, int64_t count) {
-  if constexpr (std::is_floating_point_v<D>)
-    if (count <= 8 * kLanes<D>)
-      return for_columns<kLanes<D>>(0, count, [&](int64_t c, auto n) { store(dst + c, read<Lanes<D, n>>(src + c)); });
-  std::copy_n(src, count, dst);
-}
-
 enum class Side { kSource, kTarget };  // the one outside the scratch memory, which is visited in order
 
 // dst[r * dr + c * dc] = src[r * sr + c * sc], converting

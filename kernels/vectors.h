@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <new>
@@ -116,6 +117,20 @@ template <int most, class F>
 inline void for_columns(int64_t c, int64_t width, const F& f) {
   for (; c + most <= width; c += most) f(c, std::integral_constant<int, most>());
   if constexpr (most > 1) for_columns<(most > 4 ? most / 2 : 1)>(c, width, f);
+}
+
+template <class A>
+inline void fill_run(A* dst, int64_t count) {  // with zeros
+  for_columns<kLanes<A>>(0, count, [&](int64_t c, auto n) { store(dst + c, Lanes<A, n>{}); });
+}
+
+// Most runs are a pixel's channels, which are copied sooner than a function is called
+template <class A>
+inline void copy_run(A* dst, const A* src, int64_t count) {
+  if constexpr (std::is_floating_point_v<A>)
+    if (count <= 8 * kLanes<A>)
+      return for_columns<kLanes<A>>(0, count, [&](int64_t c, auto n) { store(dst + c, read<Lanes<A, n>>(src + c)); });
+  std::copy_n(src, count, dst);
 }
 
 }  // namespace
