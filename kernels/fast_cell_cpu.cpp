@@ -559,13 +559,24 @@ void project_backward(Reader reader) {
 // --------------------------------------------------------------------------------------------------- every second
 
 // Of images (N, H, W, C) every second pixel of every second row, from the first on and from the second on: `first` and
-// `second`, (N, ceil(H/2), ceil(W/2), C), the latter with zeros past the edge. `gather` reads x, else x is written.
+// `second`, (N, ceil(H/2), ceil(W/2), C), the latter with zeros past the edge. `gather` reads x, else x is written: with
+// zeros between, plus `more`, if that is there.
 template <class A>
 void every_second(Reader reader) {
   const int64_t N = reader.number(), H = reader.number(), W = reader.number(), C = reader.number();
   const bool gather = reader.number();
   A *x = reader.address<A>(), *first = reader.address<A>(), *second = reader.address<A>();
+  const A* more = gather ? nullptr : reader.address<const A>();
   const int64_t Ho = (H + 1) / 2, Wo = (W + 1) / 2;
+  const auto put = [&](A* to, const A* pixel) {
+    if (!to) return;
+    for_columns<kLanes<A>>(0, C, [&](int64_t c, auto n) {
+      using V = Lanes<A, n>;
+      V value = pixel ? read<V>(pixel + c) : V{};
+      if (more) value += read<V>(more + (to - x) + c);
+      store(to + c, value);
+    });
+  };
   at::parallel_for(0, N * Ho, std::max<int64_t>(1, 8192 / (Wo * C)), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t y = row % Ho * 2;
@@ -573,16 +584,16 @@ void every_second(Reader reader) {
       A* upper = x + (row / Ho * H + y) * W * C;
       A* lower = y + 1 < H ? upper + W * C : nullptr;
       for (int64_t wo = 0; wo < Wo; ++wo, of_first += C, of_second += C, upper += 2 * C) {
-        const bool has_right = 2 * wo + 1 < W;
-        A* beyond = lower && has_right ? lower + C : nullptr;
+        A* right = 2 * wo + 1 < W ? upper + C : nullptr;
+        A* beyond = lower && right ? lower + C : nullptr;
         if (gather) {
-          copy_run(of_first, upper, C);
-          beyond ? copy_run(of_second, beyond, C) : fill_run(of_second, C);
+          put(of_first, upper);
+          put(of_second, beyond);
         } else {
-          copy_run(upper, of_first, C);
-          if (has_right) fill_run(upper + C, C);
-          if (lower) fill_run(lower, C);
-          if (beyond) copy_run(beyond, of_second, C);
+          put(upper, of_first);
+          put(right, nullptr);
+          put(lower, nullptr);
+          put(beyond, of_second);
         }
         if (lower) lower += 2 * C;
       }
@@ -788,13 +799,14 @@ void depthwise_backward(Reader reader) {
 }
 
 // y: the mean of each window of stride x stride pixels of x, those past the edge left out; or, backward, the gradient of
-// x from that of y
+// x from that of y, plus `more`, if that is there
 template <class A>
 void average(Reader reader) {
   const int64_t N = reader.number(), C = reader.number(), H = reader.number(), W = reader.number();
   const int64_t stride = reader.number();
   const bool backward = reader.number();
   A *x = reader.address<A>(), *y = reader.address<A>();
+  const A* more = backward ? reader.address<const A>() : nullptr;
   const int64_t Ho = (H + stride - 1) / stride, Wo = (W + stride - 1) / stride;
   at::parallel_for(0, N * Ho, std::max<int64_t>(1, 8192 / (Wo * C)), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
@@ -809,10 +821,10 @@ void average(Reader reader) {
           const V part = backward ? V(read<V>(pixel + c) / share) : V{};
           for (int64_t h = h0; h < h1; ++h)
             for (int64_t w = w0; w < w1; ++w)
-              if (backward)
-                store(image + (h * W + w) * C + c, part);
+              if (A* place = image + (h * W + w) * C + c; backward)
+                store(place, more ? V(part + read<V>(more + (place - x))) : part);
               else
-                sum += read<V>(image + (h * W + w) * C + c);
+                sum += read<V>(place);
           if (!backward) store(pixel + c, V(sum / share));
         });
       }

@@ -47,7 +47,7 @@ from torch.autograd import Function
 from . import build, involution_cpu
 from .fast_cell_torch import EPS
 from .involution_arguments import check_fused
-from .recorded import Place, Unsupported, add, apply, bits, call, empty, empty_image, once_differentiable
+from .recorded import Place, Unsupported, already, apply, bits, call, empty, empty_image, once_differentiable, total
 
 # elements behind an image, for many small objects; none where a sanitizer is to see what reads or writes past its end
 _ROOM = 0 if "-fsanitize" in os.environ.get("CXX", "") else 1024
@@ -205,7 +205,8 @@ class _Heads(Function):
         affine, weights, hidden = (scale, shift), saved[: len(grads)], saved[len(grads) :]
         hidden, v = (hidden, None) if hidden else _project_heads(x, weights, affine, ctx.stats)
         trains = any(ctx.needs_input_grad[2 : 2 + len(weights)])
-        return None, *_heads_backward(grads, x, weights, hidden, v, affine, ctx.stats, ctx.training, trains)
+        more = already(ctx, 1)
+        return None, *_heads_backward(grads, x, weights, hidden, v, affine, ctx.stats, ctx.training, trains, more)
 
 
 class _Involutions(Function):
@@ -256,11 +257,11 @@ class _Involutions(Function):
         )
         if scales is not None:
             _rms_norm_backward(to_hidden, hidden, scales)
-        more = () if ctx.is_pooled else to_x
+        more = already(ctx, 4) if ctx.is_pooled else [*to_x, *already(ctx, 3)]
         to_pooled, *to_heads = _heads_backward(
             to_hidden, pooled, weights[:n], hidden, v, affine, ctx.stats, ctx.training, heads_train, more
         )
-        to_x = add(to_x) if ctx.is_pooled else to_pooled
+        to_x = total([*to_x, *already(ctx, 3)]) if ctx.is_pooled else to_pooled
         to_pooled = to_pooled if ctx.is_pooled else None
         per_layer = *to_heads[:n], *to_span, *to_bias, *to_heads[n:]  # of five kinds
         return (
@@ -454,8 +455,9 @@ class _Project(Function):
         packed = [*_operands(images), *_projection(v, weight, scale, shift, ctx.stats)]
         packed += _results(gradients, ctx.widths)
         packed += map(_address, (to_scale, to_shift, to_weight))
-        for to_image in to_images:
-            packed += [_address(to_image), True, 0]
+        for k, to_image in enumerate(to_images):
+            more = [] if to_image is None else already(ctx, 4 + k)
+            packed += [_address(to_image), True, len(more), *map(_address, more)]
         _call_with_statistics("project_backward", v, ctx.training, packed)
         per_norm = (*(_split(to, ctx.widths) for to in (to_weight, to_scale, to_shift)),)
         used = [any(image is not None for image in pair) for pair in gradients]
@@ -529,13 +531,13 @@ class _EverySecond(Function):
     def backward(ctx, *grads):
         grads = [_channels_last(grad) for grad in grads]
         to_x = _image(grads[0], grads[0].shape[1], *ctx.size)
-        _every_second(to_x, False, *grads)
+        _every_second(to_x, False, *grads, *(already(ctx, 0) or [None]))
         return to_x
 
 
-def _every_second(x, gather, first, second):
+def _every_second(x, gather, *images):
     N, C, H, W = x.shape
-    _call("every_second", x, [N, H, W, C, gather, *map(_address, (x, first, second))])
+    _call("every_second", x, [N, H, W, C, gather, *map(_address, (x, *images))])
 
 
 class _Average(Function):
@@ -550,7 +552,8 @@ class _Average(Function):
     @once_differentiable
     def backward(ctx, grad):
         grad, to_x = _channels_last(grad), _image(grad, *ctx.shape[1:])
-        _call("average", grad, [*ctx.shape, ctx.stride, True, *map(_address, (to_x, grad))])
+        tensors = to_x, grad, *(already(ctx, 0) or [None])
+        _call("average", grad, [*ctx.shape, ctx.stride, True, *map(_address, tensors)])
         return to_x, None
 
 

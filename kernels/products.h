@@ -130,10 +130,10 @@ struct Addend {  // of a result, as wide as that: rows (pixel, result), times a 
 };
 
 template <class A>
-struct Start {  // what is added to the products of a pixel: rows with `pitch` elements between them, 0 for a single one
+struct Start {  // what products are added to: rows with `pitch` elements between them, 0 for a single one
   const A* first;
   int64_t pitch;
-  const std::vector<Addend<A>>& addends;
+  const std::vector<Addend<A>>& addends;  // what is added to their sum
 };
 
 template <class A>
@@ -164,8 +164,8 @@ struct Rows {  // of a matrix: addresses that need few registers, one of them fo
   }
 };
 
-// target[p + r][c + v] = start + sum over inputs and k of x[p + r][k] * matrix[k][c + v]: R rows, V vectors of n columns.
-// Meanwhile the next R rows are fetched.
+// target[p + r][c + v] = start + sum over inputs and k of x[p + r][k] * matrix[k][c + v] + addends: R rows, V vectors of n
+// columns. Meanwhile the next R rows are fetched.
 template <class A, int n, int R, int V>
 inline void combine_block(const Input<A>* input, int64_t inputs, const Start<A>& start, const Target<A>& target,
                           int64_t p, int64_t c) {
@@ -181,11 +181,6 @@ inline void combine_block(const Input<A>* input, int64_t inputs, const Start<A>&
   for_sums([&](Vector& s, int64_t, int r, int v) {
     s = read<Vector>(start.first + (p + r) * start.pitch + c + v * n);
   });
-  for (const auto& addend : start.addends)
-    for_sums([&](Vector& s, int64_t e, int, int) {
-      fetch(addend.x + e + R * width);
-      s += addend.factor * read<Vector>(addend.x + e);
-    });
   const int64_t line = c ? 0 : 64 / sizeof(A);  // the first columns' block has fetched all that lie on the way
   const A* next_sums = target.sums + (p + R) * width;
   const A* next_positives = (target.positives ? target.positives : target.sums) + (p + R) * width;
@@ -207,6 +202,11 @@ inline void combine_block(const Input<A>* input, int64_t inputs, const Start<A>&
     next_sums += input->depth * line;
     next_positives += input->depth * line;
   }
+  for (const auto& addend : start.addends)
+    for_sums([&](Vector& s, int64_t e, int, int) {
+      fetch(addend.x + e + R * width);
+      s += addend.factor * read<Vector>(addend.x + e);
+    });
   if (target.relu) for_sums([](Vector& s, int64_t, int, int) { s = positive(s); });
   if (target.mask)
     for_sums([&](Vector& s, int64_t e, int, int) { s = read<Vector>(target.mask + e) <= 0 ? Vector{} : s; });
@@ -241,9 +241,10 @@ void combine_tile(const std::vector<Input<A>>& inputs, const Start<A>& start, co
     int64_t depth = 0;
     for (; last < inputs.size() && (last == first || depth + inputs[last].depth <= kDepth); ++last)
       depth += inputs[last].depth;
-    const Start<A> begun{target.sums, target.width, none};
     const bool is_last = last == inputs.size();
-    combine_tile(inputs.data() + first, last - first, first ? begun : start,
+    const Start<A> begun{first ? target.sums : start.first, first ? target.width : start.pitch,
+                         is_last ? start.addends : none};
+    combine_tile(inputs.data() + first, last - first, begun,
                  is_last ? target : Target<A>{target.sums, target.width}, rows);
     if (is_last) return;
   }

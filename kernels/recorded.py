@@ -77,6 +77,21 @@ def add(tensors):
     return total
 
 
+def total(tensors):
+    """The same of one or more; None of none."""
+    if len(tensors) < 2:
+        return tensors[0] if tensors else None
+    return add(tensors)
+
+
+def already(ctx, k):
+    """[the gradient of argument k that other functions have made], which a backward adds to its own, last of all.
+
+    None where there is no such gradient, and where nothing is recorded, as autograd does that by itself.
+    """
+    return ctx.take_gradients(k) if type(ctx) is _Context else []
+
+
 def bits(value):
     """A real number as packed numbers hold it."""
     return struct.unpack("q", struct.pack("d", value))[0]
@@ -196,13 +211,17 @@ class _Context:
 
     def __init__(self, arguments):
         self.needs_input_grad = tuple(isinstance(x, torch.Tensor | Place) and x.requires_grad for x in arguments)
-        self.materializes, self.saved_tensors = True, ()
+        self.materializes, self.saved_tensors, self.found, self._arguments = True, (), None, arguments
 
     def save_for_backward(self, *tensors):
         self.saved_tensors = tensors
 
     def set_materialize_grads(self, value):
         self.materializes = value
+
+    def take_gradients(self, k):
+        gradient = total(self.found.pop(id(self._arguments[k]), []))
+        return [] if gradient is None else [gradient]
 
 
 class Recording:
@@ -244,24 +263,19 @@ class Recording:
             found[id(result)] += [gradient] * (gradient is not None)
         reached = set()
         for function, ctx, arguments, of_function in reversed(self._tape):
-            grads = [self.total(found.pop(id(result), [])) for result in of_function]
+            grads = [total(found.pop(id(result), [])) for result in of_function]
             missing = [grad is None for grad in grads]
             if all(missing):
                 continue
             if ctx.materializes and any(missing):
                 raise Unsupported
+            ctx.found = found
             to_arguments = _as_tuple(function.backward(ctx, *grads))
             for x, needs, grad in zip(arguments, ctx.needs_input_grad, to_arguments, strict=True):
                 if needs and grad is not None:
                     found[id(x)].append(grad)
                     reached.add(id(x))
-        return {key: self.total(grads) for key, grads in found.items() if key in reached}
-
-    def total(self, places):
-        """Their sum; None of none."""
-        if len(places) < 2:
-            return places[0] if places else None
-        return add(places)
+        return {key: total(grads) for key, grads in found.items() if key in reached}
 
     def hand_on(self, place):
         """The place of an image for the world outside: this one, or a copy where it is not by itself."""
