@@ -283,7 +283,16 @@ def state_of_stem(module, x, wanted, backend):
     *before, conv, norm = module
     for layer in before:
         x = layer(x)
+    if _is_of_images(conv, x):
+        return state_of(iter(backend.convolved(x, conv.weight, norm, wanted)), wanted)
     return state_of(iter(backend.normalize(conv(x), norm, wanted)), wanted)
+
+
+def _is_of_images(conv, x):
+    """Whether a convolution is a usual 3x3 one of few channels, of images that need no gradient."""
+    form = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    usual = form == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and conv.bias is None
+    return usual and x.shape[1] == conv.in_channels <= 4 and x.dtype == conv.weight.dtype and not x.requires_grad
 
 
 def is_usual_stem(module, dtype):

@@ -601,6 +601,30 @@ void every_second(Reader reader) {
   });
 }
 
+// -------------------------------------------------------------------------------------------------------- patches
+
+// Of images (N, H, W, C) the 3x3 pixels around each, row by row, with zeros past the edge and behind them: (N, H, W, width)
+template <class A>
+void patches(Reader reader) {
+  const int64_t N = reader.number(), C = reader.number(), H = reader.number(), W = reader.number();
+  const int64_t width = reader.number();
+  const A* x = reader.address<const A>();
+  A* y = reader.address<A>();
+  at::parallel_for(0, N * H, std::max<int64_t>(1, 8192 / (W * width)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t w = 0; w < W; ++w) {
+        A* to = y + (row * W + w) * width;
+        const int64_t h = row % H, first = std::max<int64_t>(0, w - 1), last = std::min(W, w + 2);
+        std::fill_n(to + 9 * C, width - 9 * C, A(0));
+        for (int64_t i = -1; i < 2; ++i, to += 3 * C) {
+          const bool inside = h + i >= 0 && h + i < H;
+          if (!inside || last - first < 3) std::fill_n(to, 3 * C, A(0));
+          if (inside) std::copy_n(x + ((row + i) * W + first) * C, (last - first) * C, to + (first - w + 1) * C);
+        }
+      }
+  });
+}
+
 // -------------------------------------------------------------------------------------------------------- pooling
 
 struct Pooling {  // of images (N, H, W, C): 3x3, padded by one pixel that does not count
@@ -903,6 +927,7 @@ ENTRY(mix_backward)
 ENTRY(project)
 ENTRY(project_backward)
 ENTRY(every_second)
+ENTRY(patches)
 ENTRY(pool)
 ENTRY(pool_backward)
 ENTRY(track)

@@ -133,6 +133,20 @@ def normalized(v, norms):
     return apply(_Normalize, v, norms, (True, False), v, None, None)[0]
 
 
+def convolved(x, weight, norm, wanted):
+    """`normalize` of a 3x3 convolution of x (N, C, H, W), which needs no gradient, by weight (C', C, 3, 3), padded by 1.
+
+    It is a 1x1 convolution of the pixels around each, so that what it makes need not be read again for its statistics,
+    nor its gradient be written.
+    """
+    N, C, H, W = x.shape
+    x, width = _channels_last(x), -(-9 * C // 4) * 4
+    around = _image(x, width)
+    _call("patches", x, [N, C, H, W, width, *map(_address, (x, around))])
+    weight = nn.functional.pad(weight.permute(0, 2, 3, 1).flatten(1), (0, width - 9 * C))
+    return project([around], [weight[:, :, None, None]], [norm], [wanted if any(wanted) else (True, False)])
+
+
 def pool(x, is_max, stride):
     """3x3 pooling of x (N, C, H, W), padded by a pixel that does not count: the maximum, or the mean."""
     return apply(_Pool, x, x, is_max, stride)
