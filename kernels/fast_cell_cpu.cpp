@@ -393,11 +393,11 @@ void normalize(const Projection<A>& p, int64_t c0, const Result<A>& result, int6
       fetch(v + rows * p.C);
       const V value = norm(read<V>(v));
       if (result.plain) {
-        fetch_to_write(result.plain + e + ahead);
+        fetch(result.plain + e + ahead);
         store(result.plain + e, value);
       }
       if (result.positives) {
-        fetch_to_write(result.positives + e + ahead);
+        fetch(result.positives + e + ahead);
         store(result.positives + e, positive(value));
       }
     }

@@ -97,6 +97,7 @@ class Network {  // the passes of one thread
     }
     sums->results.emplace_back(parts, relu);
     auto& result = sums->results.back();
+    result.is_near = true;
     result.positives = map();
     for (int64_t n = reader.number(); n > 0; --n) result.add(sums->operand(map(), result.width), A(1));
     for (int64_t n = reader.number(); n > 0; --n) add_product(*sums, result);

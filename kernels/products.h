@@ -143,6 +143,7 @@ struct Target {  // rows (pixel, result) for the sums: where they are positive i
   bool relu = false;
   A* positives = nullptr;  // room for their positive part, where that is wanted too
   const A* mask = nullptr;
+  bool is_near = false;  // whether it, and what it is made of, is in the cache
 };
 
 template <class A, int R>
@@ -164,11 +165,13 @@ struct Rows {  // of a matrix: addresses that need few registers, one of them fo
   }
 };
 
+enum class Fetch { kNothing, kSums, kPositives };  // of the next rows: x and the sums; and their positive part
+
 // target[p + r][c + v] = start + sum over inputs and k of x[p + r][k] * matrix[k][c + v] + addends: R rows, V vectors of n
-// columns. Meanwhile the next R rows are fetched.
-template <class A, int n, int R, int V>
-inline void combine_block(const Input<A>* input, int64_t inputs, const Start<A>& start, const Target<A>& target,
-                          int64_t p, int64_t c) {
+// columns. Meanwhile the next R rows are fetched. Not to be inlined: what surrounds it would take its registers.
+template <class A, int n, int R, int V, Fetch kFetch>
+__attribute__((noinline)) void combine_block(const Input<A>* input, int64_t inputs, const Start<A>& start,
+                                             const Target<A>& target, int64_t p, int64_t c) {
   using Vector = Lanes<A, n>;
   Vector sum[R][V];
   const int64_t width = target.width;
@@ -181,19 +184,15 @@ inline void combine_block(const Input<A>* input, int64_t inputs, const Start<A>&
   for_sums([&](Vector& s, int64_t, int r, int v) {
     s = read<Vector>(start.first + (p + r) * start.pitch + c + v * n);
   });
-  const int64_t line = c ? 0 : 64 / sizeof(A);  // the first columns' block has fetched all that lie on the way
-  const A* next_sums = target.sums + (p + R) * width;
-  const A* next_positives = (target.positives ? target.positives : target.sums) + (p + R) * width;
+  constexpr int64_t line = 64 / sizeof(A);
+  const A *next_sums = target.sums + (p + R) * width, *next_positives = target.positives + (p + R) * width;
   for (const Input<A>* end = input + inputs; input != end; ++input) {
     const A* matrix = input->matrix + c;
     Rows<A, R> x(input->x + p * input->depth, input->depth);
     const A* next = input->x + (p + R) * input->depth;
     for (int64_t k = 0; k < input->depth; ++k, matrix += input->pitch, x.advance(1)) {
-      if constexpr (R > 1) {
-        fetch(next + k * line);
-        fetch_to_write(next_sums + k * line);
-        fetch_to_write(next_positives + k * line);
-      }
+      if constexpr (kFetch != Fetch::kNothing) fetch(next + k * line), fetch(next_sums + k * line);
+      if constexpr (kFetch == Fetch::kPositives) fetch(next_positives + k * line);
       Vector row[V];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) row[v] = read<Vector>(matrix + v * n);
@@ -222,9 +221,14 @@ void combine_tile(const Input<A>* input, int64_t inputs, const Start<A>& start, 
   constexpr int L = kLanes<A>;
   const auto columns = [&](int64_t c, auto n, auto V) {
     constexpr int R = V == 2 ? kSums / 2 : kSumsOfOne;
+    const auto block = c || target.is_near ? combine_block<A, n, R, V, Fetch::kNothing>  // the first columns' got all
+                       : target.positives  ? combine_block<A, n, R, V, Fetch::kPositives>
+                                           : combine_block<A, n, R, V, Fetch::kSums>;
     int64_t p = 0;
-    for (; p + R <= rows; p += R) combine_block<A, n, R, V>(input, inputs, start, target, p, c);
-    for (; p < rows; ++p) combine_block<A, n, 1, V>(input, inputs, start, target, p, c);
+    for (; p + R <= rows; p += R) block(input, inputs, start, target, p, c);
+    if constexpr (V == 2)
+      for (; p + 4 <= rows; p += 4) combine_block<A, n, 4, V, Fetch::kNothing>(input, inputs, start, target, p, c);
+    for (; p < rows; ++p) combine_block<A, n, 1, V, Fetch::kNothing>(input, inputs, start, target, p, c);
   };
   constexpr std::integral_constant<int, 1> one;
   constexpr std::integral_constant<int, 2> two;
@@ -241,12 +245,12 @@ void combine_tile(const std::vector<Input<A>>& inputs, const Start<A>& start, co
     int64_t depth = 0;
     for (; last < inputs.size() && (last == first || depth + inputs[last].depth <= kDepth); ++last)
       depth += inputs[last].depth;
-    const bool is_last = last == inputs.size();
-    const Start<A> begun{first ? target.sums : start.first, first ? target.width : start.pitch,
-                         is_last ? start.addends : none};
-    combine_tile(inputs.data() + first, last - first, begun,
-                 is_last ? target : Target<A>{target.sums, target.width}, rows);
-    if (is_last) return;
+    const A* begun = first ? target.sums : start.first;
+    const int64_t pitch = first ? target.width : start.pitch;
+    if (last == inputs.size())
+      return combine_tile(inputs.data() + first, last - first, {begun, pitch, start.addends}, target, rows);
+    const Target<A> sums{target.sums, target.width, false, nullptr, nullptr, target.is_near};
+    combine_tile(inputs.data() + first, last - first, {begun, pitch, none}, sums, rows);
   }
 }
 
@@ -273,7 +277,7 @@ struct Buffers {  // of a thread
 template <class A>
 struct Combination {  // results = bias + sum over sources of matrix * operand, where that is positive if `relu`
   std::vector<Part<A>> results;  // side by side
-  bool relu;
+  bool relu, is_near = false;
   A* positives = nullptr;  // room for the only result's positive part, where that is wanted too
   std::vector<double> bias;
   std::vector<Source<A>> sources;
@@ -308,7 +312,7 @@ struct Combination {  // results = bias + sum over sources of matrix * operand, 
     }
     for (const auto& source : sources)
       if (source.operand->factors) add_bias(source, p0, rows, buffers.copy(k++), buffers.inputs);
-    const Target<A> target{out, width, relu, positives ? positives + p0 * width : nullptr};
+    const Target<A> target{out, width, relu, positives ? positives + p0 * width : nullptr, nullptr, is_near};
     combine_tile(buffers.inputs, Start<A>{buffers.bias.data(), 0, buffers.addends}, target, rows);
     if (in_place) return;
     for (const auto& result : results) {
@@ -342,19 +346,20 @@ void combine(int64_t pixels, const std::vector<Combination<A>>& combinations) {
 
 // ------------------------------------------------------------------------------------------------------- multiply
 
-// sums[r][c] += the tile's sum over p of a[p][r] * b[p][c]: R rows, V vectors of n columns. Meanwhile what lies so many
-// elements ahead is fetched.
-template <class A, int n, int R, int V>
-inline void multiply_block(const A* a, int64_t a_width, const A* b, int64_t b_width, int64_t rows, double* sums,
-                           int64_t pitch, int64_t a_ahead, int64_t b_ahead) {
+// sums[r][c] += the tile's sum over p of a[p][r] * b[p][c]: R rows, V vectors of n columns. Meanwhile the next tile is
+// fetched: of a, of b, or of both.
+template <class A, int n, int R, int V, bool kFetchA, bool kFetchB>
+__attribute__((noinline)) void multiply_block(const A* a, int64_t a_width, const A* b, int64_t b_width, int64_t rows,
+                                              double* sums, int64_t pitch) {
   using Vector = Lanes<A, n>;
+  const int64_t a_ahead = rows * a_width, b_ahead = rows * b_width;
   Vector sum[R][V] = {};
   for (int64_t p = 0; p < rows; ++p, a += a_width, b += b_width) {
     Vector row[V];
-    fetch(a + a_ahead);
+    if constexpr (kFetchA) fetch(a + a_ahead);
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      fetch(b + b_ahead + v * n);
+      if constexpr (kFetchB) fetch(b + b_ahead + v * n);
       row[v] = read<Vector>(b + v * n);
       if constexpr (n > 1) in_register(row[v]);
     }
@@ -378,9 +383,11 @@ void multiply_tile(const A* a, int64_t a_width, bool a_is_copy, const A* b, int6
   const auto columns = [&](int64_t c, auto n, auto V) {
     constexpr int R = kOuterSums / V;
     const int64_t height = is_symmetric ? std::min<int64_t>(a_width, c + V * n) : a_width;
+    const bool fetches_a = c == 0 && !a_is_copy;
     const auto visit = [&](int64_t r, auto R) {
-      multiply_block<A, n, R, V>(a + r, a_width, b + c, b_width, rows, sums + r * pitch + c, pitch,
-                                 c || a_is_copy ? 0 : rows * a_width, r ? 0 : rows * b_width);
+      const auto rest = fetches_a ? multiply_block<A, n, R, V, true, false> : multiply_block<A, n, R, V, false, false>;
+      const auto first = fetches_a ? multiply_block<A, n, R, V, true, true> : multiply_block<A, n, R, V, false, true>;
+      (r ? rest : first)(a + r, a_width, b + c, b_width, rows, sums + r * pitch + c, pitch);
     };
     int64_t r = 0;
     for (; r + R <= height; r += R) visit(r, std::integral_constant<int, R>());

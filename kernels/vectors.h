@@ -78,10 +78,6 @@ template <class T>
 inline void fetch(const T* p) {
   __builtin_prefetch(p, 0, 2);
 }
-template <class T>
-inline void fetch_to_write(const T* p) {
-  __builtin_prefetch(p, 1, 3);
-}
 
 // A number or address of which the compiler knows nothing, so that it does not compute anew what follows from it
 template <class T>

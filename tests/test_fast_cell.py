@@ -537,6 +537,32 @@ def test_small_functions_against_autograd(name, shape):
         assert actual is None or torch.allclose(actual, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (3, 1, 5, 7), (2, 4, 1, 6), (4, 2, 2, 1)])
+def test_stem_against_autograd(shape, training, layout):
+    """A 3x3 convolution of images, its batch norm and ReLU."""
+    if fast_cell.choose_backend(torch.zeros(1)) is fast_cell_torch:
+        pytest.skip("no C++ compiler here")
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.Conv2d(shape[1], 5, 3, padding=1, bias=False), nn.BatchNorm2d(5)).double().train(training)
+    stem, x, found = stem.to(memory_format=layout), torch.randn(shape).double().to(memory_format=layout), []
+    nn.init.normal_(stem[1].weight), nn.init.normal_(stem[1].bias)
+    for is_fast in (True, False):
+        net = copy.deepcopy(stem)
+        if is_fast:
+            state = fast_cell.state_of_stem(net, x, (True, True), fast_cell.choose_backend(x))
+            plain, positive = state.plain, state.relu()
+        else:
+            plain = net(x)
+            positive = plain.relu()
+        grads = torch.randn(2, *plain.shape, generator=torch.Generator().manual_seed(1)).double()
+        torch.autograd.backward([plain, positive], [*grads])
+        found.append([plain, positive, *(w.grad for w in net.parameters()), *net.buffers()])
+    for actual, expected in zip(*found, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_what_lies_side_by_side_must_fit():
     if fast_cell.choose_backend(torch.zeros(1)) is fast_cell_torch:
         pytest.skip("no C++ compiler here")

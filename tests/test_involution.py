@@ -212,6 +212,28 @@ def test_channels_last_without_copies(cpu_backend, K, size, width):
         assert result.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("K, dilation", [(3, 1), (5, 1), (7, 1), (3, 2), (5, 2)])
+@pytest.mark.parametrize("size", [(1, 8), (8, 8), (30, 16), (19, 13), (9, 32), (5, 33)], ids=str)
+@pytest.mark.parametrize("width", [8, 16, 18, 24, 40, 48])  # of a group: the last vector may repeat channels
+@pytest.mark.parametrize("N", [1, 2])  # a single image is cut into blocks of rows
+def test_fused_without_copies_of_images(cpu_backend, K, dilation, size, width, N):
+    """The loops that gather from images where they lie: strips that overlap, borders on all sides, NaN around."""
+    G = 2
+    case = (N, G * width, G, *size, K, 1, dilation)
+    input, _, grad_output, *spans = operands(case, torch.float32, torch.channels_last)
+    around = [F.pad(t, [2, 2, 2, 2], value=torch.nan) for t in (input, grad_output)]
+    views = [t.contiguous(memory_format=torch.channels_last)[..., 2:-2, 2:-2] for t in around]
+    exact = [t.double() for t in (input, grad_output, *spans)]
+    expected = run(fused_reference(K, 1, dilation), [exact[0], *exact[2:]], exact[1])
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        actual = run(lambda *a: involution2d_fused(*a, K, 1, dilation), [views[0], *spans], views[1])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(actual, expected, torch.float32)
+    assert actual[1].is_contiguous(memory_format=torch.channels_last)  # as the loops require of what they write
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_output_has_the_layout_of_the_input(each_backend, layout):
     input, weight, *_ = operands((2, 16, 1, 6, 6, 3, 1, 1), torch.float32, layout)
