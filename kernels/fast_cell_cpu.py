@@ -134,7 +134,7 @@ def normalized(v, norms):
 
 
 def convolved(x, weight, norm, wanted):
-    """`normalize` of a 3x3 convolution, padded by 1, of x (N, C, H, W), which needs no gradient, by weight (C', C, 3, 3).
+    """`normalize` of a 3x3 convolution, padded by 1, of x (N, C, H, W), without a gradient of x; weight (C2, C, 3, 3).
 
     It is a 1x1 convolution of the pixels around each, so that what it makes need not be read again for its statistics,
     nor its gradient be written.
