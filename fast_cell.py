@@ -26,7 +26,7 @@ fast_network.py calls it, and makes programs of it.
 An operation of another class than those of operations.py, one with hooks, or one whose layers are not as `OPS` makes
 them is a plain term: its own forward is called, and nothing is recorded. Two backends do the work:
 kernels/fast_cell_torch.py, and kernels/fast_cell_cpu.py, which cannot be differentiated twice and alone has what
-`nodes_of_cells` needs besides (`node`, `project`, `normalize`); elsewhere derived cells are plain ones.
+`nodes_of_cells` needs besides (`node`, `project`, `normalize`, `convolved`); elsewhere derived cells are plain ones.
 """
 
 import functools
@@ -289,7 +289,7 @@ def state_of_stem(module, x, wanted, backend):
 
 
 def _is_of_images(conv, x):
-    """Whether a convolution is a usual 3x3 one of few channels, of images that need no gradient."""
+    """Whether a convolution is a usual 3x3 one, of images that need no gradient and, as nine are kept, few channels."""
     form = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
     usual = form == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and conv.bias is None
     return usual and x.shape[1] == conv.in_channels <= 4 and x.dtype == conv.weight.dtype and not x.requires_grad

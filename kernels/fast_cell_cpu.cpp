@@ -1,7 +1,7 @@
 // The loops of fast_cell_cpu.py: what a cell computes from its images, with the products of products.h.
 //
 // `spread` makes weighted sums, `mix` a node of the candidates that enter it, `project` the states of a derived network's
-// cells from the nodes of the cells before; pooling, every second pixel and the RMS of features are plain loops.
+// cells from the nodes of the cells before; pooling, patches, every second pixel and the RMS of features are loops.
 
 #include <ATen/Parallel.h>
 
@@ -496,8 +496,10 @@ void differentiate_norm(const Projection<A>& p, const std::vector<Result<A>>& g,
   }
 }
 
+// Room for the gradient of an image, or null; what else is added to it; whether all of it counts only where the image
+// is positive, as the ReLU that made the image has it
 template <class A>
-struct ToImage {  // room for the gradient of an image, or null; what else is added to it; whether it goes by the image
+struct ToImage {
   A* to;
   bool masked;
   std::vector<const A*> more;
@@ -559,8 +561,8 @@ void project_backward(Reader reader) {
 // --------------------------------------------------------------------------------------------------- every second
 
 // Of images (N, H, W, C) every second pixel of every second row, from the first on and from the second on: `first` and
-// `second`, (N, ceil(H/2), ceil(W/2), C), the latter with zeros past the edge. `gather` reads x, else x is written: with
-// zeros between, plus `more`, if that is there.
+// `second`, (N, ceil(H/2), ceil(W/2), C), the latter with zeros past the edge. `gather` reads x, else x is written:
+// with zeros between, plus `more`, if that is there.
 template <class A>
 void every_second(Reader reader) {
   const int64_t N = reader.number(), H = reader.number(), W = reader.number(), C = reader.number();
@@ -603,7 +605,8 @@ void every_second(Reader reader) {
 
 // -------------------------------------------------------------------------------------------------------- patches
 
-// Of images (N, H, W, C) the 3x3 pixels around each, row by row, with zeros past the edge and behind them: (N, H, W, width)
+// Of images (N, H, W, C) the 3x3 pixels around each, row by row, with zeros past the edge and behind them: images
+// (N, H, W, width)
 template <class A>
 void patches(Reader reader) {
   const int64_t N = reader.number(), C = reader.number(), H = reader.number(), W = reader.number();

@@ -23,9 +23,10 @@ so that v is computed once, kept, and normalised in a second, narrow pass. With 
 
     d v = gamma s (g - G/P - x q/P),        d z = Wᵀ d v where z is positive,        d W = sum over pixels of (d v) zᵀ,
 
-which takes one pass over g and v for G and q, and one over all for the rest. Everything that reads a feature map is one
-projection; so are the heads of the involutions that read a state, where they are together at most half as wide as it.
-These heads and their v are not kept: they are made once more in backward, from the statistics of forward, bit for bit.
+which takes one pass over g and v for G and q, and one over all for the rest. So is the stem computed, from the pixels
+around each. Everything that reads a feature map is one projection; so are the heads of the involutions that read a
+state, where they are together at most half as wide as it. These heads and their v are not kept: they are made once more
+in backward, from the statistics of forward, bit for bit.
 An image that others read through ReLU is written together with its positive part, whose gradient joins the image's
 where that is read.
 
@@ -137,7 +138,7 @@ def convolved(x, weight, norm, wanted):
     """`normalize` of a 3x3 convolution, padded by 1, of x (N, C, H, W), without a gradient of x; weight (C2, C, 3, 3).
 
     It is a 1x1 convolution of the pixels around each, so that what it makes need not be read again for its statistics,
-    nor its gradient be written.
+    nor its gradient be written. (They have been through no ReLU, which makes no difference without a gradient of them.)
     """
     N, C, H, W = x.shape
     x, width = _channels_last(x), -(-9 * C // 4) * 4
@@ -387,12 +388,12 @@ class _Mix(Function):
         scales, shifts, positive, tensors = saved[:n], saved[n : 2 * n], saved[2 * n], saved[2 * n + 1 :]
         needed = ctx.needs_input_grad[4 + 2 * n + ctx.parts :]
         gradient, mask, more = _gradient(grads, ctx.wanted, positive)
-        total = None if mask is None else _like(gradient)  # one image, for the parts too
+        whole = None if mask is None else _like(gradient)  # one image, for the parts too
         to_inputs = [empty_image(gradient, *x.shape) if n else None for x, n in zip(tensors, needed, strict=True)]
         left = iter(zip(tensors, to_inputs, strict=True))
         to_affine = [None if x is None else empty(gradient, *x.shape) for x in saved[: 2 * n]]
         to_scales, to_shifts = to_affine[:n], to_affine[n:]
-        packed = [*_sums([(gradient, mask, more)]), _address(total), sum(stats.shape[0] for stats in ctx.stats)]
+        packed = [*_sums([(gradient, mask, more)]), _address(whole), sum(stats.shape[0] for stats in ctx.stats)]
         for scale, shift, to_scale, to_shift, factors, stats in zip(
             scales, shifts, to_scales, to_shifts, ctx.factors, ctx.stats, strict=True
         ):
@@ -403,7 +404,7 @@ class _Mix(Function):
                 to_own = _address(to_scale) if to_scale is None or candidates == 1 else _element(to_scale, k)
                 packed += [to_own, _address(to_shift), _address(to_weight), _address(to_x), 0]
         _call_with_statistics("mix_backward", gradient, ctx.training, packed)
-        to_parts = [gradient if total is None else total] * ctx.parts
+        to_parts = [gradient if whole is None else whole] * ctx.parts
         return None, None, None, None, *to_affine, *to_parts, *to_inputs
 
 

@@ -1,9 +1,9 @@
 // Involution on the CPU: forward, grad_input and grad_weight with given kernels, and the fused passes that make
 // the kernels of a few pixels at a time from `hidden`, use them and forget them (see involution.py for the equation).
 //
-// The output is cut into tiles of at most 32 pixels, whose K*K kernels fit the first-level cache as one (K*K, 32)
-// matrix. Forward and grad_input run over channels: a pixel's channels lie in registers and each kernel value is
-// broadcast. grad_weight and the products with `span` run over pixels. Images are padded in scratch memory, so that
+// The output is cut into tiles of at most 32 pixels, whose kernels of a group fit the first-level cache as one
+// (K*K, 32) matrix. Forward and grad_input run over channels: a pixel's channels lie in registers and each kernel value
+// is broadcast. grad_weight and the products with `span` run over pixels. Images are padded in scratch memory, so that
 // no inner loop asks where the border is; the scratch copy also takes in any layout and dtype. Rows are copied when
 // the first tile comes to read them and put out when the last one has left them, so that all passes over a row find it
 // in the first-level cache. Every image, or block of rows when there are few images, is one piece of work for PyTorch's
@@ -11,7 +11,9 @@
 //
 // Channels-last float32 images with given channels-last kernels need none of this at stride and dilation 1, K = 3, 5
 // or 7 and one to three vectors of channels a group: they are read and written where they are, both gradients in one
-// sweep over the rows, grad_weight with channels in registers and eight taps' sums made together.
+// sweep over the rows, grad_weight with channels in registers and eight taps' sums made together. The fused passes read
+// and write such images where they are too, for up to 32 columns, K = 3 and 5 at dilation 2 as well, and for groups
+// whose last vector has to repeat channels of the one before; only the gradient of the kernels needs copies there.
 
 #include <ATen/Parallel.h>
 
@@ -585,8 +587,8 @@ void weight_row_any(const A* planes, const Planes& layout, int64_t tap_row, cons
 
 // ------------------------------------------------------------------------------------- inner loops without copies
 
-// Channels-last float images and kernels of stride and dilation 1 are read and written where they are, row by row.
-// A pixel's channels are one to three vectors, its taps neighbours in memory.
+// Channels-last float images of stride 1 are read and written where they are, row by row. A pixel's channels are one to
+// three vectors. Given kernels are read there too; those that are made come as tiles hold them.
 template <class A>
 struct Row {  // of an image or of kernels: its pixel x lies at data + x * pixel, the row below at data + row
   A* data;
@@ -594,11 +596,11 @@ struct Row {  // of an image or of kernels: its pixel x lies at data + x * pixel
 };
 
 struct Extent {  // where a row lies in its image, and which channel a pixel's last vector begins with
-  int64_t y, H, W, last = 0;
+  int64_t y, H, W, last;
 };
 
-// out[x] = sum_{i,j} (the tap of x at i, j) * image[(i, j) around x], with X pixels from a tap to the next one; for taps
-// and place see gather_strip. A pixel's last vector may repeat channels of the one before.
+// out[x] = sum_{i,j} (the tap of x at i, j) * image[(i, j) around x], with X pixels from a tap to the next one; for
+// taps and place see gather_strip. A pixel's last vector may repeat channels of the one before.
 template <class A, int K, int V, int X, class Taps, class Place>
 void gather_in_place(const Row<A>& image, const Taps& taps, const Place& place, const Row<A>& out, const Extent& e) {
   constexpr int L = kLanes<A>, P = kStrip<V, X>, R = K / 2;
@@ -1113,8 +1115,9 @@ class InputGradient {  // of one block of rows and one group at a time
   const Source& source;
   const std::vector<Block<A>> blocks;
   const int64_t cols, image, width;
-  A *padded, *w, *grad, *features;
-  int64_t n, g, h0, h1, next, last, begun, done;  // of the block: output rows to come, input rows begun and put out
+  A *padded = nullptr, *w = nullptr, *grad = nullptr, *features = nullptr;
+  // of the block: output rows to come, input rows begun and put out
+  int64_t n = 0, g = 0, h0 = 0, h1 = 0, next = 0, last = 0, begun = 0, done = 0;
 };
 
 // The same without copies: a row of grad_input gathers what the rows of grad_output around it add to it. The kernels of
@@ -1125,23 +1128,21 @@ class GatheredInputGradient {
   GatheredInputGradient(const Problem& p, const Image<A>& grad_output, const SpannedKernels<A, A>& source,
                         const Image<A>& grad_input, Gather<A> gather)
       : p(p), grad_output(grad_output), grad_input(grad_input), source(source), gather(gather),
-        slots(2 * p.pad() / p.tile_rows() + 2) {}
+        slots(2 * p.pad() / p.tile_rows() + 2), tiles((p.block_rows() + 2 * p.pad()) / p.tile_rows() + 2) {}
 
-  int64_t scratch() const {
-    const int64_t tiles = (p.block_rows() + 2 * p.pad()) / p.tile_rows() + 2;
-    return slots * p.KK() * kPitch + tiles * source.scratch() + 32;
-  }
+  int64_t scratch() const { return slots * p.KK() * kPitch + tiles * source.scratch() + 32; }
 
   void begin(Scratch& scratch) {
     w = scratch.take<A>(slots * p.KK() * kPitch);
-    prepared = scratch.take<A>(0);  // the rest
+    prepared = scratch.take<A>(tiles * source.scratch());
   }
 
   void start(int64_t image, int64_t group, int64_t y0, int64_t y1) {
     n = image, g = group, next = y0, end = y1;
     first = made = y0 - round_up(std::min(p.pad(), y0), p.tile_rows());
     if (g > 0) return;
-    for (int64_t y = first; y < std::min(p.H, y1 + p.pad()); y += p.tile_rows()) source.prepare(features(y), tile(y), n);
+    const int64_t last = std::min(p.H, y1 + p.pad());
+    for (int64_t y = first; y < last; y += p.tile_rows()) source.prepare(features(y), tile(y), n);
   }
 
   // What the kernels of a tile are made of
@@ -1171,9 +1172,10 @@ class GatheredInputGradient {
   const Image<A>&grad_output, &grad_input;
   const SpannedKernels<A, A>& source;
   const Gather<A> gather;
-  const int64_t slots;
-  A *w, *prepared;
-  int64_t n, g, first, next, end, made;  // of the block: the first tile's row, rows to come, and rows without kernels
+  const int64_t slots, tiles;
+  A *w = nullptr, *prepared = nullptr;
+  // of the block: the first tile's row, rows to come, and rows without kernels
+  int64_t n = 0, g = 0, first = 0, next = 0, end = 0, made = 0;
 };
 
 template <class T, class A = typename AccumulatorOf<T>::type>
@@ -1262,7 +1264,8 @@ void backward(const Problem& p, const Image<T>& grad_output, const Image<T>& inp
   });
 }
 
-// The gradients of the span are left out where their addresses are null. of_input: an InputGradient.
+// The gradients of the span are left out where their addresses are null. of_input: an InputGradient, or a gathered one,
+// of which each thread takes a copy.
 template <class T, class Gradient, class A = typename AccumulatorOf<T>::type>
 void fused_backward(const Problem& p, const Image<T>& grad_output, const Image<T>& input,
                     const SpannedKernels<A, T>& source, const Gradient& of_input, const Image<T>& grad_hidden,

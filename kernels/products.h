@@ -165,10 +165,11 @@ struct Rows {  // of a matrix: addresses that need few registers, one of them fo
   }
 };
 
-enum class Fetch { kNothing, kSums, kPositives };  // of the next rows: x and the sums; and their positive part
+// What is fetched of the next rows, besides addends: x and the sums; and their positive part
+enum class Fetch { kNothing, kSums, kPositives };
 
-// target[p + r][c + v] = start + sum over inputs and k of x[p + r][k] * matrix[k][c + v] + addends: R rows, V vectors of n
-// columns. Meanwhile the next R rows are fetched. Not to be inlined: what surrounds it would take its registers.
+// target[p + r][c + v] = start + sum over inputs and k of x[p + r][k] * matrix[k][c + v] + addends: R rows, V vectors of
+// n columns. Meanwhile the next R rows are fetched. Not to be inlined: what surrounds it would take its registers.
 template <class A, int n, int R, int V, Fetch kFetch>
 __attribute__((noinline)) void combine_block(const Input<A>* input, int64_t inputs, const Start<A>& start,
                                              const Target<A>& target, int64_t p, int64_t c) {
@@ -185,7 +186,8 @@ __attribute__((noinline)) void combine_block(const Input<A>* input, int64_t inpu
     s = read<Vector>(start.first + (p + r) * start.pitch + c + v * n);
   });
   constexpr int64_t line = 64 / sizeof(A);
-  const A *next_sums = target.sums + (p + R) * width, *next_positives = target.positives + (p + R) * width;
+  const A *next_sums = target.sums + (p + R) * width, *next_positives = target.positives;
+  if constexpr (kFetch == Fetch::kPositives) next_positives += (p + R) * width;
   for (const Input<A>* end = input + inputs; input != end; ++input) {
     const A* matrix = input->matrix + c;
     Rows<A, R> x(input->x + p * input->depth, input->depth);
@@ -199,7 +201,7 @@ __attribute__((noinline)) void combine_block(const Input<A>* input, int64_t inpu
       for_sums([&](Vector& s, int64_t, int r, int v) { s += row[v] * x.at(r); });
     }
     next_sums += input->depth * line;
-    next_positives += input->depth * line;
+    if constexpr (kFetch == Fetch::kPositives) next_positives += input->depth * line;
   }
   for (const auto& addend : start.addends)
     for_sums([&](Vector& s, int64_t e, int, int) {
@@ -347,7 +349,7 @@ void combine(int64_t pixels, const std::vector<Combination<A>>& combinations) {
 // ------------------------------------------------------------------------------------------------------- multiply
 
 // sums[r][c] += the tile's sum over p of a[p][r] * b[p][c]: R rows, V vectors of n columns. Meanwhile the next tile is
-// fetched: of a, of b, or of both.
+// fetched: of a, of b, of both or of neither.
 template <class A, int n, int R, int V, bool kFetchA, bool kFetchB>
 __attribute__((noinline)) void multiply_block(const A* a, int64_t a_width, const A* b, int64_t b_width, int64_t rows,
                                               double* sums, int64_t pitch) {

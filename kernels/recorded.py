@@ -6,8 +6,8 @@ array of numbers and addresses, and in training what calls them does nothing els
 `Place` in place of a tensor, it does all but compute: a `Recording` keeps the calls, and a tape of the `Function`s,
 whose derivatives are recorded too. What is spoken of first and last in which call says when a tensor is needed: all get
 their places in one block of memory, where one lies as soon as another's is free. A `Program` then makes the calls, for
-the addresses of that pass. The calls are those that would be made without it, in the same order: results are equal bit
-for bit.
+the addresses of that pass. The calls are those that would be made without it, in the same order, save that a function
+adds up gradients itself where autograd would in a pass of its own (`already`): results are equal bit for bit.
 """
 
 import ctypes
@@ -71,10 +71,10 @@ def empty_image(like, *shape):
 def add(tensors):
     """The sum of tensors of one shape and layout, without a derivative."""
     like = tensors[0]
-    total = empty_image(like, *like.shape) if like.dim() == 4 else empty(like, *like.shape)
-    packed = [like.numel(), total.data_ptr(), len(tensors), *(x.data_ptr() for x in tensors)]
+    whole = empty_image(like, *like.shape) if like.dim() == 4 else empty(like, *like.shape)
+    packed = [like.numel(), whole.data_ptr(), len(tensors), *(x.data_ptr() for x in tensors)]
     call(library().recorded_add, like.dtype == torch.float64, like, packed)
-    return total
+    return whole
 
 
 def total(tensors):
@@ -87,7 +87,7 @@ def total(tensors):
 def already(ctx, k):
     """[the gradient of argument k that other functions have made], which a backward adds to its own, last of all.
 
-    None where there is no such gradient, and where nothing is recorded, as autograd does that by itself.
+    Empty where there is none, and where nothing is recorded, as autograd does that by itself.
     """
     return ctx.take_gradients(k) if type(ctx) is _Context else []
 
@@ -207,7 +207,7 @@ class Place:
 
 
 class _Context:
-    """What an autograd.Function has for its `ctx`."""
+    """What an autograd.Function has for its `ctx`, and the gradients that are found so far."""
 
     def __init__(self, arguments):
         self.needs_input_grad = tuple(isinstance(x, torch.Tensor | Place) and x.requires_grad for x in arguments)

@@ -548,6 +548,7 @@ def test_stem_against_autograd(shape, training, layout):
     stem = nn.Sequential(nn.Conv2d(shape[1], 5, 3, padding=1, bias=False), nn.BatchNorm2d(5)).double().train(training)
     stem, x, found = stem.to(memory_format=layout), torch.randn(shape).double().to(memory_format=layout), []
     nn.init.normal_(stem[1].weight), nn.init.normal_(stem[1].bias)
+    assert fast_cell._is_of_images(stem[0], x)
     for is_fast in (True, False):
         net = copy.deepcopy(stem)
         if is_fast:
