@@ -539,8 +539,9 @@ def test_small_functions_against_autograd(name, shape):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("wanted", [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (3, 1, 5, 7), (2, 4, 1, 6), (4, 2, 2, 1)])
-def test_stem_against_autograd(shape, training, layout):
+def test_stem_against_autograd(shape, wanted, training, layout):
     """A 3x3 convolution of images, its batch norm and ReLU."""
     if fast_cell.choose_backend(torch.zeros(1)) is fast_cell_torch:
         pytest.skip("no C++ compiler here")
@@ -552,14 +553,15 @@ def test_stem_against_autograd(shape, training, layout):
     for is_fast in (True, False):
         net = copy.deepcopy(stem)
         if is_fast:
-            state = fast_cell.state_of_stem(net, x, (True, True), fast_cell.choose_backend(x))
-            plain, positive = state.plain, state.relu()
+            state = fast_cell.state_of_stem(net, x, wanted, fast_cell.choose_backend(x))
+            images = state.plain, state.relu()
         else:
             plain = net(x)
-            positive = plain.relu()
-        grads = torch.randn(2, *plain.shape, generator=torch.Generator().manual_seed(1)).double()
-        torch.autograd.backward([plain, positive], [*grads])
-        found.append([plain, positive, *(w.grad for w in net.parameters()), *net.buffers()])
+            images = plain, plain.relu()
+        images = [image for image, each in zip(images, wanted, strict=True) if each]
+        grads = torch.randn(2, *images[0].shape, generator=torch.Generator().manual_seed(1)).double()
+        torch.autograd.backward(images, [*grads[: len(images)]])
+        found.append([*images, *(w.grad for w in net.parameters()), *net.buffers()])
     for actual, expected in zip(*found, strict=True):
         assert torch.allclose(actual, expected, rtol=1e-9, atol=1e-12)
 
