@@ -943,11 +943,14 @@ A* in_place(T* row, const Image<T>& image, const Block<A>& b, const Tile& t) {
   return nullptr;
 }
 
+// For how many pieces of work forward cuts few images. No sum goes beyond a pixel: where one thread does all, as within
+// a parallel loop, rows need not be shared out.
+inline int64_t forward_pieces() { return at::in_parallel_region() || at::get_num_threads() == 1 ? 1 : 16; }
+
 template <class A>
 void forward_in_place(const Problem& p, const Image<A>& input, const SpannedKernels<A, A>& source,
                       const Image<A>& output, Gather<A> gather) {
-  const int64_t pieces = at::in_parallel_region() || at::get_num_threads() == 1 ? 1 : 16;
-  const int64_t rows = p.block_rows(pieces), units = p.blocks(pieces);
+  const int64_t pieces = forward_pieces(), rows = p.block_rows(pieces), units = p.blocks(pieces);
   at::parallel_for(0, p.N * units, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(sizeof(A) * (p.G * p.KK() * kPitch + source.scratch()) + 128);
     A* w = scratch.take<A>(p.G * p.KK() * kPitch);
@@ -984,9 +987,7 @@ void forward(const Problem& p, const Image<T>& input, const Source& source, cons
   }
   const auto blocks = channel_blocks<A>(p);
   const int64_t width = blocks.back().channel + blocks.back().width;
-  // no sum goes beyond a pixel: where one thread does all, as within a parallel loop, rows need not be shared out
-  const int64_t pieces = at::in_parallel_region() || at::get_num_threads() == 1 ? 1 : 16;
-  const int64_t rows = p.block_rows(pieces), units = p.blocks(pieces);
+  const int64_t pieces = forward_pieces(), rows = p.block_rows(pieces), units = p.blocks(pieces);
   const int64_t cols = p.padded_cols(), image = p.padded_rows(rows) * cols;
   at::parallel_for(0, p.N * units, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(sizeof(A) * (image * width + p.KK() * kPitch + kPitch * width + source.scratch()) + 256);
