@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "packed.h"
@@ -51,43 +52,52 @@ void load_padded(A* dst, const A* image, int64_t H, int64_t W, int64_t C, int64_
   }
 }
 
+struct Layout {  // of what a row of output pixels is made of
+  int64_t cols, width;  // of an image's row, and of its pixels
+  int64_t taps;         // channels of a tap
+  int64_t first, last;  // rows of the kernel that read the image
+};
+
 // out[x] = sum over taps of weight[tap] * image[x * stride + tap] for R pixels and V vectors of channels. K is the
 // kernel size, or 0 for any. With a dilation X > 0 and stride 1, pixels X apart share the columns that they read.
 template <class A, int K, int X, int R, int V>
-inline void depthwise_block(const A* image, const A* weight, A* out, const Depthwise& p, int64_t cols, int64_t width) {
+inline void depthwise_block(const A* image, const A* weight, A* out, const Depthwise& p, const Layout& l) {
   constexpr int L = kLanes<A>;
   Vec<A> sum[R][V] = {};
   if constexpr (X > 0) {
-    for (int i = 0; i < K; ++i) {
-      const A* line = image + i * X * cols * width;
-      const A* taps = weight + i * K * width;
+    for (int64_t i = l.first; i < l.last; ++i) {
+      const A* line = image + i * X * l.cols * l.width;
+      const A* taps = weight + i * K * l.taps;
 #pragma GCC unroll 16
       for (int m = 0; m < R + K - 1; ++m) {
         Vec<A> column[V];
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) column[v] = load(line + m * X * width + v * L);
+        for (int v = 0; v < V; ++v) {
+          column[v] = load(line + m * X * l.width + v * L);
+          in_register(column[v]);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           if (m - r < 0 || m - r >= K) continue;
 #pragma GCC unroll 2
-          for (int v = 0; v < V; ++v) sum[r][v] += column[v] * load(taps + (m - r) * width + v * L);
+          for (int v = 0; v < V; ++v) sum[r][v] += column[v] * load(taps + (m - r) * l.taps + v * L);
         }
       }
     }
   } else {
-    for (int64_t i = 0; i < p.K; ++i)
+    for (int64_t i = l.first; i < l.last; ++i)
       for (int64_t j = 0; j < p.K; ++j) {
-        const A* pixel = image + (i * cols + j) * p.dilation * width;
+        const A* pixel = image + (i * l.cols + j) * p.dilation * l.width;
         Vec<A> tap[V];
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) tap[v] = load(weight + (i * p.K + j) * width + v * L);
+        for (int v = 0; v < V; ++v) tap[v] = load(weight + (i * p.K + j) * l.taps + v * L);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-          for (int v = 0; v < V; ++v) sum[r][v] += tap[v] * load(pixel + r * p.stride * width + v * L);
+          for (int v = 0; v < V; ++v) sum[r][v] += tap[v] * load(pixel + r * p.stride * l.width + v * L);
       }
   }
-  const int64_t apart = (X > 0 ? X : 1) * width;
+  const int64_t apart = (X > 0 ? X : 1) * l.width;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -95,27 +105,38 @@ inline void depthwise_block(const A* image, const A* weight, A* out, const Depth
 }
 
 template <class A, int K, int X, int V>
-void depthwise_columns(const A* image, const A* weight, A* out, const Depthwise& p, int64_t cols, int64_t width,
-                       int64_t count) {
-  constexpr int step = X > 0 ? X : 1, R = 4;
-  const auto visit = [&](int64_t x, auto rows) {
-    constexpr int r = decltype(rows)::value;
-    depthwise_block<A, K, X, r, V>(image + x * p.stride * width, weight, out + x * width, p, cols, width);
+void depthwise_columns(const A* image, const A* weight, A* out, const Depthwise& p, const Layout& l, int64_t count) {
+  constexpr int step = X > 0 ? X : 1;
+  const auto visit = [&](int64_t x, auto pixels) {
+    constexpr int R = pixels;
+    depthwise_block<A, K, X, R, V>(image + x * p.stride * l.width, weight, out + x * l.width, p, l);
+  };
+  const auto visit_all = [&](int64_t x, auto pixels) {
+    for (; x + pixels * step <= count; x += pixels * step)
+      for (int64_t phase = 0; phase < step; ++phase) visit(x + phase, pixels);
+    return x;
   };
   int64_t x = 0;
-  for (; x + R * step <= count; x += R * step)
-    for (int64_t phase = 0; phase < step; ++phase) visit(x + phase, std::integral_constant<int, R>());
+  if constexpr (V == 1) x = visit_all(x, std::integral_constant<int, 8>());  // so many sums that none waits for itself
+  x = visit_all(x, std::integral_constant<int, 4>());
   for (; x < count; ++x) visit(x, std::integral_constant<int, 1>());
+}
+
+// f(c, V) for all channels, V vectors at a time, from c on. The last vector may repeat channels.
+template <class A, class F>
+inline void for_vectors(int64_t C, const F& f) {
+  constexpr int L = kLanes<A>;
+  int64_t c = 0;
+  for (; c + 2 * L <= C; c += 2 * L) f(c, std::integral_constant<int, 2>());
+  for (; c < C; c += L) f(std::min(c, C - L), std::integral_constant<int, 1>());
 }
 
 template <class A, int K, int X>
 void depthwise_row(const A* image, const A* weight, A* out, const Depthwise& p, int64_t cols, int64_t width) {
-  constexpr int L = kLanes<A>;
-  const int64_t count = (cols - p.span()) / p.stride + 1;
-  int64_t c = 0;
-  for (; c + 2 * L <= width; c += 2 * L)
-    depthwise_columns<A, K, X, 2>(image + c, weight + c, out + c, p, cols, width, count);
-  if (c < width) depthwise_columns<A, K, X, 1>(image + c, weight + c, out + c, p, cols, width, count);
+  const Layout l{cols, width, width, 0, p.K};
+  for_vectors<A>(width, [&](int64_t c, auto V) {
+    depthwise_columns<A, K, X, V>(image + c, weight + c, out + c, p, l, (cols - p.span()) / p.stride + 1);
+  });
 }
 
 template <class A>
@@ -129,6 +150,90 @@ DepthwiseRow<A> choose_row(const Depthwise& p) {
   if (p.stride == 1 && p.dilation == 2 && p.K == 5) return depthwise_row<A, 5, 2>;
   return depthwise_row<A, 0, 0>;
 }
+
+// -------------------------------------------------------------------------------------------------- without copies
+
+// f(e, j) for the taps j of a row that pixel e of the first, or of the last, K / 2 * X of an image's row reads inside
+template <int K, int X, class F>
+inline void for_edge(bool is_first, const F& f) {
+  constexpr int pad = K / 2 * X;
+#pragma GCC unroll 4
+  for (int e = 0; e < pad; ++e)
+#pragma GCC unroll 5
+    for (int j = 0; j < K; ++j)
+      if (is_first ? e + j * X >= pad : e + j * X < 2 * pad) f(e, j);
+}
+
+// Output row y of a stride of 1, from an image (H, W, C) where it lies: what it would read outside is left out
+template <class A, int K, int X>
+void row_in_place(const A* input, const A* weight, A* out, const Depthwise& p, int64_t y) {
+  constexpr int L = kLanes<A>, pad = K / 2 * X;
+  const int64_t C = p.C, W = p.W, taps = round_up(C, L);
+  const int64_t above = std::max<int64_t>(0, pad - y), below = std::max<int64_t>(0, y + pad - (p.H - 1));
+  const Layout l{W, C, taps, (above + X - 1) / X, K - (below + X - 1) / X};
+  for_vectors<A>(C, [&](int64_t c, auto vectors) {
+    constexpr int V = vectors;
+    const A *image = input + (y - pad) * W * C + c, *weights = weight + c;
+    const auto edge = [&](auto is_first) {
+      const int64_t x0 = is_first ? 0 : W - pad;
+      Vec<A> sum[pad][V] = {};
+      for (int64_t i = l.first; i < l.last; ++i)
+        for_edge<K, X>(is_first, [&](int e, int j) {
+          const A* pixel = image + (i * X * W + x0 + e + j * X - pad) * C;
+          for (int v = 0; v < V; ++v) sum[e][v] += load(pixel + v * L) * load(weights + (i * K + j) * taps + v * L);
+        });
+#pragma GCC unroll 4
+      for (int e = 0; e < pad; ++e)
+        for (int v = 0; v < V; ++v) store(out + (x0 + e) * C + c + v * L, sum[e][v]);
+    };
+    edge(std::true_type());
+    depthwise_columns<A, K, X, V>(image, weights, out + pad * C + c, p, l, W - 2 * pad);
+    edge(std::false_type());
+  });
+}
+
+// sums[j] += sum over output rows [y0, y1) of grad[y][x] * image[y][x + (j - K / 2) * X], for the taps of row i of a
+// kernel, `pitch` elements apart
+template <class A, int K, int X>
+void weight_row_in_place(const A* image, const A* grad, const Depthwise& p, int64_t i, int64_t y0, int64_t y1,
+                         double* sums, int64_t pitch) {
+  constexpr int L = kLanes<A>, pad = K / 2 * X;
+  const int64_t C = p.C, W = p.W, down = i * X - pad;
+  for (int64_t c0 = 0; c0 < C; c0 += L) {
+    const int64_t c = std::min(c0, C - L);  // the last vector may repeat channels
+    Vec<A> sum[K] = {};
+    for (int64_t y = std::max(y0, -down); y < std::min(y1, p.H - down); ++y) {
+      const A *line = image + (y + down) * W * C + c, *g = grad + (y - y0) * W * C + c;
+      const auto add = [&](int64_t x, int j) { sum[j] += load(g + x * C) * load(line + (x + j * X - pad) * C); };
+      for_edge<K, X>(true, add);
+      for (int64_t x = pad; x < W - pad; ++x)
+#pragma GCC unroll 5
+        for (int j = 0; j < K; ++j) add(x, j);
+      for_edge<K, X>(false, [&](int e, int j) { add(W - pad + e, j); });
+    }
+#pragma GCC unroll 5
+    for (int j = 0; j < K; ++j)
+      for (int64_t lane = c0 - c; lane < L; ++lane) sums[j * pitch + c + lane] += sum[j][lane];
+  }
+}
+
+template <class A>
+struct InPlace {  // the loops that read images where they lie; null where there are none
+  void (*row)(const A*, const A*, A*, const Depthwise&, int64_t) = nullptr;
+  void (*weight_row)(const A*, const A*, const Depthwise&, int64_t, int64_t, int64_t, double*, int64_t) = nullptr;
+};
+
+template <class A>
+InPlace<A> choose_in_place(const Depthwise& p) {
+  if (p.stride != 1 || p.C < kLanes<A> || p.W < 2 * p.pad()) return {};
+  if (p.dilation == 1 && p.K == 3) return {row_in_place<A, 3, 1>, weight_row_in_place<A, 3, 1>};
+  if (p.dilation == 1 && p.K == 5) return {row_in_place<A, 5, 1>, weight_row_in_place<A, 5, 1>};
+  if (p.dilation == 2 && p.K == 3) return {row_in_place<A, 3, 2>, weight_row_in_place<A, 3, 2>};
+  if (p.dilation == 2 && p.K == 5) return {row_in_place<A, 5, 2>, weight_row_in_place<A, 5, 2>};
+  return {};
+}
+
+// ------------------------------------------------------------------------------------------------------- all images
 
 template <class A>
 Buffer<A> turned_taps(const A* weight, const Depthwise& p, int64_t width, bool flip) {
@@ -146,6 +251,11 @@ void depthwise(const Depthwise& p, const A* input, int64_t step, const Buffer<A>
   const int64_t width = round_up(p.C, kLanes<A>), cols = (Wo - 1) * p.stride + p.span();
   const int64_t block = p.block_rows(Ho, cols), blocks = (Ho + block - 1) / block;
   const auto convolve = choose_row<A>(p);
+  if (const auto convolve_in_place = choose_in_place<A>(p).row; convolve_in_place && step == 1)
+    return at::parallel_for(0, p.N * Ho, std::max<int64_t>(1, 8192 / (W * p.C)), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        convolve_in_place(input + row / Ho * H * W * p.C, taps.data(), output + row * W * p.C, p, row % Ho);
+    });
   at::parallel_for(0, p.N * blocks, 1, [&](int64_t begin, int64_t end) {
     Buffer<A> padded(((block - 1) * p.stride + p.span()) * cols * width), out(Wo * width);
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -186,15 +296,21 @@ void depthwise_grad_weight(const Depthwise& p, const A* grad, const A* input, A*
   const int64_t width = round_up(p.C, L), cols = (Wo - 1) * p.stride + p.span();
   const int64_t block = p.block_rows(Ho, cols), blocks = (Ho + block - 1) / block;
   const int64_t chunks = std::min<int64_t>(16, p.N * blocks);
+  const auto in_place = choose_in_place<A>(p).weight_row;
   std::vector<double> partial(chunks * KK * width);
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    Buffer<A> padded(((block - 1) * p.stride + p.span()) * cols * width), copy(block * Wo * width);
+    Buffer<A> padded(in_place ? 0 : ((block - 1) * p.stride + p.span()) * cols * width), copy(block * Wo * width);
     for (int64_t chunk = begin; chunk < end; ++chunk)
       for (int64_t unit = p.N * blocks * chunk / chunks; unit < p.N * blocks * (chunk + 1) / chunks; ++unit) {
         const int64_t n = unit / blocks, y0 = unit % blocks * block, rows = std::min(Ho - y0, block);
-        load_padded(padded.data(), input + n * p.H * p.W * p.C, p.H, p.W, p.C, width, y0 * p.stride - p.pad(),
+        const A *image = input + n * p.H * p.W * p.C, *g = grad + (n * Ho + y0) * Wo * p.C;
+        if (in_place) {
+          for (int64_t i = 0; i < p.K; ++i)
+            in_place(image, g, p, i, y0, y0 + rows, partial.data() + (chunk * KK + i * p.K) * width, width);
+          continue;
+        }
+        load_padded(padded.data(), image, p.H, p.W, p.C, width, y0 * p.stride - p.pad(),
                     (rows - 1) * p.stride + p.span(), -p.pad(), cols, 1);
-        const A* g = grad + (n * Ho + y0) * Wo * p.C;
         if (width != p.C) {
           for (int64_t x = 0; x < rows * Wo; ++x) std::copy_n(g + x * p.C, p.C, copy.data() + x * width);
           g = copy.data();
