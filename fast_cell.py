@@ -283,12 +283,12 @@ def state_of_stem(module, x, wanted, backend):
     *before, conv, norm = module
     for layer in before:
         x = layer(x)
-    if _is_of_images(conv, x):
+    if is_of_images(conv, x):
         return state_of(iter(backend.convolved(x, conv.weight, norm, wanted)), wanted)
     return state_of(iter(backend.normalize(conv(x), norm, wanted)), wanted)
 
 
-def _is_of_images(conv, x):
+def is_of_images(conv, x):
     """Whether a convolution is a usual 3x3 one, of images that need no gradient and, as nine are kept, few channels."""
     form = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
     usual = form == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and conv.bias is None

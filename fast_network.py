@@ -155,33 +155,37 @@ def _evaluate(stems, known, x, wanted):
     """`derived`, by a program that is recorded the first time; None where other code is to do it."""
     if known.evaluations is None:
         return None
-    inputs, plans, programs = _before_norms(stems, x), known.plans, known.evaluations
-    key = (*sorted(wanted), *(v.shape[1:] for v in inputs))
+    (inputs, of_images), plans, programs = _inputs(stems, x), known.plans, known.evaluations
+    key = (*sorted(wanted), *of_images, *(v.shape[1:] for v in inputs))
     if key not in programs:
-        programs[key] = _record(stems, plans, inputs, wanted)
+        programs[key] = _record(stems, plans, inputs, of_images, wanted)
     if programs[key] is None:
         return None
     return dict(zip(sorted(wanted), programs[key].run(inputs), strict=True))
 
 
-def _before_norms(stems, x):
-    """The images that the last batch norms of the stems read."""
-    images = []
+def _inputs(stems, x):
+    """What a program is given of each stem: what its last convolution reads, if that is images; or its last batch norm.
+
+    Returns tensors, and of each whether it is the former.
+    """
+    inputs, of_images = [], []
     for stem in stems:
-        *before, norm = stem
+        *before, conv, norm = stem
         for layer in before:
             x = layer(x)
-        images.append(x)
-        x = norm(x) if stem is not stems[-1] else None
-    return images
+        of_images.append(stem is stems[-1] and fast_cell.is_of_images(conv, x))
+        inputs.append(x if of_images[-1] else conv(x))
+        x = norm(inputs[-1]) if stem is not stems[-1] else None
+    return inputs, of_images
 
 
-def _record(stems, plans, inputs, wanted):
+def _record(stems, plans, inputs, of_images, wanted):
     """The inference_cpu.Program of the cells; None where there is none, or where other code is to raise an error."""
     from kernels import inference_cpu
 
     recording = inference_cpu.Recording(inputs)
-    recorded_stems = [functools.partial(_recorded_stem, v, stem[-1]) for v, stem in zip(inputs, stems, strict=True)]
+    recorded_stems = [functools.partial(_recorded_stem, *each) for each in zip(inputs, of_images, stems, strict=True)]
     try:
         inference_cpu.library()
         states = fast_cell.states_of_inputs(recorded_stems, plans, None, recording)
@@ -192,9 +196,13 @@ def _record(stems, plans, inputs, wanted):
     return inference_cpu.Program(recording)
 
 
-def _recorded_stem(v, norm, x, wanted, backend):
-    """The State of a stem, of which the program is given v, what its last layer reads."""
-    return fast_cell.state_of(iter(backend.normalize(v, norm, wanted)), wanted)
+def _recorded_stem(given, is_of_images, stem, x, wanted, backend):
+    """The State of a stem of which the program is given this tensor."""
+    *_, conv, norm = stem
+    results = (
+        backend.convolved(given, conv.weight, norm, wanted) if is_of_images else backend.normalize(given, norm, wanted)
+    )
+    return fast_cell.state_of(iter(results), wanted)
 
 
 # --------------------------------------------------------------------------------------------------------- training

@@ -140,12 +140,21 @@ def convolved(x, weight, norm, wanted):
     It is a 1x1 convolution of the pixels around each, so that what it makes need not be read again for its statistics,
     nor its gradient be written. (They have been through no ReLU, which makes no difference without a gradient of them.)
     """
-    N, C, H, W = x.shape
-    x, width = _channels_last(x), -(-9 * C // 4) * 4
-    around = _image(x, width)
-    _call("patches", x, [N, C, H, W, width, *map(_address, (x, around))])
-    weight = nn.functional.pad(weight.permute(0, 2, 3, 1).flatten(1), (0, width - 9 * C))
-    return project([around], [weight[:, :, None, None]], [norm], [wanted if any(wanted) else (True, False)])
+    (N, C, H, W), x = x.shape, _channels_last(x)
+    around = _image(x, width_around(C))
+    _call("patches", x, [N, C, H, W, around.shape[1], *map(_address, (x, around))])
+    return project([around], [matrix_around(weight)], [norm], [wanted if any(wanted) else (True, False)])
+
+
+def width_around(C):
+    """How many numbers `convolved` makes for a pixel: those of nine, and zeros up to a multiple of four."""
+    return -(-9 * C // 4) * 4
+
+
+def matrix_around(weight):
+    """The weight (C2, C, 3, 3) of a convolution as one of these, (C2, width_around(C), 1, 1)."""
+    zeros = width_around(weight.shape[1]) - 9 * weight.shape[1]
+    return nn.functional.pad(weight.permute(0, 2, 3, 1).flatten(1), (0, zeros))[:, :, None, None]
 
 
 def pool(x, is_max, stride):

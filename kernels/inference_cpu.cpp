@@ -8,6 +8,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -133,18 +134,22 @@ class Network {  // the passes of one thread
     };
   }
 
-  // What is left to an entry point of another library. Its first number is that of images, or of so many pixels in each
+  // What is left to an entry point of another library. Its first number is that of images, or of so many pixels in each;
+  // the others are numbers, feature maps, or images from outside, of so many elements each
   Pass other() {
     const auto entry = (Entry)reader.number();
     const int64_t dtype = reader.number(), each = reader.number();
     std::vector<int64_t> packed{0};
+    std::vector<std::pair<size_t, int64_t>> of_image;  // places in `packed`, and the bytes from one image to the next
     for (int64_t n = reader.number(); n > 0; --n) {
-      const bool is_map = reader.number();
-      packed.push_back(is_map ? int64_t(map()) : reader.number());
+      const int64_t kind = reader.number();
+      packed.push_back(kind == 0 ? reader.number() : kind == 1 ? int64_t(map()) : int64_t(outside[reader.number()]));
+      if (kind == 2) of_image.emplace_back(packed.size() - 1, reader.number() * sizeof(A));
     }
-    return [=](int64_t, int64_t count) {
+    return [=](int64_t first, int64_t count) {
       auto of_all = packed;
       of_all[0] = count * each;
+      for (const auto& [place, bytes] : of_image) of_all[place] += first * bytes;
       check(entry(dtype, of_all.data()));
     };
   }
@@ -202,18 +207,19 @@ class Network {  // the passes of one thread
 
 template <class A>
 void evaluate(const int64_t* packed, int64_t bytes, int64_t N, int64_t images, char* const* outside) {
-  const int64_t pieces = (N + images - 1) / images;
-  const auto evaluate_pieces = [&](int64_t begin, int64_t end) {
+  const int64_t pieces = (N + images - 1) / images, threads = at::get_num_threads();
+  std::atomic<int64_t> next{0};  // pieces go to the threads as these come free: what is in a cache serves one piece only
+  const auto evaluate_pieces = [&](int64_t, int64_t) {
     thread_local std::vector<char> memory;
     if (int64_t(memory.size()) < bytes * images + 64) memory.resize(bytes * images + 64);
     const Network<A> network(packed, (char*)round_up(int64_t(memory.data()), 64), images, outside);
-    for (int64_t piece = begin; piece < end; ++piece)
+    for (int64_t piece; (piece = next++) < pieces;)
       network.run(piece * images, std::min(images, N - piece * images));
   };
-  if (pieces < at::get_num_threads())
-    evaluate_pieces(0, pieces);
+  if (pieces < threads)
+    evaluate_pieces(0, 1);
   else
-    at::parallel_for(0, pieces, 1, evaluate_pieces);
+    at::parallel_for(0, threads, 1, evaluate_pieces);
 }
 
 }  // namespace

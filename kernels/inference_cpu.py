@@ -9,6 +9,7 @@ statistics are read where they lie, each time, so that a program holds as long a
 import ctypes
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -36,6 +37,13 @@ class Map:
     @property
     def shape(self):
         return 1, sum(C for _, C in self.blocks), *self.size
+
+
+class _Outside(NamedTuple):
+    """One of the inputs, and the elements of an image."""
+
+    place: int
+    elements: int
 
 
 class Recording:
@@ -136,9 +144,19 @@ class Recording:
             results += self._state(x, len(weight), each, [], [(x, [weight], [norm])])
         return results
 
+    def convolved(self, x, weight, norm, wanted):
+        """Here x is one of the inputs."""
+        _, C, H, W = x.shape
+        around = _map(x.dtype, fast_cell_cpu.width_around(C), H, W)
+        image = _Outside(self._place(x), C * H * W)
+        self._other(1, fast_cell_cpu, "fast_cell_patches", C, H, W, around.shape[1], image, around)
+        matrix = self._made(functools.partial(fast_cell_cpu.matrix_around, weight))
+        _check_each(around, [matrix], [norm])
+        return self._state(around, len(matrix), wanted, [], [(around, [matrix], [norm])])
+
     def normalize(self, v, norm, wanted):
         """Here v is one of the inputs."""
-        place = next(k for k, each in enumerate(self.inputs) if each is v)
+        place = self._place(v)
         results = [_map(v.dtype, *v.shape[1:]) if each else None for each in wanted]
         self._pass(_NORMALIZE, place, v.shape[2] * v.shape[3], *self._norm(norm), *map(_only, results))
         return [result for result in results if result is not None]
@@ -151,6 +169,9 @@ class Recording:
         return len(self.outputs) - 1
 
     # --------------------------------------------------------------------------------- their passes
+
+    def _place(self, tensor):
+        return next(k for k, each in enumerate(self.inputs) if each is tensor)
 
     def _state(self, like, C, wanted, parts, products):
         plain, positive = (self._map(like, C) if each else None for each in wanted)
@@ -191,7 +212,7 @@ class Recording:
         """A pass by `name` of another library, in whose first number an image counts so much; Maps are its tensors."""
         is_double = self.inputs[0].dtype == torch.float64
         dtype = involution_cpu.DTYPES[self.inputs[0].dtype] if module is involution_cpu else is_double
-        items = [item for x in numbers for item in ((True, _only(x)) if isinstance(x, Map) else (False, x))]
+        items = [item for x in numbers for item in _item(x)]
         self._pass(_OTHER, _entry(module, name), dtype, each, len(numbers), *items)
 
     def _pass(self, *numbers):
@@ -211,6 +232,11 @@ def _only(x):
         return _NOTHING
     ((block, _),) = x.blocks
     return block
+
+
+def _item(x):
+    """A number, a map or an image from outside, as a pass by another library's function reads it."""
+    return (2, *x) if isinstance(x, _Outside) else (1, _only(x)) if isinstance(x, Map) else (0, x)
 
 
 def _argument(x):

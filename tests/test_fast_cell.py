@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import fast_cell
 import genotypes
@@ -549,7 +550,7 @@ def test_stem_against_autograd(shape, wanted, training, layout):
     stem = nn.Sequential(nn.Conv2d(shape[1], 5, 3, padding=1, bias=False), nn.BatchNorm2d(5)).double().train(training)
     stem, x, found = stem.to(memory_format=layout), torch.randn(shape).double().to(memory_format=layout), []
     nn.init.normal_(stem[1].weight), nn.init.normal_(stem[1].bias)
-    assert fast_cell._is_of_images(stem[0], x)
+    assert fast_cell.is_of_images(stem[0], x)
     for is_fast in (True, False):
         net = copy.deepcopy(stem)
         if is_fast:
@@ -564,6 +565,33 @@ def test_stem_against_autograd(shape, wanted, training, layout):
         found.append([*images, *(w.grad for w in net.parameters()), *net.buffers()])
     for actual, expected in zip(*found, strict=True):
         assert torch.allclose(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("stride, dilation", [(1, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("K", [3, 5, 7])
+@pytest.mark.parametrize("size", [(8, 8), (5, 13), (1, 9), (9, 4), (3, 1), (2, 16)])
+@pytest.mark.parametrize("C", [5, 8, 16, 18, 20, 36, 40])
+def test_depthwise_against_autograd(C, size, K, stride, dilation):
+    """Where images are read in place, and where they are copied: channels that fill vectors or do not, narrow rows."""
+    if fast_cell.choose_backend(torch.zeros(1)) is fast_cell_torch:
+        pytest.skip("no C++ compiler here")
+    from kernels import fast_cell_cpu
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, C, *size).to(memory_format=torch.channels_last), torch.randn(C, 1, K, K)
+    results = []
+    for dtype, function in (
+        (torch.float64, lambda x, w: F.conv2d(x, w, None, stride, dilation * (K // 2), dilation, C)),
+        (torch.float64, lambda x, w: fast_cell_cpu.depthwise(x, w, stride, dilation)),
+        (torch.float32, lambda x, w: fast_cell_cpu.depthwise(x, w, stride, dilation)),
+    ):
+        tensors = [tensor.to(dtype).requires_grad_() for tensor in (x, weight)]
+        y = function(*tensors)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        results.append([y, *torch.autograd.grad(y, tensors, grad)])
+    for exact, double, single in zip(*results, strict=True):
+        assert torch.allclose(double, exact, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(single.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_what_lies_side_by_side_must_fit():

@@ -4,6 +4,7 @@ That it is equal for every primitive, genotype and size is in test_model.py, wit
 """
 
 import copy
+import functools
 import gc
 import pickle
 import weakref
@@ -51,7 +52,7 @@ def programs(net):
 @pytest.mark.parametrize("name", ["DARTS", "DARTS_V2"])
 def test_images_at_a_time_do_not_change_a_bit(name, kind, size):
     net, results = make(NAMED[name], kind=kind).eval(), []
-    inputs = fast_network._before_norms(net._stems(), images(5, size))
+    inputs, _ = fast_network._inputs(net._stems(), images(5, size))
     with torch.no_grad():
         net(images(5, size))
         (program,) = programs(net)
@@ -211,11 +212,10 @@ def test_without_a_compiler(monkeypatch):
 def test_maps_in_use_at_a_time_do_not_overlap():
     net = make(NAMED["NASNet"])
     logits(net, images())
-    recording = inference_cpu.Recording(fast_network._before_norms(net._stems(), images()))
+    (given,), (is_of_images,) = fast_network._inputs(net._stems(), images())
+    recording = inference_cpu.Recording([given])
     (known,) = fast_network._known[net.cells][0].by_dtype.values()
-    stem = [
-        lambda x, wanted, backend: fast_network._recorded_stem(recording.inputs[0], net.stem[1], x, wanted, backend)
-    ]
+    stem = [functools.partial(fast_network._recorded_stem, given, is_of_images, net.stem)]
     with torch.no_grad():
         inputs = fast_cell.states_of_inputs(stem, known.plans, None, recording)
         for _, nodes in fast_cell.nodes_of_cells(inputs, known.plans, fast_cell.Given(0.0, None), {2}, recording):
