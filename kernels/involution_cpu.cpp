@@ -282,6 +282,14 @@ void load_pixels(A* dst, const Problem& p, const Image<T>& image, int64_t n, int
   }
 }
 
+// Ask for a group's channels of a row: hardware does not foresee those of every second pixel. Always inlined, since
+// compilers drop calls of what only asks.
+template <class T>
+__attribute__((always_inline)) inline void fetch_row(const Problem& p, const Image<T>& image, int64_t n, int64_t c0, int64_t h) {
+  for (int64_t w = 0; w < p.W; ++w)
+    for (int64_t c = 0; c < p.Cg(); c += 64 / int64_t(sizeof(T))) fetch(image.at(n, c0 + c, h, w));
+}
+
 // The same rows as (row, channel, phase, col / stride): the pixels that one tap reads for consecutive outputs are
 // neighbours also when the stride is not 1
 struct Planes {
@@ -302,6 +310,7 @@ void load_planes(A* dst, const Planes& planes, const Problem& p, const Image<T>&
       std::fill_n(dst + r * planes.row, planes.row, A(0));
       continue;
     }
+    if (p.stride > 1 && image.c == 1 && h + 2 < p.H) fetch_row(p, image, n, c0, h + 2);
     for (int64_t phase = 0; phase < p.stride; ++phase) {
       // column m * stride + phase of the padded row is column m * stride + phase - pad of the image
       A* plane = dst + r * planes.row + phase * planes.pitch + planes.lead;
@@ -416,19 +425,28 @@ inline void for_strips(int64_t width, const F& f) {
     for (int64_t phase = 0; phase < X; ++phase) f(x + phase);
 }
 
+// What a strip's pixels read of a row: so many taps each, `step` columns from a pixel's to the next one's. Of its columns
+// the first `before` and the last `after` may lie outside the image.
+template <int kTaps, int kStep, int kBefore, int kAfter>
+struct Window {
+  static constexpr int taps = kTaps, step = kStep, before = kBefore, after = kAfter;
+  static constexpr int columns(int pixels) { return (pixels - 1) * step + taps; }
+};
+template <int K>
+using Around = Window<K, 1, K / 2, K / 2>;
+
 // sum[s] += sum_{i,m} taps(i)[place(m, s)] * image[i][m]: P pixels' sums over tap rows [i_begin, i_end), V vectors of
 // channels. Neighbouring sums share columns, so that each is loaded once for a strip. The columns before m_begin and
-// from m_end on, which lie outside the image, are left out; only the first and the last K / 2 can. The last vector of a
-// pixel begins with channel `last`.
-template <class A, int K, int V, int P, class Taps, class Place>
+// from m_end on are left out. The last vector of a pixel begins with channel `last`.
+template <class A, class W, int V, int P, class Taps, class Place>
 inline void gather_strip(const A* image, int64_t row, int64_t col, int64_t last, const Taps& taps, const Place& place,
                          int64_t i_begin, int64_t i_end, int64_t m_begin, int64_t m_end, Vec<A> (&sum)[P][V]) {
-  constexpr int L = kLanes<A>;
+  constexpr int L = kLanes<A>, M = W::columns(P);
   for (int64_t i = i_begin; i < i_end; ++i) {
     const A *pixel = image + i * row, *tap = taps(i);
-#pragma GCC unroll 16
-    for (int m = 0; m < P + K - 1; ++m, pixel += col, opaque(pixel)) {
-      if ((m < K / 2 && m < m_begin) || (m >= P + K / 2 && m >= m_end)) continue;
+#pragma GCC unroll 32
+    for (int m = 0; m < M; ++m, pixel += col, opaque(pixel)) {
+      if ((m < W::before && m < m_begin) || (m >= M - W::after && m >= m_end)) continue;
       Vec<A> column[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) column[v] = load(pixel + (v + 1 < V ? v * L : last));
@@ -436,7 +454,7 @@ inline void gather_strip(const A* image, int64_t row, int64_t col, int64_t last,
       for (int v = 0; v < V; ++v) in_register(column[v]);
 #pragma GCC unroll 8
       for (int s = 0; s < P; ++s) {
-        if (m - s < 0 || m - s >= K) continue;
+        if (m - s * W::step < 0 || m - s * W::step >= W::taps) continue;
         const A value = tap[place(m, s)];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sum[s][v] += column[v] * value;
@@ -452,7 +470,7 @@ void forward_row(const A* image, const A* w, A* out, int64_t out_pixel, int64_t 
   constexpr int L = kLanes<A>, P = kStrip<V, X>;
   for_strips<P, X>(width, [&](int64_t x) {
     Vec<A> sum[P][V] = {};
-    gather_strip<A, K, V, P>(
+    gather_strip<A, Around<K>, V, P>(
         image + x * steps.pixel, steps.row, steps.col, (V - 1) * L, [&](int64_t i) { return w + i * K * kPitch + x; },
         [](int m, int s) { return (m - s) * kPitch + s * X; }, 0, K, 0, P + K - 1, sum);
 #pragma GCC unroll 8
@@ -587,7 +605,7 @@ void weight_row_any(const A* planes, const Planes& layout, int64_t tap_row, cons
 
 // ------------------------------------------------------------------------------------- inner loops without copies
 
-// Channels-last float images of stride 1 are read and written where they are, row by row. A pixel's channels are one to
+// Channels-last float images are read and written where they are, row by row, of a stride of 1 or 2. A pixel's channels are one to
 // three vectors. Given kernels are read there too; those that are made come as tiles hold them.
 template <class A>
 struct Row {  // of an image or of kernels: its pixel x lies at data + x * pixel, the row below at data + row
@@ -599,30 +617,45 @@ struct Extent {  // where a row lies in its image, and which channel a pixel's l
   int64_t y, H, W, last;
 };
 
-// out[x] = sum_{i,j} (the tap of x at i, j) * image[(i, j) around x], with X pixels from a tap to the next one; for
-// taps and place see gather_strip. A pixel's last vector may repeat channels of the one before.
+// Of a row: `columns` pixels, as far apart as taps are, behind the first `before` that output pixel 0 would read
+struct Columns {
+  int64_t before, columns, pitch;
+};
+
+// out[x] = sum_{i,m} taps(x, i)[place(m, s)] * image[i][m] for `pixels` of a row, s the place of x in its strip; for taps
+// and place see gather_strip. A pixel's last vector may repeat channels of the one before.
+template <class A, class W, int V, int P, class Taps, class Place>
+void gather_pixels(const A* image, int64_t row, const Columns& c, int64_t i_begin, int64_t i_end, const Taps& taps,
+                   const Place& place, A* out, int64_t out_pixel, int64_t pixels, int64_t last) {
+  constexpr int L = kLanes<A>, M = W::columns(P);
+  for (int64_t next = 0; next < pixels; next += P) {
+    const int64_t x = std::min(next, pixels - P);  // the last strip may repeat pixels of the one before
+    Vec<A> sum[P][V] = {};
+    const auto gather = [&](int64_t m_begin, int64_t m_end) {
+      gather_strip<A, W, V, P>(image + x * W::step * c.pitch, row, c.pitch, last,
+                               [&](int64_t i) { return taps(x, i); }, place, i_begin, i_end, m_begin, m_end, sum);
+    };
+    const int64_t m_begin = c.before - x * W::step, m_end = m_begin + c.columns;
+    m_begin > 0 || m_end < M ? gather(m_begin, m_end) : gather(0, M);
+#pragma GCC unroll 8
+    for (int s = 0; s < P; ++s)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(out + (x + s) * out_pixel + (v + 1 < V ? v * L : last), sum[s][v]);
+  }
+}
+
+// out[x] = sum_{i,j} (the tap of x at i, j) * image[(i, j) around x], with X pixels from a tap to the next one
 template <class A, int K, int V, int X, class Taps, class Place>
 void gather_in_place(const Row<A>& image, const Taps& taps, const Place& place, const Row<A>& out, const Extent& e) {
-  constexpr int L = kLanes<A>, P = kStrip<V, X>, R = K / 2;
+  constexpr int R = K / 2;
   const int64_t i_begin = std::max<int64_t>(0, R - e.y / X), i_end = std::min<int64_t>(K, R + (e.H - e.y + X - 1) / X);
   const int64_t row = X * image.row, col = X * image.pixel;
   for (int64_t phase = 0; phase < X; ++phase) {
     const int64_t pixels = (e.W - phase + X - 1) / X;
-    for (int64_t next = 0; next < pixels; next += P) {
-      const int64_t x = phase + X * std::min(next, pixels - P);  // the last strip may repeat pixels of the one before
-      Vec<A> sum[P][V] = {};
-      const auto gather = [&](int64_t m_begin, int64_t m_end) {
-        gather_strip<A, K, V, P>(image.data - R * row + x * image.pixel - R * col, row, col, e.last,
-                                 [&](int64_t i) { return taps(x, i); }, place, i_begin, i_end, m_begin, m_end, sum);
-      };
-      const int64_t m_begin = R - x / X, m_end = R + (e.W - x + X - 1) / X;
-      m_begin > 0 || m_end < P + K - 1 ? gather(m_begin, m_end) : gather(0, P + K - 1);
-#pragma GCC unroll 8
-      for (int s = 0; s < P; ++s)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v)
-          store(out.data + (x + s * X) * out.pixel + (v + 1 < V ? v * L : e.last), sum[s][v]);
-    }
+    gather_pixels<A, Around<K>, V, kStrip<V, X>>(
+        image.data + phase * image.pixel - R * (row + col), row, {R, pixels, col}, i_begin, i_end,
+        [&](int64_t x, int64_t i) { return taps(phase + X * x, i); }, place, out.data + phase * out.pixel,
+        X * out.pixel, pixels, e.last);
   }
 }
 
@@ -651,6 +684,48 @@ void gather_made(const Row<A>& image, const A* const* w, const Row<A>& out, cons
     gather_in_place<A, K, V, X>(
         image, [&](int64_t x, int64_t i) { return w[0] + i * K * kPitch + x; },
         [](int m, int s) { return (m - s) * kPitch + s * X; }, out, e);
+}
+
+// The same with a stride of two, from `image` at row 2 * y
+template <class A, int K, int V>
+void gather_strided(const Row<A>& image, const A* const* w, const Row<A>& out, const Extent& e) {
+  constexpr int R = K / 2;
+  const int64_t i_begin = std::max<int64_t>(0, R - e.y), i_end = std::min<int64_t>(K, R + e.H - e.y);
+  gather_pixels<A, Window<K, 2, R, R>, V, kStrip<V, 1>>(
+      image.data - R * (image.row + image.pixel), image.row, {R, e.W, image.pixel}, i_begin, i_end,
+      [&](int64_t x, int64_t i) { return w[0] + i * K * kPitch + x; },
+      [](int m, int s) { return (m - 2 * s) * kPitch + s; }, out.data, out.pixel, (e.W + 1) / 2, e.last);
+}
+
+// Which of the pixels around place x / 2 of a strided output read an input pixel x: those that are [first, last] away.
+// They do so with every second tap.
+struct Readers {
+  int first, last;
+  constexpr Readers(int K, int parity) : first(-((K / 2 - parity) / 2)), last((K / 2 + parity) / 2) {}
+  constexpr int count() const { return last - first + 1; }
+};
+
+// Its transpose, for row e.y of the strided one's input: `image` is its output's row e.y / 2, w the kernels of the rows
+// that read the former
+template <class A, int K, int V>
+void gather_strided_transposed(const Row<A>& image, const A* const* w, const Row<A>& out, const Extent& e) {
+  constexpr int R = K / 2;
+  const int64_t odd = e.y % 2, Ho = (e.H + 1) / 2, Wo = (e.W + 1) / 2;
+  const Readers rows(K, odd);
+  const int64_t top = e.y / 2 + rows.first, i_begin = std::max<int64_t>(0, -top);
+  const int64_t i_end = std::min<int64_t>(rows.count(), Ho - top);
+  const auto gather = [&](auto parity) {
+    constexpr int f = parity;
+    constexpr Readers columns(K, f);
+    gather_pixels<A, Window<columns.count(), 1, -columns.first, columns.last>, V, kStrip<V, 1>>(
+        image.data + rows.first * image.row + columns.first * image.pixel, image.row, {-columns.first, Wo, image.pixel},
+        i_begin, i_end,
+        [&](int64_t x, int64_t i) { return w[i] + (odd + R - 2 * (i + rows.first)) * K * kPitch + x + columns.first; },
+        [](int m, int s) { return (f + K / 2 - 2 * (m - s + Readers(K, f).first)) * kPitch + m; }, out.data + f * out.pixel,
+        2 * out.pixel, (e.W + 1 - f) / 2, e.last);
+  };
+  gather(std::integral_constant<int, 0>());
+  gather(std::integral_constant<int, 1>());
 }
 
 #if defined(INVOLUTION_SHUFFLES) && defined(__AVX__)
@@ -797,7 +872,9 @@ FusedLoops<A> choose_fused(const Problem& p) {
   if constexpr (std::is_same_v<A, float>) {
     constexpr int L = kLanes<A>;
     const auto with = [&](auto K, auto V, auto X) -> FusedLoops<A> {
-      if (p.W / X < kStrip<V, X>) return {};
+      if (p.W / (p.stride * X) < kStrip<V, X>) return {};
+      if constexpr (X == 1)
+        if (p.stride == 2) return {gather_strided<A, K, V>, gather_strided_transposed<A, K, V>};
       return {gather_made<A, K, V, X, false>, gather_made<A, K, V, X, true>};
     };
     const auto with_taps = [&](auto V) -> FusedLoops<A> {
@@ -813,7 +890,7 @@ FusedLoops<A> choose_fused(const Problem& p) {
       if (p.K == 5 && p.dilation == 2) return with(five, V, two);
       return {};
     };
-    if (p.stride > 1 || p.W > kTile || p.Cg() < L) return {};
+    if (p.stride > 2 || p.stride * p.dilation > 2 || p.Wo() > kTile || p.Cg() < L) return {};
     if (p.Cg() == L) return with_taps(std::integral_constant<int, 1>());
     if (p.Cg() <= 2 * L) return with_taps(std::integral_constant<int, 2>());
     if (p.Cg() <= 3 * L) return with_taps(std::integral_constant<int, 3>());
@@ -957,14 +1034,14 @@ void forward_in_place(const Problem& p, const Image<A>& input, const SpannedKern
     A* features = scratch.take<A>(source.scratch());
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / units, y0 = unit % units * rows;
-      for_tiles(p, y0, std::min(p.H, y0 + rows), [&](const Tile& t) {
+      for_tiles(p, y0, std::min(p.Ho(), y0 + rows), [&](const Tile& t) {
         source.prepare(features, t, n);
         source.make_all(w, features);
         for (int64_t r = 0; r < t.rows; ++r)
           for (int64_t g = 0; g < p.G; ++g) {
             const A* taps = w + g * p.KK() * kPitch + r * t.width;
-            const int64_t y = t.y + r;
-            gather(row_of(input, p, n, g, y), &taps, row_of(output, p, n, g, y), {y, p.H, p.W, p.Cg() - kLanes<A>});
+            const int64_t y = t.y + r, h = y * p.stride;
+            gather(row_of(input, p, n, g, h), &taps, row_of(output, p, n, g, y), {h, p.H, p.W, p.Cg() - kLanes<A>});
           }
       });
     }
@@ -1121,15 +1198,15 @@ class InputGradient {  // of one block of rows and one group at a time
   int64_t n = 0, g = 0, h0 = 0, h1 = 0, next = 0, last = 0, begun = 0, done = 0;
 };
 
-// The same without copies: a row of grad_input gathers what the rows of grad_output around it add to it. The kernels of
-// these are held in a ring of tiles, and what they are made of for all groups.
+// The same without copies: a row of grad_input gathers what the rows of grad_output that read it add to it. The kernels
+// of these are held in a ring of tiles, and what they are made of for all groups.
 template <class A>
 class GatheredInputGradient {
  public:
   GatheredInputGradient(const Problem& p, const Image<A>& grad_output, const SpannedKernels<A, A>& source,
                         const Image<A>& grad_input, Gather<A> gather)
-      : p(p), grad_output(grad_output), grad_input(grad_input), source(source), gather(gather),
-        slots(2 * p.pad() / p.tile_rows() + 2), tiles((p.block_rows() + 2 * p.pad()) / p.tile_rows() + 2) {}
+      : p(p), grad_output(grad_output), grad_input(grad_input), source(source), gather(gather), reach(p.pad() / p.stride),
+        slots(2 * reach / p.tile_rows() + 2), tiles((p.block_rows() + 2 * p.pad()) / p.tile_rows() + 2) {}
 
   int64_t scratch() const { return slots * p.KK() * kPitch + tiles * source.scratch() + 32; }
 
@@ -1139,40 +1216,47 @@ class GatheredInputGradient {
   }
 
   void start(int64_t image, int64_t group, int64_t y0, int64_t y1) {
-    n = image, g = group, next = y0, end = y1;
-    first = made = y0 - round_up(std::min(p.pad(), y0), p.tile_rows());
+    n = image, g = group, next = y0 * p.stride, end = std::min(p.H, y1 * p.stride);
+    first = made = y0 - round_up(std::min(reach, y0), p.tile_rows());
     if (g > 0) return;
-    const int64_t last = std::min(p.H, y1 + p.pad());
-    for (int64_t y = first; y < last; y += p.tile_rows()) source.prepare(features(y), tile(y), n);
+    const int64_t last = last_reader(end - 1);
+    for (int64_t y = first; y <= last; y += p.tile_rows()) source.prepare(features(y), tile(y), n);
   }
 
   // What the kernels of a tile are made of
   const A* features_of(const Tile& t) const { return features(t.y); }
 
-  // As far as row `until`
+  // As far as row `until` of grad_output
   void advance(int64_t until) {
-    for (; next < std::min(until, end); ++next) {
-      for (; made < std::min(p.H, next + p.pad() + 1); made += p.tile_rows())
+    for (; next < std::min(until * p.stride, end); ++next) {
+      for (; made <= last_reader(next); made += p.tile_rows())
         source.make(slot(made), features(made), tile(made), n, g);
       const A* rows[kMostTaps] = {};
       for (int64_t i = 0; i < p.K; ++i) {
-        const int64_t y = next + (i - p.K / 2) * p.dilation;
-        if (y >= 0 && y < p.H) rows[i] = slot(y) + (y - first) % p.tile_rows() * p.tile_width();
+        const int64_t y = reader(i);
+        if (y >= 0 && y < p.Ho()) rows[i] = slot(y) + (y - first) % p.tile_rows() * p.tile_width();
       }
-      gather(row_of(grad_output, p, n, g, next), rows, row_of(grad_input, p, n, g, next),
+      if (p.stride > 1 && next + 1 < end) fetch_row(p, grad_input, n, g * p.Cg(), next + 1);
+      gather(row_of(grad_output, p, n, g, next / p.stride), rows, row_of(grad_input, p, n, g, next),
              {next, p.H, p.W, p.Cg() - kLanes<A>});
     }
   }
 
  private:
+  // The last output row that reads an input row, and the i-th one that reads row `next`
+  int64_t last_reader(int64_t h) const { return std::min(p.Ho() - 1, (h + p.pad()) / p.stride); }
+  int64_t reader(int64_t i) const {
+    return p.stride == 1 ? next + (i - p.K / 2) * p.dilation : next / 2 + Readers(p.K, next % 2).first + i;
+  }
   A* features(int64_t y) const { return prepared + (y - first) / p.tile_rows() * source.scratch(); }
-  Tile tile(int64_t y) const { return {y, std::min(p.tile_rows(), p.H - y), 0, p.W, p.tile_width()}; }
+  Tile tile(int64_t y) const { return {y, std::min(p.tile_rows(), p.Ho() - y), 0, p.Wo(), p.tile_width()}; }
   A* slot(int64_t y) const { return w + (y - first) / p.tile_rows() % slots * p.KK() * kPitch; }
 
   const Problem& p;
   const Image<A>&grad_output, &grad_input;
   const SpannedKernels<A, A>& source;
   const Gather<A> gather;
+  const int64_t reach;  // output rows before and behind a row's own that read it
   const int64_t slots, tiles;
   A *w = nullptr, *prepared = nullptr;
   // of the block: the first tile's row, rows to come, and rows without kernels

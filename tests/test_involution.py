@@ -212,22 +212,25 @@ def test_channels_last_without_copies(cpu_backend, K, size, width):
         assert result.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("K, dilation", [(3, 1), (5, 1), (7, 1), (3, 2), (5, 2)])
-@pytest.mark.parametrize("size", [(1, 8), (8, 8), (30, 16), (19, 13), (9, 32), (5, 33)], ids=str)
+@pytest.mark.parametrize(
+    "K, stride, dilation",
+    [(3, 1, 1), (5, 1, 1), (7, 1, 1), (3, 1, 2), (5, 1, 2), (3, 2, 1), (5, 2, 1), (7, 2, 1), (3, 2, 2)],
+)
+@pytest.mark.parametrize("size", [(1, 8), (8, 8), (30, 16), (19, 17), (9, 32), (5, 33), (3, 64), (18, 31)], ids=str)
 @pytest.mark.parametrize("width", [8, 16, 18, 24, 40, 48])  # of a group: the last vector may repeat channels
 @pytest.mark.parametrize("N", [1, 2])  # a single image is cut into blocks of rows
-def test_fused_without_copies_of_images(cpu_backend, K, dilation, size, width, N):
+def test_fused_without_copies_of_images(cpu_backend, K, stride, dilation, size, width, N):
     """The loops that gather from images where they lie: strips that overlap, borders on all sides, NaN around."""
     G = 2
-    case = (N, G * width, G, *size, K, 1, dilation)
+    case = (N, G * width, G, *size, K, stride, dilation)
     input, _, grad_output, *spans = operands(case, torch.float32, torch.channels_last)
     around = [F.pad(t, [2, 2, 2, 2], value=torch.nan) for t in (input, grad_output)]
     views = [t.contiguous(memory_format=torch.channels_last)[..., 2:-2, 2:-2] for t in around]
     exact = [t.double() for t in (input, grad_output, *spans)]
-    expected = run(fused_reference(K, 1, dilation), [exact[0], *exact[2:]], exact[1])
+    expected = run(fused_reference(K, stride, dilation), [exact[0], *exact[2:]], exact[1])
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
-        actual = run(lambda *a: involution2d_fused(*a, K, 1, dilation), [views[0], *spans], views[1])
+        actual = run(lambda *a: involution2d_fused(*a, K, stride, dilation), [views[0], *spans], views[1])
     finally:
         torch.use_deterministic_algorithms(False)
     assert_close(actual, expected, torch.float32)
