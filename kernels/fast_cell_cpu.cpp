@@ -585,6 +585,9 @@ void every_second(Reader reader) {
       A *of_first = first + row * Wo * C, *of_second = second + row * Wo * C;
       A* upper = x + (row / Ho * H + y) * W * C;
       A* lower = y + 1 < H ? upper + W * C : nullptr;
+      const int64_t ahead = 2 * W * C;  // of which every second pixel is none that the hardware foresees
+      fetch_run(upper + ahead, ahead);
+      if (more) fetch_run(more + (upper - x) + ahead, ahead);
       for (int64_t wo = 0; wo < Wo; ++wo, of_first += C, of_second += C, upper += 2 * C) {
         A* right = 2 * wo + 1 < W ? upper + C : nullptr;
         A* beyond = lower && right ? lower + C : nullptr;
@@ -836,7 +839,10 @@ void average(Reader reader) {
   const A* more = backward ? reader.address<const A>() : nullptr;
   const int64_t Ho = (H + stride - 1) / stride, Wo = (W + stride - 1) / stride;
   at::parallel_for(0, N * Ho, std::max<int64_t>(1, 8192 / (Wo * C)), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t next = (row / Ho * H + (row % Ho + 1) * stride) * W * C, count = stride * W * C;
+      fetch_run(x + next, count);
+      if (more) fetch_run(more + next, count);
       for (int64_t wo = 0; wo < Wo; ++wo) {
         const int64_t h0 = row % Ho * stride, w0 = wo * stride;
         const int64_t h1 = std::min(H, h0 + stride), w1 = std::min(W, w0 + stride);
@@ -855,6 +861,7 @@ void average(Reader reader) {
           if (!backward) store(pixel + c, V(sum / share));
         });
       }
+    }
   });
 }
 

@@ -282,12 +282,11 @@ void load_pixels(A* dst, const Problem& p, const Image<T>& image, int64_t n, int
   }
 }
 
-// Ask for a group's channels of a row: hardware does not foresee those of every second pixel. Always inlined, since
-// compilers drop calls of what only asks.
+// Ask for a group's channels of a row: hardware does not foresee those of every second pixel
 template <class T>
-__attribute__((always_inline)) inline void fetch_row(const Problem& p, const Image<T>& image, int64_t n, int64_t c0, int64_t h) {
-  for (int64_t w = 0; w < p.W; ++w)
-    for (int64_t c = 0; c < p.Cg(); c += 64 / int64_t(sizeof(T))) fetch(image.at(n, c0 + c, h, w));
+__attribute__((always_inline)) inline void fetch_row(const Problem& p, const Image<T>& image, int64_t n, int64_t c0,
+                                                     int64_t h) {
+  for (int64_t w = 0; w < p.W; ++w) fetch_run(image.at(n, c0, h, w), p.Cg());
 }
 
 // The same rows as (row, channel, phase, col / stride): the pixels that one tap reads for consecutive outputs are

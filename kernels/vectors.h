@@ -79,6 +79,12 @@ inline void fetch(const T* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
+// The same of many. Always inlined, since compilers drop calls of what only asks.
+template <class T>
+__attribute__((always_inline)) inline void fetch_run(const T* p, int64_t count) {
+  for (int64_t e = 0; e < count; e += 64 / int64_t(sizeof(T))) fetch(p + e);
+}
+
 // A number or address of which the compiler knows nothing, so that it does not compute anew what follows from it
 template <class T>
 inline void opaque(T& value) {
