@@ -433,7 +433,7 @@ void project(Reader reader) {
   };
   if (!training) p.find_slopes();
   if (p.weight && !p.v) return combine(pixels, normalized(p, results));
-  Combination<A> product(image(p.v, p.C), false);
+  Combination<A> product(image(p.v, p.C), false, true);
   if (p.weight) p.add_to(product, 0, false);
   std::vector<double> sums(training ? chunks_of(pixels) * 2 * p.C : 0);
   for_tiles(pixels, kCombined, [&](int64_t chunk, int64_t p0, int64_t rows) {

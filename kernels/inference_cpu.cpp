@@ -90,13 +90,13 @@ class Network {  // the passes of one thread
   // Results side by side, or one and its positive part: addends and normalised products
   Pass sum() {
     auto sums = std::make_shared<Sums<A>>();
-    const int64_t pixels = reader.number(), relu = reader.number();
+    const int64_t pixels = reader.number(), relu = reader.number(), pads = reader.number();
     std::vector<Part<A>> parts;
     for (int64_t n = reader.number(); n > 0; --n) {
       A* result = map();
       parts.push_back({result, nullptr, nullptr, reader.number()});
     }
-    sums->results.emplace_back(parts, relu);
+    sums->results.emplace_back(parts, relu, pads);
     auto& result = sums->results.back();
     result.is_near = true;
     result.positives = map();

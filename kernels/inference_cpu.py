@@ -183,7 +183,7 @@ class Recording:
 
     def _sum(self, results, relu, positive, parts, products):
         """products: (map, weights, norms) each, which make results side by side."""
-        numbers = [_pixels(results[0]), relu, len(results)]
+        numbers = [_pixels(results[0]), relu, positive is None and not parts, len(results)]
         for result in results:
             numbers += [_only(result), result.shape[1]]
         numbers += [_only(positive), len(parts), *map(_only, parts)]

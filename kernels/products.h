@@ -227,9 +227,11 @@ void combine_tile(const Input<A>* input, int64_t inputs, const Start<A>& start, 
                        : target.positives  ? combine_block<A, n, R, V, Fetch::kPositives>
                                            : combine_block<A, n, R, V, Fetch::kSums>;
     int64_t p = 0;
-    for (; p + R <= rows; p += R) block(input, inputs, start, target, p, c);
-    if constexpr (V == 2)
+    for (; p + R <= rows && (V == 1 || rows - p != 16); p += R) block(input, inputs, start, target, p, c);
+    if constexpr (V == 2) {  // sixteen rows are twice eight: a block of four waits for its own sums
+      for (; p + 8 <= rows; p += 8) combine_block<A, n, 8, V, Fetch::kNothing>(input, inputs, start, target, p, c);
       for (; p + 4 <= rows; p += 4) combine_block<A, n, 4, V, Fetch::kNothing>(input, inputs, start, target, p, c);
+    }
     for (; p < rows; ++p) combine_block<A, n, 1, V, Fetch::kNothing>(input, inputs, start, target, p, c);
   };
   constexpr std::integral_constant<int, 1> one;
@@ -279,16 +281,20 @@ struct Buffers {  // of a thread
 template <class A>
 struct Combination {  // results = bias + sum over sources of matrix * operand, where that is positive if `relu`
   std::vector<Part<A>> results;  // side by side
-  bool relu, is_near = false;
+  bool relu, is_near = false, in_place;
   A* positives = nullptr;  // room for the only result's positive part, where that is wanted too
   std::vector<double> bias;
   std::vector<Source<A>> sources;
   std::vector<std::pair<const Operand<A>*, A>> addends;  // of an only result, times a number
   int64_t channels = 0, width;
 
-  Combination(std::vector<Part<A>> images, bool relu) : results(std::move(images)), relu(relu) {
+  // pads: whether a width that fills no vector may be made of whole ones and copied; without addends and positives
+  Combination(std::vector<Part<A>> images, bool relu, bool pads = false) : results(std::move(images)), relu(relu) {
     for (const auto& result : results) channels += result.width;
-    width = results.size() == 1 ? channels : round_up(channels, 4);
+    const int64_t left = channels % kLanes<A>, whole = round_up(channels, 4);  // columns in narrower vectors
+    const int64_t padded = left > kLanes<A> / 2 ? round_up(channels, kLanes<A>) : whole;
+    in_place = results.size() == 1 && (!pads || (channels == whole && padded == whole));
+    width = in_place ? channels : padded;
     bias.resize(width);
   }
 
@@ -300,7 +306,6 @@ struct Combination {  // results = bias + sum over sources of matrix * operand, 
   void add(const Operand<A>& operand, A factor) { addends.push_back({&operand, factor}); }
 
   void run(int64_t p0, int64_t rows, Buffers<A>& buffers) const {
-    const bool in_place = results.size() == 1;
     A* out = in_place ? const_cast<A*>(results[0].x) + p0 * width : scratch(buffers.sums, rows * width);
     buffers.bias.assign(bias.begin(), bias.end());
     buffers.addends.clear(), buffers.inputs.clear();
