@@ -73,7 +73,8 @@ def make_step(setting):
     import torch.nn.functional as F
 
     net, images, target = make_network(setting)
-    optimizer = torch.optim.SGD(net.parameters(), 0.025, momentum=0.9, weight_decay=3e-4, fused=True)  # as in train.py
+    weights = [*net.parameters()]
+    optimizer = torch.optim.SGD(weights, 0.025, momentum=0.9, weight_decay=3e-4, fused=True)  # as in train.py
     clear_gradients = torch.optim.SGD.zero_grad
     with contextlib.suppress(ImportError):  # another commit or the original, whose scripts do not
         from runtime.memory import clear_gradients
@@ -86,7 +87,7 @@ def make_step(setting):
             if logits_aux is not None:
                 loss = loss + 0.4 * F.cross_entropy(logits_aux, target)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+        torch.nn.utils.clip_grad_norm_(weights, 5.0)
         optimizer.step()
 
     def evaluate():
