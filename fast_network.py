@@ -1,4 +1,4 @@
-"""Networks of fast cells on a CPU: the passes of all cells, from a stem's image to a feature map, as programs.
+"""Networks of fast cells on a CPU: the passes of all cells, from images or a stem's to a feature map, as programs.
 
 `derived` computes the cells of a genotype, `mixed` those of a supernet, by fast_cell.py and its backend in C++. What
 they do is recorded the first time, and from then on it is done in C++ without Python between:
@@ -167,9 +167,9 @@ def _evaluate(stems, known, x, wanted):
 def _inputs(stems, x):
     """What a program is given of each stem: what its last convolution reads, if that is images; or its last batch norm.
 
-    Returns tensors, and of each whether it is the former.
+    Returns tensors, and of each whether it is the former. Only the last stem's may be, whose norm no other one reads.
     """
-    inputs, of_images = [], []
+    inputs, of_images, x = [], [], x.detach()
     for stem in stems:
         *before, conv, norm = stem
         for layer in before:

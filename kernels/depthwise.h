@@ -248,14 +248,14 @@ Buffer<A> turned_taps(const A* weight, const Depthwise& p, int64_t width, bool f
 template <class A>
 void depthwise(const Depthwise& p, const A* input, int64_t step, const Buffer<A>& taps, A* output, int64_t H,
                int64_t W, int64_t Ho, int64_t Wo) {
+  if (const auto convolve = choose_in_place<A>(p).row; convolve && step == 1)
+    return at::parallel_for(0, p.N * Ho, std::max<int64_t>(1, 8192 / (W * p.C)), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        convolve(input + row / Ho * H * W * p.C, taps.data(), output + row * W * p.C, p, row % Ho);
+    });
   const int64_t width = round_up(p.C, kLanes<A>), cols = (Wo - 1) * p.stride + p.span();
   const int64_t block = p.block_rows(Ho, cols), blocks = (Ho + block - 1) / block;
   const auto convolve = choose_row<A>(p);
-  if (const auto convolve_in_place = choose_in_place<A>(p).row; convolve_in_place && step == 1)
-    return at::parallel_for(0, p.N * Ho, std::max<int64_t>(1, 8192 / (W * p.C)), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row)
-        convolve_in_place(input + row / Ho * H * W * p.C, taps.data(), output + row * W * p.C, p, row % Ho);
-    });
   at::parallel_for(0, p.N * blocks, 1, [&](int64_t begin, int64_t end) {
     Buffer<A> padded(((block - 1) * p.stride + p.span()) * cols * width), out(Wo * width);
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -299,7 +299,8 @@ void depthwise_grad_weight(const Depthwise& p, const A* grad, const A* input, A*
   const auto in_place = choose_in_place<A>(p).weight_row;
   std::vector<double> partial(chunks * KK * width);
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    Buffer<A> padded(in_place ? 0 : ((block - 1) * p.stride + p.span()) * cols * width), copy(block * Wo * width);
+    Buffer<A> padded(in_place ? 0 : ((block - 1) * p.stride + p.span()) * cols * width);
+    Buffer<A> copy(in_place || width == p.C ? 0 : block * Wo * width);
     for (int64_t chunk = begin; chunk < end; ++chunk)
       for (int64_t unit = p.N * blocks * chunk / chunks; unit < p.N * blocks * (chunk + 1) / chunks; ++unit) {
         const int64_t n = unit / blocks, y0 = unit % blocks * block, rows = std::min(Ho - y0, block);

@@ -585,7 +585,7 @@ void every_second(Reader reader) {
       A *of_first = first + row * Wo * C, *of_second = second + row * Wo * C;
       A* upper = x + (row / Ho * H + y) * W * C;
       A* lower = y + 1 < H ? upper + W * C : nullptr;
-      const int64_t ahead = 2 * W * C;  // of which every second pixel is none that the hardware foresees
+      const int64_t ahead = 2 * W * C;  // hardware does not foresee every second pixel
       fetch_run(upper + ahead, ahead);
       if (more) fetch_run(more + (upper - x) + ahead, ahead);
       for (int64_t wo = 0; wo < Wo; ++wo, of_first += C, of_second += C, upper += 2 * C) {
@@ -840,7 +840,7 @@ void average(Reader reader) {
   const int64_t Ho = (H + stride - 1) / stride, Wo = (W + stride - 1) / stride;
   at::parallel_for(0, N * Ho, std::max<int64_t>(1, 8192 / (Wo * C)), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t next = (row / Ho * H + (row % Ho + 1) * stride) * W * C, count = stride * W * C;
+      const int64_t next = (row / Ho * H + std::min(H, (row % Ho + 1) * stride)) * W * C, count = stride * W * C;
       fetch_run(x + next, count);
       if (more) fetch_run(more + next, count);
       for (int64_t wo = 0; wo < Wo; ++wo) {

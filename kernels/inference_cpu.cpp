@@ -90,17 +90,19 @@ class Network {  // the passes of one thread
   // Results side by side, or one and its positive part: addends and normalised products
   Pass sum() {
     auto sums = std::make_shared<Sums<A>>();
-    const int64_t pixels = reader.number(), relu = reader.number(), pads = reader.number();
+    const int64_t pixels = reader.number(), relu = reader.number();
     std::vector<Part<A>> parts;
     for (int64_t n = reader.number(); n > 0; --n) {
       A* result = map();
       parts.push_back({result, nullptr, nullptr, reader.number()});
     }
-    sums->results.emplace_back(parts, relu, pads);
-    auto& result = sums->results.back();
+    A* const positives = map();
+    std::vector<A*> addends;
+    for (int64_t n = reader.number(); n > 0; --n) addends.push_back(map());
+    auto& result = sums->results.emplace_back(parts, relu, !positives && addends.empty());
     result.is_near = true;
-    result.positives = map();
-    for (int64_t n = reader.number(); n > 0; --n) result.add(sums->operand(map(), result.width), A(1));
+    result.positives = positives;
+    for (A* addend : addends) result.add(sums->operand(addend, result.width), A(1));
     for (int64_t n = reader.number(); n > 0; --n) add_product(*sums, result);
     return [=](int64_t, int64_t count) { combine(count * pixels, sums->results); };
   }
@@ -134,8 +136,8 @@ class Network {  // the passes of one thread
     };
   }
 
-  // What is left to an entry point of another library. Its first number is that of images, or of so many pixels in each;
-  // the others are numbers, feature maps, or images from outside, of so many elements each
+  // What is left to an entry point of another library. Its first number is that of images, or of so many pixels in
+  // each; the others are numbers, feature maps, or images from outside, of so many elements each
   Pass other() {
     const auto entry = (Entry)reader.number();
     const int64_t dtype = reader.number(), each = reader.number();
@@ -192,7 +194,8 @@ class Network {  // the passes of one thread
     return [=](int64_t first, int64_t count) {
       int64_t c0 = 0;
       for (const auto& [part, C] : parts) {
-        for (int64_t p = 0; p < count * pixels; ++p) std::copy_n(part + p * C, C, to + (first * pixels + p) * width + c0);
+        for (int64_t p = 0; p < count * pixels; ++p)
+          copy_run(to + (first * pixels + p) * width + c0, part + p * C, C);
         c0 += C;
       }
     };
@@ -208,7 +211,7 @@ class Network {  // the passes of one thread
 template <class A>
 void evaluate(const int64_t* packed, int64_t bytes, int64_t N, int64_t images, char* const* outside) {
   const int64_t pieces = (N + images - 1) / images, threads = at::get_num_threads();
-  std::atomic<int64_t> next{0};  // pieces go to the threads as these come free: what is in a cache serves one piece only
+  std::atomic<int64_t> next{0};  // threads take pieces as they come free: what is in a cache serves one piece only
   const auto evaluate_pieces = [&](int64_t, int64_t) {
     thread_local std::vector<char> memory;
     if (int64_t(memory.size()) < bytes * images + 64) memory.resize(bytes * images + 64);

@@ -50,7 +50,7 @@ class Recording:
     """The passes of a network in evaluation, in the order in which they are asked for.
 
     Args:
-        inputs: tensors (N, C, H, W), channels-last, that stand for those that `Program.run` will be given.
+        inputs: tensors (N, C, H, W) that stand for those that `Program.run` will be given.
     """
 
     def __init__(self, inputs):
@@ -183,7 +183,7 @@ class Recording:
 
     def _sum(self, results, relu, positive, parts, products):
         """products: (map, weights, norms) each, which make results side by side."""
-        numbers = [_pixels(results[0]), relu, positive is None and not parts, len(results)]
+        numbers = [_pixels(results[0]), relu, len(results)]
         for result in results:
             numbers += [_only(result), result.shape[1]]
         numbers += [_only(positive), len(parts), *map(_only, parts)]

@@ -12,8 +12,9 @@
 // Channels-last float32 images with given channels-last kernels need none of this at stride and dilation 1, K = 3, 5
 // or 7 and one to three vectors of channels a group: they are read and written where they are, both gradients in one
 // sweep over the rows, grad_weight with channels in registers and eight taps' sums made together. The fused passes read
-// and write such images where they are too, for up to 32 columns, K = 3 and 5 at dilation 2 as well, and for groups
-// whose last vector has to repeat channels of the one before; only the gradient of the kernels needs copies there.
+// and write such images where they are too, for up to 32 columns of the output, K = 3 and 5 at dilation 2 and all K at
+// stride 2 as well, and for groups whose last vector has to repeat channels of the one before; only the gradient of the
+// kernels needs copies there.
 
 #include <ATen/Parallel.h>
 
@@ -424,8 +425,8 @@ inline void for_strips(int64_t width, const F& f) {
     for (int64_t phase = 0; phase < X; ++phase) f(x + phase);
 }
 
-// What a strip's pixels read of a row: so many taps each, `step` columns from a pixel's to the next one's. Of its columns
-// the first `before` and the last `after` may lie outside the image.
+// What a strip's pixels read of a row: so many taps each, `step` columns from a pixel's to the next one's. Of its
+// columns the first `before` and the last `after` may lie outside the image.
 template <int kTaps, int kStep, int kBefore, int kAfter>
 struct Window {
   static constexpr int taps = kTaps, step = kStep, before = kBefore, after = kAfter;
@@ -604,8 +605,9 @@ void weight_row_any(const A* planes, const Planes& layout, int64_t tap_row, cons
 
 // ------------------------------------------------------------------------------------- inner loops without copies
 
-// Channels-last float images are read and written where they are, row by row, of a stride of 1 or 2. A pixel's channels are one to
-// three vectors. Given kernels are read there too; those that are made come as tiles hold them.
+// Channels-last float images are read and written where they are, row by row. A pixel's channels are one to three
+// vectors. Given kernels, of stride 1, are read there too; those that are made, of stride 1 or 2, come as tiles hold
+// them.
 template <class A>
 struct Row {  // of an image or of kernels: its pixel x lies at data + x * pixel, the row below at data + row
   A* data;
@@ -621,8 +623,8 @@ struct Columns {
   int64_t before, columns, pitch;
 };
 
-// out[x] = sum_{i,m} taps(x, i)[place(m, s)] * image[i][m] for `pixels` of a row, s the place of x in its strip; for taps
-// and place see gather_strip. A pixel's last vector may repeat channels of the one before.
+// out[x] = sum_{i,m} taps(x, i)[place(m, s)] * image[i][m] for `pixels` of a row, s the place of x in its strip; for
+// taps and place see gather_strip. A pixel's last vector may repeat channels of the one before.
 template <class A, class W, int V, int P, class Taps, class Place>
 void gather_pixels(const A* image, int64_t row, const Columns& c, int64_t i_begin, int64_t i_end, const Taps& taps,
                    const Place& place, A* out, int64_t out_pixel, int64_t pixels, int64_t last) {
@@ -685,7 +687,7 @@ void gather_made(const Row<A>& image, const A* const* w, const Row<A>& out, cons
         [](int m, int s) { return (m - s) * kPitch + s * X; }, out, e);
 }
 
-// The same with a stride of two, from `image` at row 2 * y
+// The same with a stride of two; e tells of the input's row at the centre of what the output's row reads
 template <class A, int K, int V>
 void gather_strided(const Row<A>& image, const A* const* w, const Row<A>& out, const Extent& e) {
   constexpr int R = K / 2;
@@ -720,8 +722,8 @@ void gather_strided_transposed(const Row<A>& image, const A* const* w, const Row
         image.data + rows.first * image.row + columns.first * image.pixel, image.row, {-columns.first, Wo, image.pixel},
         i_begin, i_end,
         [&](int64_t x, int64_t i) { return w[i] + (odd + R - 2 * (i + rows.first)) * K * kPitch + x + columns.first; },
-        [](int m, int s) { return (f + K / 2 - 2 * (m - s + Readers(K, f).first)) * kPitch + m; }, out.data + f * out.pixel,
-        2 * out.pixel, (e.W + 1 - f) / 2, e.last);
+        [](int m, int s) { return (f + K / 2 - 2 * (m - s + Readers(K, f).first)) * kPitch + m; },
+        out.data + f * out.pixel, 2 * out.pixel, (e.W + 1 - f) / 2, e.last);
   };
   gather(std::integral_constant<int, 0>());
   gather(std::integral_constant<int, 1>());
@@ -889,7 +891,7 @@ FusedLoops<A> choose_fused(const Problem& p) {
       if (p.K == 5 && p.dilation == 2) return with(five, V, two);
       return {};
     };
-    if (p.stride > 2 || p.stride * p.dilation > 2 || p.Wo() > kTile || p.Cg() < L) return {};
+    if (p.stride * p.dilation > 2 || p.Wo() > kTile || p.Cg() < L) return {};
     if (p.Cg() == L) return with_taps(std::integral_constant<int, 1>());
     if (p.Cg() <= 2 * L) return with_taps(std::integral_constant<int, 2>());
     if (p.Cg() <= 3 * L) return with_taps(std::integral_constant<int, 3>());
@@ -1204,8 +1206,9 @@ class GatheredInputGradient {
  public:
   GatheredInputGradient(const Problem& p, const Image<A>& grad_output, const SpannedKernels<A, A>& source,
                         const Image<A>& grad_input, Gather<A> gather)
-      : p(p), grad_output(grad_output), grad_input(grad_input), source(source), gather(gather), reach(p.pad() / p.stride),
-        slots(2 * reach / p.tile_rows() + 2), tiles((p.block_rows() + 2 * p.pad()) / p.tile_rows() + 2) {}
+      : p(p), grad_output(grad_output), grad_input(grad_input), source(source), gather(gather),
+        reach(p.pad() / p.stride), slots(2 * reach / p.tile_rows() + 2),
+        tiles((p.block_rows() + 2 * reach) / p.tile_rows() + 2) {}
 
   int64_t scratch() const { return slots * p.KK() * kPitch + tiles * source.scratch() + 32; }
 
@@ -1231,8 +1234,9 @@ class GatheredInputGradient {
       for (; made <= last_reader(next); made += p.tile_rows())
         source.make(slot(made), features(made), tile(made), n, g);
       const A* rows[kMostTaps] = {};
-      for (int64_t i = 0; i < p.K; ++i) {
-        const int64_t y = reader(i);
+      const Readers two(p.K, next % 2);
+      for (int64_t i = 0; i < (p.stride == 1 ? p.K : two.count()); ++i) {
+        const int64_t y = p.stride == 1 ? next + (i - p.K / 2) * p.dilation : next / 2 + two.first + i;
         if (y >= 0 && y < p.Ho()) rows[i] = slot(y) + (y - first) % p.tile_rows() * p.tile_width();
       }
       if (p.stride > 1 && next + 1 < end) fetch_row(p, grad_input, n, g * p.Cg(), next + 1);
@@ -1242,11 +1246,8 @@ class GatheredInputGradient {
   }
 
  private:
-  // The last output row that reads an input row, and the i-th one that reads row `next`
+  // The last output row that reads an input row
   int64_t last_reader(int64_t h) const { return std::min(p.Ho() - 1, (h + p.pad()) / p.stride); }
-  int64_t reader(int64_t i) const {
-    return p.stride == 1 ? next + (i - p.K / 2) * p.dilation : next / 2 + Readers(p.K, next % 2).first + i;
-  }
   A* features(int64_t y) const { return prepared + (y - first) / p.tile_rows() * source.scratch(); }
   Tile tile(int64_t y) const { return {y, std::min(p.tile_rows(), p.Ho() - y), 0, p.Wo(), p.tile_width()}; }
   A* slot(int64_t y) const { return w + (y - first) / p.tile_rows() % slots * p.KK() * kPitch; }
@@ -1258,8 +1259,8 @@ class GatheredInputGradient {
   const int64_t reach;  // output rows before and behind a row's own that read it
   const int64_t slots, tiles;
   A *w = nullptr, *prepared = nullptr;
-  // of the block: the first tile's row, rows to come, and rows without kernels
-  int64_t n = 0, g = 0, first = 0, next = 0, end = 0, made = 0;
+  // of the block: the first tile's row and the next one to be made, of grad_output; rows to come, of grad_input
+  int64_t n = 0, g = 0, first = 0, made = 0, next = 0, end = 0;
 };
 
 template <class T, class A = typename AccumulatorOf<T>::type>

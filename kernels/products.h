@@ -3,7 +3,8 @@
 // An image is channels-last: a matrix (pixel, channel), and a 1x1 convolution a product with it. `combine` adds such
 // products up without writing any of them to memory; `multiply` sums the outer products of two images over their
 // pixels, of which batch statistics and weight gradients are made. Both take a tile of pixels after the other, and hold
-// a block of sums in registers. Channels that are left beside whole vectors go into narrower ones: 36 are 32 and 4.
+// a block of sums in registers. Channels that are left beside whole vectors go into narrower ones, 36 into 32 and 4, or
+// into a whole one where that is less work and the result can be copied.
 // Sums over pixels run over short tiles in the images' dtype and over tiles in double precision; their order never
 // depends on the number of threads.
 
@@ -226,12 +227,13 @@ void combine_tile(const Input<A>* input, int64_t inputs, const Start<A>& start, 
     const auto block = c || target.is_near ? combine_block<A, n, R, V, Fetch::kNothing>  // the first columns' got all
                        : target.positives  ? combine_block<A, n, R, V, Fetch::kPositives>
                                            : combine_block<A, n, R, V, Fetch::kSums>;
+    constexpr bool by_eight = V == 2 && R > 8;  // such as the last sixteen: a block of four waits for its own sums
     int64_t p = 0;
-    for (; p + R <= rows && (V == 1 || rows - p != 16); p += R) block(input, inputs, start, target, p, c);
-    if constexpr (V == 2) {  // sixteen rows are twice eight: a block of four waits for its own sums
+    for (; p + R <= rows && !(by_eight && rows - p == 16); p += R) block(input, inputs, start, target, p, c);
+    if constexpr (by_eight)
       for (; p + 8 <= rows; p += 8) combine_block<A, n, 8, V, Fetch::kNothing>(input, inputs, start, target, p, c);
+    if constexpr (V == 2)
       for (; p + 4 <= rows; p += 4) combine_block<A, n, 4, V, Fetch::kNothing>(input, inputs, start, target, p, c);
-    }
     for (; p < rows; ++p) combine_block<A, n, 1, V, Fetch::kNothing>(input, inputs, start, target, p, c);
   };
   constexpr std::integral_constant<int, 1> one;
@@ -288,12 +290,12 @@ struct Combination {  // results = bias + sum over sources of matrix * operand, 
   std::vector<std::pair<const Operand<A>*, A>> addends;  // of an only result, times a number
   int64_t channels = 0, width;
 
-  // pads: whether a width that fills no vector may be made of whole ones and copied; without addends and positives
-  Combination(std::vector<Part<A>> images, bool relu, bool pads = false) : results(std::move(images)), relu(relu) {
+  // may_copy: whether an only result of few channels may be made wider first; not with addends or a positive part
+  Combination(std::vector<Part<A>> images, bool relu, bool may_copy = false) : results(std::move(images)), relu(relu) {
+    constexpr int L = kLanes<A>;
     for (const auto& result : results) channels += result.width;
-    const int64_t left = channels % kLanes<A>, whole = round_up(channels, 4);  // columns in narrower vectors
-    const int64_t padded = left > kLanes<A> / 2 ? round_up(channels, kLanes<A>) : whole;
-    in_place = results.size() == 1 && (!pads || (channels == whole && padded == whole));
+    const int64_t padded = round_up(channels, channels % L > L / 2 ? L : 4);  // of few vectors, if of narrower ones
+    in_place = results.size() == 1 && !(may_copy && channels < 2 * L && channels < padded);
     width = in_place ? channels : padded;
     bias.resize(width);
   }
@@ -324,8 +326,10 @@ struct Combination {  // results = bias + sum over sources of matrix * operand, 
     if (in_place) return;
     for (const auto& result : results) {
       A* to = const_cast<A*>(result.x) + p0 * result.width;
-      for (int64_t p = 0; p < rows; ++p)
-        copy_row(to + p * result.width, Part<A>{out + p * width, nullptr, nullptr, result.width}, 0);
+      for (int64_t p = 0; p < rows; ++p, to += result.width) {
+        if (!is_near) fetch_run(to + rows * result.width, result.width);
+        copy_row(to, Part<A>{out + p * width, nullptr, nullptr, result.width}, 0);
+      }
       out += result.width;
     }
   }

@@ -98,7 +98,7 @@ CHANGES = {
     "a step": lambda net: net.train()(images()),
     "load_state_dict": lambda net: net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()}),
     "assigned": lambda net: net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()}, assign=True),
-    "data": lambda net: [setattr(w, "data", w.data * 1.1) for w in net.cells.parameters()],
+    "data": lambda net: [setattr(w, "data", w.data * 1.1) for w in net.parameters()],
     "a parameter": lambda net: setattr(net.cells[0].preprocess1.op[2], "weight", nn.Parameter(torch.ones(8).double())),
     "a statistic": lambda net: net.cells[0].preprocess1.op[2]._buffers.update(running_mean=torch.ones(8).double()),
     "a layer": lambda net: net.cells[0]._ops[0].op.register_module("3", nn.BatchNorm2d(8).double().eval()),
@@ -107,6 +107,7 @@ CHANGES = {
     "the stem": lambda net: net.stem.register_module("1", nn.BatchNorm2d(24, momentum=0.5).double().eval()),
     "edges": lambda net: net.cells[0]._indices.sort(),
     "dilation": lambda net: setattr(net.cells[0]._ops[0].op[1], "dilation", 3),
+    "the stem's padding": lambda net: setattr(net.stem[0], "padding_mode", "circular"),
     "eps": lambda net: setattr(net.cells[0]._ops[0].op[3], "eps", 0.1),
     "kernel_norm": lambda net: setattr(net.cells[0]._ops[0].op[1], "kernel_norm", "rms"),
     "a forward": lambda net: setattr(net.cells[0], "forward", lambda s0, s1, p: torch.cat([s1[:, :8]] * 4, 1)),
@@ -129,6 +130,17 @@ def test_what_changes_after_a_network_was_recorded_is_seen(change):
         after, expected = net(input)[0], plain(input)[0]
     torch.testing.assert_close(after, expected, rtol=1e-9, atol=1e-12)
     assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+def test_images_of_any_layout_and_number_of_channels(channels, layout):
+    net = make(NAMED["DARTS"])
+    net.stem[0] = nn.Conv2d(channels, 24, 3, padding=1, bias=False).double()
+    net = net.to(memory_format=layout)
+    for input in (torch.randn(3, channels, 8, 9).double(), torch.randn(2, channels, 8, 9, requires_grad=True).double()):
+        assert_equal_to_plain(net, input.to(memory_format=layout))
+    assert len(programs(net)) == 1
 
 
 class Doubled(torch.nn.Conv2d):
@@ -213,6 +225,7 @@ def test_maps_in_use_at_a_time_do_not_overlap():
     net = make(NAMED["NASNet"])
     logits(net, images())
     (given,), (is_of_images,) = fast_network._inputs(net._stems(), images())
+    assert is_of_images
     recording = inference_cpu.Recording([given])
     (known,) = fast_network._known[net.cells][0].by_dtype.values()
     stem = [functools.partial(fast_network._recorded_stem, given, is_of_images, net.stem)]

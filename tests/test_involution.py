@@ -212,11 +212,14 @@ def test_channels_last_without_copies(cpu_backend, K, size, width):
         assert result.is_contiguous(memory_format=torch.channels_last)
 
 
+SIZES = [(1, 8), (8, 8), (30, 16), (19, 13), (9, 32), (5, 33), (3, 64), (18, 31), (37, 57)]
+
+
 @pytest.mark.parametrize(
     "K, stride, dilation",
     [(3, 1, 1), (5, 1, 1), (7, 1, 1), (3, 1, 2), (5, 1, 2), (3, 2, 1), (5, 2, 1), (7, 2, 1), (3, 2, 2)],
 )
-@pytest.mark.parametrize("size", [(1, 8), (8, 8), (30, 16), (19, 17), (9, 32), (5, 33), (3, 64), (18, 31)], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("width", [8, 16, 18, 24, 40, 48])  # of a group: the last vector may repeat channels
 @pytest.mark.parametrize("N", [1, 2])  # a single image is cut into blocks of rows
 def test_fused_without_copies_of_images(cpu_backend, K, stride, dilation, size, width, N):
